@@ -1,0 +1,189 @@
+"""The configuration of a pre-training run: defaults, named recipes, KEY VALUE overrides."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+from fvcore.common.config import CfgNode
+
+from pretrain.errors import UserError
+
+
+def get_defaults() -> CfgNode:
+    """All keys with their defaults (MoCo v1 on ImageNet-1M), one comment a key."""
+    cfg = CfgNode()
+    cfg.METHOD = "moco"  # a name of pretrain.methods.METHODS
+    cfg.SEED = 0  # of weights, order, views, queue and permutations
+    cfg.DATA = []  # specs: a folder, a list file, coco:JSON:IMAGES; set by --data
+    cfg.OUTPUT_DIR = "./runs/pretrain"  # set by --output-dir
+
+    cfg.MODEL = CfgNode()
+    cfg.MODEL.DEPTH = 50  # 18, 34, 50, 101, 152
+    cfg.MODEL.WIDTH = 1.0  # multiplier of every channel
+    cfg.MODEL.GROUPS = 1  # cardinality: 32 for ResNeXt-50 32x4d
+    cfg.MODEL.WIDTH_PER_GROUP = 64  # 4 for ResNeXt-50 32x4d
+    # BN groups over all ranks; each of at least 4 images. Ranks count as groups, so a run on one
+    # process means the same as one on this many GPUs.
+    cfg.MODEL.BN_GROUPS = 8
+
+    cfg.INPUT = CfgNode()
+    cfg.INPUT.CROP_SIZE = 224  # side of a view, pixels
+    cfg.INPUT.MIN_SCALE = 0.2  # smallest area of a crop, as a share of the image
+    cfg.INPUT.AUGMENTATION = "moco-v1"  # moco-v1 or moco-v2
+
+    cfg.MOCO = CfgNode()
+    cfg.MOCO.DIM = 128  # length of a key
+    cfg.MOCO.QUEUE_SIZE = 65536  # K; any number, batches need not divide it
+    cfg.MOCO.MOMENTUM = 0.999  # m of the key encoder
+    cfg.MOCO.TEMPERATURE = 0.07  # T
+    cfg.MOCO.MLP = False  # v2's head: one hidden layer as wide as the features
+    cfg.MOCO.MLP_BN = False  # BN after both layers of it: not in v2, leaves the plateau sooner
+    cfg.MOCO.SHUFFLE_BN = True  # permute the keys' batch over ranks and BN groups
+
+    cfg.SOLVER = CfgNode()
+    cfg.SOLVER.BATCH_SIZE = 256  # over all ranks
+    cfg.SOLVER.BASE_LR = 0.03  # scaled with the batch when only the batch is overridden
+    cfg.SOLVER.MOMENTUM = 0.9
+    cfg.SOLVER.WEIGHT_DECAY = 1e-4
+    cfg.SOLVER.EPOCHS = 200  # one epoch: as many samples as there are images
+    cfg.SOLVER.MAX_ITER = 0  # when positive, ends the run (and its schedule) first
+    cfg.SOLVER.SCHEDULE = "step"  # step, cosine or constant
+    cfg.SOLVER.MILESTONES = [0.6, 0.8]  # of "step", as shares of the run: epochs 120, 160 of 200
+    cfg.SOLVER.GAMMA = 0.1  # factor at each milestone
+    cfg.SOLVER.WARMUP_ITERS = 0  # linear from BASE_LR / WARMUP_ITERS
+
+    cfg.DATALOADER = CfgNode()
+    cfg.DATALOADER.NUM_WORKERS = 4  # processes a rank; does not change the run
+    cfg.DATALOADER.MAX_BAD_SHARE = 0.05  # of unreadable images; more is an error
+
+    cfg.CHECKPOINT = CfgNode()
+    cfg.CHECKPOINT.PERIOD = 1000  # iterations
+    cfg.CHECKPOINT.KEEP = 2  # newest checkpoints kept
+
+    cfg.LOG = CfgNode()
+    cfg.LOG.PERIOD = 20  # iterations between progress lines
+    return cfg
+
+
+def recipe_folder() -> Path:
+    """Where the named recipes lie: inside the installed package, or in the checkout."""
+    installed = Path(__file__).parent / "configs"
+    return installed if installed.is_dir() else Path(__file__).parents[1] / "configs" / "pretrain"
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.stem for path in recipe_folder().glob("*.yaml"))
+
+
+def load_config(name_or_file: str, overrides: Sequence[str] = ()) -> CfgNode:
+    """Defaults, then a recipe by name or a YAML file, then ``KEY VALUE`` pairs.
+
+    When a pair sets ``SOLVER.BATCH_SIZE`` and none sets ``SOLVER.BASE_LR``, the recipe's learning
+    rate is scaled linearly with the batch (Goyal et al. 2017).
+
+    Raises:
+        UserError: unknown recipe or key (naming the nearest), a value of the wrong type.
+    """
+    cfg = get_defaults()
+    path = _find(name_or_file)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not plain YAML: {_one_line(error)}.") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no keys: write `KEY: value` lines.")
+    for key, value in _leaves(values):
+        _set(cfg, key, value, str(path))
+    recipe_batch = cfg.SOLVER.BATCH_SIZE
+    if len(overrides) % 2:
+        raise UserError(
+            f"Overrides come in KEY VALUE pairs, and '{overrides[-1]}' has no partner: "
+            f"write for instance `SOLVER.BATCH_SIZE 128`."
+        )
+    keys = list(overrides[::2])
+    for key, text in zip(keys, overrides[1::2], strict=True):
+        _set(cfg, key, _literal(text), "the command line")
+    if "SOLVER.BATCH_SIZE" in keys and "SOLVER.BASE_LR" not in keys:
+        cfg.SOLVER.BASE_LR *= cfg.SOLVER.BATCH_SIZE / recipe_batch
+    return cfg
+
+
+def split_specs(values: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Part what follows ``--data`` into data specs and the KEY VALUE pairs that may trail them.
+
+    The pairs begin at the first value that is a key of the configuration and no existing path.
+    """
+    keys = {name for name, _ in _leaves(get_defaults())}
+    for i, value in enumerate(values):
+        if (value in keys or re.fullmatch(r"[A-Z_]+\.[A-Z0-9_.]+", value)) and not (
+            Path(value).exists()
+        ):
+            return list(values[:i]), list(values[i:])
+    return list(values), []
+
+
+def _find(name_or_file: str) -> Path:
+    names = recipe_names()
+    if name_or_file in names:
+        return recipe_folder() / f"{name_or_file}.yaml"
+    path = Path(name_or_file)
+    if path.is_file():
+        return path
+    near = difflib.get_close_matches(name_or_file, names, n=1)
+    raise UserError(
+        f"--config {name_or_file} is neither a file nor a recipe: "
+        + (f"did you mean {near[0]}? " if near else "")
+        + f"The recipes are {', '.join(names)}."
+    )
+
+
+def _leaves(values: dict, prefix: str = ""):
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{name}.")
+        else:
+            yield name, value
+
+
+def _set(cfg: CfgNode, key: str, value: object, where: str) -> None:
+    """Set one dotted key, whose default fixes its type; whole numbers may stand for floats."""
+    *parents, leaf = key.split(".")
+    node = cfg
+    for parent in parents:
+        node = node.get(parent) if isinstance(node, CfgNode) else None
+    if not isinstance(node, CfgNode) or leaf not in node or isinstance(node[leaf], CfgNode):
+        known = [name for name, _ in _leaves(cfg)]
+        near = difflib.get_close_matches(key.upper(), known, n=2, cutoff=0.5)
+        raise UserError(
+            f"{where} sets {key}, which is no key"
+            + (f": did you mean {' or '.join(near)}?" if near else f": one of {', '.join(known)}.")
+        )
+    old = node[leaf]
+    if isinstance(old, float) and isinstance(value, str):
+        value = _literal(value)  # YAML 1.1 reads 1e-4 as text
+    if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if isinstance(old, list) and isinstance(value, tuple):
+        value = list(value)
+    if type(old) is not type(value):
+        raise UserError(
+            f"{where} sets {key} to {value!r}: it takes a {type(old).__name__} such as {old!r}."
+        )
+    node[leaf] = value
+
+
+def _literal(text: str) -> object:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return {"true": True, "false": False}.get(text.lower(), text)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

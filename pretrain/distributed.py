@@ -1,0 +1,167 @@
+"""Every collective of this package. With one rank each is the identity.
+
+The same calls run on one process, on gloo processes on CPUs and on NCCL processes on GPUs; the
+backend is chosen here and named nowhere else. All ranks must make each call, in the same order.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def device() -> torch.device:
+    """This rank's device: its own GPU where there are GPUs, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def all_gather(x: Tensor) -> Tensor:
+    """Concatenate equally shaped tensors of all ranks in rank order, without gradient.
+
+    Shape: (n, ...) on each of W ranks -> (W*n, ...) on every rank.
+    """
+    if world_size() == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+def all_reduce_mean(tensors: list[Tensor]) -> None:
+    """Replace each floating tensor by its mean over the ranks, in place."""
+    if world_size() == 1 or not tensors:
+        return
+    flat = torch.cat([t.reshape(-1) for t in tensors])
+    dist.all_reduce(flat)
+    flat /= world_size()
+    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def permute_batch(x: Tensor, permutation: Tensor) -> Tensor:
+    """Permute the rows of the global batch over all ranks; each rank receives only its own rows.
+
+    The global batch is the concatenation of the ranks' batches in rank order. Rank r, holding n
+    rows, receives the global rows ``permutation[r*n : (r+1)*n]``, in that order, by one all-to-all:
+    on average (W-1)/W of one batch crosses the network, whatever the number of ranks. Applying the
+    inverse, ``permutation.argsort()``, undoes it. Carries no gradient.
+
+    Args:
+        x: (n, ...), the same shape and dtype on every rank; any dtype, bytes travel as bytes.
+        permutation: (W*n,) int64 permutation of range(W*n), equal on every rank.
+
+    Shape: (n, ...) -> (n, ...), contiguous in x's memory format.
+    """
+    if world_size() == 1:
+        return x[permutation.to(x.device)]
+    n, me = len(x), rank()
+    owners = permutation.view(world_size(), n) // n  # WxW*n: owner of each wanted row
+    mine = permutation.view(world_size(), n)
+    outgoing = [mine[to][owners[to] == me] - me * n for to in range(world_size())]
+    order = owners[me].argsort(stable=True)  # my wanted rows, by the rank that sends them
+    received = owners[me].bincount(minlength=world_size()).tolist()
+    # Rows are flattened in their own memory order, so a channels-last batch is not transposed.
+    channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    rows = x.permute(0, 2, 3, 1) if channels_last else x
+    payload = rows[torch.cat(outgoing).to(x.device)].contiguous()
+    buffer = torch.empty_like(payload)
+    dist.all_to_all_single(buffer, payload, received, [len(part) for part in outgoing])
+    result = torch.empty_like(buffer)
+    result[order.to(x.device)] = buffer
+    return result.permute(0, 3, 1, 2) if channels_last else result
+
+
+def average_batch_norm(module: nn.Module) -> None:
+    """Make the running BN statistics the mean over the ranks, in place and on every rank."""
+    all_reduce_mean(
+        [buffer for name, buffer in module.named_buffers() if name.endswith(_STATISTICS)]
+    )
+
+
+_STATISTICS = ("running_mean", "running_var")
+
+
+def wrap(module: nn.Module) -> nn.Module:
+    """Average gradients over the ranks; no buffer is ever broadcast (the queue is the same
+    everywhere, and BN statistics are each rank's own until they are saved)."""
+    if world_size() == 1:
+        return module
+    gpu = device()
+    return nn.parallel.DistributedDataParallel(
+        module, device_ids=[gpu] if gpu.type == "cuda" else None, broadcast_buffers=False
+    )
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    return module.module if isinstance(module, nn.parallel.DistributedDataParallel) else module
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def launch(function: Callable[..., Any], processes: int, *args: Any) -> None:
+    """Run ``function(*args)`` on ``processes`` ranks of this machine, or as the rank that
+    ``torchrun`` made this process.
+
+    Args:
+        processes: ranks to start: GPUs where there are GPUs, else gloo processes on the CPU.
+
+    Raises:
+        whatever ``function`` raises on one process; ``mp.ProcessRaisedException`` on several.
+    """
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        _as_rank(None, None, None, function, args)
+    elif processes > 1:
+        mp.spawn(_as_rank, (processes, _free_port(), function, args), nprocs=processes)
+    else:
+        function(*args)
+
+
+def _as_rank(
+    local_rank: int | None, processes: int | None, port: int | None, function: Any, args: Any
+) -> None:
+    on_gpu = torch.cuda.is_available()
+    if processes is None:
+        dist.init_process_group("nccl" if on_gpu else "gloo")
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    else:
+        assert local_rank is not None
+        # Every rank has its share of the cores; more threads than cores only fight.
+        torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            init_method=f"tcp://127.0.0.1:{port}",
+            rank=local_rank,
+            world_size=processes,
+        )
+    if on_gpu:
+        torch.cuda.set_device(local_rank)
+    try:
+        function(*args)
+    finally:
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,169 @@
+"""Momentum Contrast (He et al. 2020; v2: Chen et al. 2020), in the order of Algorithm 1."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pretrain import distributed
+from pretrain.encoders import ResNet
+from pretrain.errors import UserError
+from pretrain.losses import info_nce
+from pretrain.methods.base import Method
+
+Head = Callable[[int], nn.Module]
+
+
+def linear_head(dim: int) -> Head:
+    """MoCo v1: features -> dim."""
+    return lambda features: nn.Linear(features, dim)
+
+
+def mlp_head(dim: int, *, batch_norm: Callable[[int], nn.Module] | None = None) -> Head:
+    """MoCo v2: features -> features -> ReLU -> dim (2048-2048-128 for ResNet-50).
+
+    ``batch_norm`` adds a normalisation after each of the two layers. It is *not* in the paper of
+    v2 (v3's head has it): features behind a ReLU share a large mean, so without it all keys start
+    nearly parallel, and a small budget is spent on the plateau at log(K+1).
+    """
+
+    def build(features: int) -> nn.Module:
+        hidden, last = nn.Linear(features, features), nn.Linear(features, dim)
+        if batch_norm is None:
+            return nn.Sequential(hidden, nn.ReLU(inplace=True), last)
+        return nn.Sequential(
+            hidden,
+            batch_norm(features),
+            nn.ReLU(inplace=True),
+            last,
+            batch_norm(dim),
+        )
+
+    return build
+
+
+class MoCo(Method):
+    """A query encoder, its momentum average, and a queue of the latter's keys.
+
+    Args:
+        build_encoder: makes the encoder; called twice. Its output is (N, dim).
+        dim: C, length of a key.
+        queue_size: K, any positive number; batches need not divide it.
+        momentum: m of ``theta_k <- m theta_k + (1 - m) theta_q``, 0 <= m <= 1 (1 never moves).
+        temperature: T of the softmax.
+        shuffle: permute the keys' batch over all ranks (and BN groups) before the key encoder, so
+            that BN statistics cannot tell a query its key (Section 3.3, "Shuffling BN").
+        seed: of the initial queue and of the permutations.
+    """
+
+    queue: Tensor
+    queue_ptr: Tensor
+
+    def __init__(
+        self,
+        build_encoder: Callable[[], ResNet],
+        *,
+        dim: int = 128,
+        queue_size: int = 65536,
+        momentum: float = 0.999,
+        temperature: float = 0.07,
+        shuffle: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if queue_size < 1:
+            raise UserError(f"MOCO.QUEUE_SIZE is {queue_size}: it must be at least 1.")
+        if not 0.0 <= momentum <= 1.0:
+            raise UserError(f"MOCO.MOMENTUM is {momentum}: it must lie in [0, 1].")
+        if temperature <= 0.0:
+            raise UserError(f"MOCO.TEMPERATURE is {temperature}: it must be above 0.")
+        self.momentum, self.temperature, self.shuffle, self.seed = (
+            momentum,
+            temperature,
+            shuffle,
+            seed,
+        )
+        self.encoder_q = build_encoder()
+        self.encoder_k = build_encoder()
+        self.encoder_k.load_state_dict(self.encoder_q.state_dict())
+        self.encoder_k.requires_grad_(False)
+        noise = torch.randn(queue_size, dim, generator=torch.Generator().manual_seed(seed))
+        self.register_buffer("queue", F.normalize(noise, dim=1))  # KxC
+        self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
+
+    def forward(self, views: Sequence[Tensor], step: int) -> dict[str, Tensor]:
+        """One step of Algorithm 1 on this rank's share of the batch.
+
+        Args:
+            views: query images and key images, each (N, 3, H, W) uint8 or normalised float.
+            step: number of the step; with ``seed`` it determines the permutation.
+
+        Returns:
+            ``loss`` (with gradient) and, for the eyes, scalars without: ``accuracy`` (share of
+            queries whose key is nearer than all negatives), ``spread`` (see `embedding_spread`),
+            ``queue_fill`` (share of the queue that is keys and not initial noise).
+        """
+        query_images, key_images = views
+        q = F.normalize(self.encoder_q(query_images), dim=1)  # NxC
+        with torch.no_grad():
+            self.update_key_encoder()
+            k = self.encode_keys(key_images, step)  # NxC
+        loss, correct = info_nce(q, k, self.queue, self.temperature)
+        seen = (step + 1) * len(q) * distributed.world_size()
+        self.enqueue(distributed.all_gather(k))
+        return {
+            "loss": loss,
+            "accuracy": correct.float().mean(),
+            "spread": embedding_spread(q.detach()),
+            "queue_fill": torch.tensor(min(1.0, seen / len(self.queue))),
+        }
+
+    @property
+    def chance_loss(self) -> float:
+        """Loss of an encoder that cannot tell keys apart: log(K+1)."""
+        return math.log(len(self.queue) + 1)
+
+    @torch.no_grad()
+    def update_key_encoder(self) -> None:
+        """theta_k <- m theta_k + (1 - m) theta_q over parameters; BN buffers are not averaged."""
+        torch._foreach_lerp_(
+            list(self.encoder_k.parameters()),
+            list(self.encoder_q.parameters()),
+            1.0 - self.momentum,
+        )
+
+    @torch.no_grad()
+    def encode_keys(self, images: Tensor, step: int) -> Tensor:
+        """Keys of this rank's images, (N, C), encoded in batches that other ranks' images share."""
+        if not self.shuffle:
+            return F.normalize(self.encoder_k(images), dim=1)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        total = len(images) * distributed.world_size()
+        permutation = torch.randperm(total, generator=generator)  # the same on every rank
+        shuffled = distributed.permute_batch(images, permutation)
+        k = F.normalize(self.encoder_k(shuffled), dim=1)
+        return distributed.permute_batch(k, permutation.argsort())
+
+    @torch.no_grad()
+    def enqueue(self, keys: Tensor) -> None:
+        """Write all ranks' keys over the oldest ones. The queue is a ring: a batch that reaches its
+        end goes on at its start, and of a batch longer than the queue the last K keys stay."""
+        size, start = len(self.queue), int(self.queue_ptr)
+        kept = keys[-size:]
+        first = start + len(keys) - len(kept)
+        rows = torch.arange(first, first + len(kept), device=self.queue.device) % size
+        self.queue[rows] = kept.to(self.queue.dtype)
+        self.queue_ptr.fill_((start + len(keys)) % size)
+
+
+def embedding_spread(embeddings: Tensor) -> Tensor:
+    """Root mean square distance of unit vectors from their mean, in [0, 1].
+
+    0: all alike (collapse). 1: their mean is zero, as for vectors spread evenly over the sphere.
+    Shape: (N, C) -> ().
+    """
+    return (1.0 - embeddings.mean(0).square().sum()).clamp_min(0.0).sqrt()

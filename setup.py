@@ -1,0 +1,85 @@
+"""Packaging: two packages, their recipes as package data, and the command lines as console scripts.
+
+Neither torch nor detectron2 is ever replaced: their ranges are wide, and detectron2 (which is not
+on the package index under its own name) is not declared at all, see README.md, "Installation".
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "pretrain" / "version.py").read_text())
+TOOLS = ("pretrain", "convert", "train_net", "report", "predict", "demo")
+
+setup(
+    name="moco-det",
+    version=VERSION.group(1),
+    description="From self-supervised pre-training (MoCo) to object detection with Detectron2",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=[
+        *find_packages(include=["pretrain", "pretrain.*", "moco_det", "moco_det.*"]),
+        "pretrain.configs",
+        "moco_det.configs",
+        "moco_tools",
+    ],
+    # The recipes and the command lines live beside the packages in the repository and inside
+    # them (or in a package of their own) once installed.
+    package_dir={
+        "pretrain.configs": "configs/pretrain",
+        "moco_det.configs": "configs/detection",
+        "moco_tools": "tools",
+    },
+    package_data={
+        "pretrain": ["py.typed"],
+        "moco_det": ["py.typed", "assets/*"],
+        "pretrain.configs": ["*.yaml"],
+        "moco_det.configs": ["*.yaml"],
+    },
+    install_requires=[
+        "torch>=2.1",
+        "torchvision>=0.16",
+        "numpy>=1.24",
+        "opencv-python-headless>=4.8",
+        "pillow>=9.5",
+        "fvcore>=0.1.5.post20221221",
+        "pycocotools>=2.0.6",
+        "matplotlib>=3.7",
+        "tensorboard>=2.12",
+        "jinja2>=3",
+        "pyyaml>=6",
+        "tabulate>=0.9",
+        "tqdm>=4.65",
+    ],
+    extras_require={
+        # What Detectron2's Python code imports, for an environment that takes it without its
+        # own dependencies (as `make setup` does).
+        "detectron2-deps": [
+            "iopath>=0.1.10",
+            "omegaconf>=2.1,<2.4",
+            "hydra-core>=1.1",
+            "cloudpickle",
+            "tabulate",
+            "termcolor>=1.1",
+            "yacs>=0.1.8",
+            "black",
+            "setuptools<81",
+        ],
+        "safetensors": ["safetensors>=0.4"],
+        "dev": ["pytest>=7.4", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "build"],
+    },
+    entry_points={
+        "console_scripts": [
+            f"moco-{name.replace('_', '-')} = moco_tools.{name}:main" for name in TOOLS
+        ]
+    },
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "License :: OSI Approved :: Apache Software License",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+    ],
+)

@@ -1,0 +1,105 @@
+"""The published recipes, and what a mistake in a configuration says."""
+
+import pytest
+import yaml
+
+from pretrain.config import load_config, recipe_names, split_specs
+from pretrain.errors import UserError
+
+SHARED = {
+    "MODEL.DEPTH": 50,
+    "MOCO.DIM": 128,
+    "MOCO.QUEUE_SIZE": 65536,
+    "MOCO.MOMENTUM": 0.999,
+    "SOLVER.BATCH_SIZE": 256,
+    "SOLVER.BASE_LR": 0.03,
+    "SOLVER.MOMENTUM": 0.9,
+    "SOLVER.WEIGHT_DECAY": 1e-4,
+    "SOLVER.EPOCHS": 200,
+    "INPUT.CROP_SIZE": 224,
+    "INPUT.MIN_SCALE": 0.2,
+}
+V1 = {
+    "MOCO.TEMPERATURE": 0.07,
+    "MOCO.MLP": False,
+    "SOLVER.SCHEDULE": "step",
+    "SOLVER.MILESTONES": [0.6, 0.8],
+    "INPUT.AUGMENTATION": "moco-v1",
+}
+V2 = {
+    "MOCO.TEMPERATURE": 0.2,
+    "MOCO.MLP": True,
+    "MOCO.MLP_BN": False,
+    "SOLVER.SCHEDULE": "cosine",
+    "INPUT.AUGMENTATION": "moco-v2",
+}
+
+
+@pytest.mark.parametrize(("name", "own"), [("moco-v1", V1), ("moco-v2", V2)])
+def test_recipes_are_the_papers(name, own):
+    cfg = load_config(name)
+    for key, expected in {**SHARED, **own}.items():
+        node = cfg
+        for part in key.split("."):
+            node = node[part]
+        assert node == expected, key
+
+
+def test_every_recipe_loads_and_a_resolved_config_loads_to_itself(tmp_path):
+    assert {"moco-v1", "moco-v2"} <= set(recipe_names())
+    for name in recipe_names():
+        cfg = load_config(name, ["SOLVER.BATCH_SIZE", "64"])
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(cfg.dump())
+        assert load_config(str(file)) == cfg
+
+
+def test_learning_rate_follows_the_batch_unless_it_is_given():
+    assert load_config("moco-v1", ["SOLVER.BATCH_SIZE", "128"]).SOLVER.BASE_LR == 0.015
+    given = ["SOLVER.BATCH_SIZE", "128", "SOLVER.BASE_LR", "0.06"]
+    assert load_config("moco-v1", given).SOLVER.BASE_LR == 0.06
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["SOLVER.BATHC_SIZE", "64"], r"did you mean SOLVER\.BATCH_SIZE"),
+        (["SOLVER", "64"], "which is no key"),
+        (["SOLVER.BATCH_SIZE", "many"], "takes a int such as 256"),
+        (["MOCO.MLP", "1"], "takes a bool"),
+        (["SEED"], "has no partner"),
+    ],
+)
+def test_a_wrong_override_names_key_and_mend(overrides, message):
+    with pytest.raises(UserError, match=message):
+        load_config("moco-v1", overrides)
+
+
+def test_an_unknown_recipe_proposes_the_nearest():
+    with pytest.raises(UserError, match="did you mean moco-v2"):
+        load_config("moco_v2")
+
+
+def test_yaml_with_python_tags_is_refused_and_nothing_runs(tmp_path):
+    trap = tmp_path / "trap.yaml"
+    proof = tmp_path / "executed"
+    trap.write_text(f"SEED: !!python/object/apply:os.mkdir ['{proof}']\n")
+    with pytest.raises(UserError, match="not plain YAML"):
+        load_config(str(trap))
+    assert not proof.exists()
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path):
+    file = tmp_path / "own.yaml"
+    file.write_text("SOLVER:\n  WEIGHT_DECAY: 1e-5\n  BASE_LR: 1\n")
+    assert yaml.safe_load(file.read_text())["SOLVER"]["WEIGHT_DECAY"] == "1e-5"
+    cfg = load_config(str(file))
+    assert (cfg.SOLVER.WEIGHT_DECAY, cfg.SOLVER.BASE_LR) == (1e-5, 1.0)
+
+
+def test_overrides_may_follow_the_data_specs(tmp_path):
+    folder = tmp_path / "SOLVER.EPOCHS"  # a folder of that name is a folder
+    folder.mkdir()
+    values = ["photos", str(folder), "SOLVER.EPOCHS", "2", "SEED", "1"]
+    assert split_specs(values) == (values[:2], values[2:])
+    assert split_specs(["photos", "MOCO.NONSENSE", "1"])[1] == ["MOCO.NONSENSE", "1"]

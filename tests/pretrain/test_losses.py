@@ -1,0 +1,69 @@
+"""InfoNCE against the paper's formula written as loops, and against closed forms."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pretrain.losses import info_nce
+
+
+def unit(rows, columns, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(rows, columns, generator=generator, dtype=torch.float64), dim=1)
+
+
+def naive_info_nce(q, k, negatives, temperature):
+    total = 0.0
+    for i in range(len(q)):
+        similarities = [(q[i] * k[i]).sum()] + [(q[i] * n).sum() for n in negatives]
+        exponentials = [torch.exp(s / temperature) for s in similarities]
+        total = total - torch.log(exponentials[0] / sum(exponentials))
+    return total / len(q)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 17, 4096])
+@pytest.mark.parametrize("temperature", [0.07, 0.2, 1.0])
+def test_info_nce_and_its_gradients_equal_the_formula_as_loops(temperature, chunk):
+    q, k, negatives = unit(6, 8, 0), unit(6, 8, 1), unit(17, 8, 2)
+    leaves = [q.clone().requires_grad_(), k.clone().requires_grad_()]
+    loss, _ = info_nce(*leaves, negatives, temperature, chunk=chunk)
+    loss.backward()
+    expected = [q.clone().requires_grad_(), k.clone().requires_grad_()]
+    naive = naive_info_nce(*expected, negatives, temperature)
+    naive.backward()
+    torch.testing.assert_close(loss, naive)
+    torch.testing.assert_close(leaves[0].grad, expected[0].grad)
+    torch.testing.assert_close(leaves[1].grad, expected[1].grad)
+
+
+def test_loss_is_log_of_keys_plus_one_when_all_similarities_are_equal():
+    q = F.normalize(torch.ones(4, 3), dim=1)
+    loss, _ = info_nce(q, q, q[:1].expand(99, 3), 0.07)
+    assert loss.item() == pytest.approx(math.log(100), rel=1e-6)
+
+
+def test_correct_marks_queries_whose_key_beats_every_negative():
+    q = torch.eye(3)
+    k = torch.stack([q[0], q[0], q[2]])  # the second key belongs to another query
+    _, correct = info_nce(q, k, torch.tensor([[0.0, 0.9, 0.0]]), 0.1)
+    assert correct.tolist() == [True, False, True]
+
+
+def test_negatives_may_be_overwritten_before_the_backward_pass():
+    q, k, negatives = unit(6, 8, 0).requires_grad_(), unit(6, 8, 1), unit(17, 8, 2)
+    info_nce(q, k, negatives, 0.1)[0].backward()
+    expected, q.grad = q.grad.clone(), None
+    loss, _ = info_nce(q, k, negatives, 0.1)
+    negatives.zero_()
+    loss.backward()
+    torch.testing.assert_close(q.grad, expected)
+
+
+def test_large_logits_do_not_overflow():
+    q = unit(4, 8, 0).float().requires_grad_()
+    loss, _ = info_nce(q, -q.detach(), q.detach(), 1e-3)
+    loss.backward()
+    assert loss.item() == pytest.approx(2000, rel=1e-3)
+    assert torch.isfinite(q.grad).all()

@@ -1,0 +1,220 @@
+"""MoCo against the paper's Algorithm 1 written naively, and one process against several."""
+
+import copy
+import math
+from collections import deque
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pretrain import distributed
+from pretrain.encoders import ResNet, SplitBatchNorm1d
+from pretrain.errors import UserError
+from pretrain.methods.moco import MoCo, embedding_spread, linear_head, mlp_head
+from tests.pretrain.ranks import on_ranks
+
+DIM, BATCH, PIXELS = 8, 16, 32
+
+
+def tiny_moco(bn_groups=1, queue_size=23, mlp=False, **kwargs):
+    torch.manual_seed(3)
+    norm = partial(SplitBatchNorm1d, groups=bn_groups)
+    head = mlp_head(DIM, batch_norm=norm) if mlp else linear_head(DIM)
+    build = partial(ResNet, 18, width=1 / 16, bn_groups=bn_groups, head=head)
+    method = MoCo(build, dim=DIM, queue_size=queue_size, momentum=0.9, seed=7, **kwargs)
+    return method.double()  # BN over groups of four images amplifies rounding in float32
+
+
+def images(step):
+    """Two views of a global batch: (2, BATCH, 3, PIXELS, PIXELS)."""
+    generator = torch.Generator().manual_seed(100 + step)
+    return torch.randn(2, BATCH, 3, PIXELS, PIXELS, generator=generator, dtype=torch.float64)
+
+
+def run(steps, bn_groups, mlp=False):
+    """Some SGD steps on this rank's share; what must not depend on the number of ranks."""
+    method = tiny_moco(bn_groups, mlp=mlp)
+    parallel = distributed.wrap(method)
+    optimizer = torch.optim.SGD(
+        [p for p in method.parameters() if p.requires_grad],
+        lr=0.05,
+        momentum=0.9,
+        weight_decay=1e-4,
+    )
+    share = BATCH // distributed.world_size()
+    losses = []
+    for step in range(steps):
+        mine = images(step)[:, distributed.rank() * share :][:, :share]
+        loss = parallel(list(mine), step)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        gradients = {
+            name: p.grad.clone() for name, p in method.named_parameters() if p.grad is not None
+        }
+        optimizer.step()
+        mean = loss.detach().clone()
+        distributed.all_reduce_mean([mean])
+        losses.append(mean)
+    distributed.average_batch_norm(method)
+    return {"losses": torch.stack(losses), "gradients": gradients, "state": method.state_dict()}
+
+
+def naive_algorithm_1(steps, groups):
+    """Algorithm 1 with lists and loops: BN per group by separate forward passes, no shared code
+    with the package but the network's layers."""
+    reference = tiny_moco(1)
+    f_q, f_k = reference.encoder_q, copy.deepcopy(reference.encoder_q)
+    queue = deque(reference.queue.clone().unbind(), maxlen=len(reference.queue))
+    velocity = {name: None for name, _ in f_q.named_parameters()}
+    losses = []
+    size = BATCH // groups
+
+    def by_groups(network, batch):
+        """Each group through the network with its own BN statistics, running ones averaged."""
+        start = copy.deepcopy(network.state_dict())
+        outputs, ends = [], []
+        for g in range(groups):
+            for name, buffer in network.named_buffers():
+                buffer.data = start[name].clone()
+            outputs.append(network(batch[g * size : (g + 1) * size]))
+            ends.append({name: b.clone() for name, b in network.named_buffers()})
+        for name, buffer in network.named_buffers():
+            if buffer.is_floating_point():
+                buffer.data = torch.stack([end[name] for end in ends]).mean(0)
+        return torch.cat(outputs)
+
+    for step in range(steps):
+        x_q, x_k = images(step)
+        q = F.normalize(by_groups(f_q, x_q), dim=1)
+        with torch.no_grad():
+            for p_k, p_q in zip(f_k.parameters(), f_q.parameters(), strict=True):
+                p_k.copy_(0.9 * p_k + 0.1 * p_q)
+            generator = torch.Generator().manual_seed(7 * 1_000_003 + step)
+            order = torch.randperm(BATCH, generator=generator).tolist()
+            shuffled = F.normalize(by_groups(f_k, x_k[order]), dim=1)
+            k = [None] * BATCH
+            for place, image in enumerate(order):
+                k[image] = shuffled[place]
+        loss = 0.0
+        for i in range(BATCH):
+            logits = torch.stack([q[i] @ k[i], *(q[i] @ key for key in queue)]) / 0.07
+            loss = loss - F.log_softmax(logits, dim=0)[0] / BATCH
+        f_q.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            for name, p in f_q.named_parameters():
+                gradient = p.grad + 1e-4 * p
+                old = velocity[name]
+                velocity[name] = gradient if old is None else 0.9 * old + gradient
+                p -= 0.05 * velocity[name]
+        for key in k:
+            queue.append(key)
+        losses.append(loss.detach())
+    return torch.stack(losses), f_q, f_k, torch.stack(list(queue))
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_twenty_steps_equal_algorithm_1_written_naively(world):
+    losses, f_q, f_k, queue = naive_algorithm_1(20, groups=4)
+    for result in on_ranks(world, run, 20, 4 // world):
+        torch.testing.assert_close(result["losses"], losses, rtol=1e-9, atol=1e-9)
+        state = result["state"]
+        start = int(state["queue_ptr"])
+        assert start == 20 * BATCH % 23
+        oldest_first = torch.cat([state["queue"][start:], state["queue"][:start]])
+        torch.testing.assert_close(oldest_first, queue, rtol=1e-7, atol=1e-7)
+        for prefix, network in (("encoder_q.", f_q), ("encoder_k.", f_k)):
+            for name, value in network.state_dict().items():
+                if value.is_floating_point():
+                    torch.testing.assert_close(
+                        state[prefix + name], value, rtol=1e-7, atol=1e-7, msg=name
+                    )
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("mlp", [False, True])
+def test_one_process_with_groups_equals_as_many_processes(world, mlp):
+    alone = on_ranks(1, run, 2, world, mlp)[0]
+    for result in on_ranks(world, run, 2, 1, mlp):
+        torch.testing.assert_close(result, alone, rtol=1e-9, atol=1e-9)
+
+
+def test_the_queue_is_not_touched_by_data_parallel_broadcasts():
+    assert on_ranks(2, broadcasts_buffers) == [False, False]
+
+
+def broadcasts_buffers():
+    return distributed.wrap(tiny_moco()).broadcast_buffers
+
+
+@pytest.mark.parametrize("queue_size", [1, 5, 6, 7, 12, 40])
+def test_the_queue_is_a_ring_for_any_size_and_batch(queue_size):
+    method = tiny_moco(queue_size=queue_size)
+    oracle = deque(method.queue.clone().unbind(), maxlen=queue_size)
+    for batch in (6, 1, 6, 5, 9, 41):
+        keys = torch.randn(batch, DIM, dtype=torch.float64)
+        method.enqueue(keys)
+        oracle.extend(keys.unbind())
+        start = int(method.queue_ptr)
+        oldest_first = torch.cat([method.queue[start:], method.queue[:start]])
+        assert torch.equal(oldest_first, torch.stack(list(oracle)))
+
+
+def test_momentum_moves_parameters_by_one_minus_m_and_leaves_bn_buffers():
+    method = tiny_moco()
+    before = copy.deepcopy(method.encoder_k.state_dict())
+    with torch.no_grad():
+        for p in method.encoder_q.parameters():
+            p.add_(torch.randn_like(p))
+    method.encoder_q.bn1.running_mean.fill_(5.0)
+    method.update_key_encoder()
+    parameters = {name for name, _ in method.encoder_q.named_parameters()}
+    for name, value in method.encoder_k.state_dict().items():
+        expected = before[name]
+        if name in parameters:
+            expected = 0.9 * expected + 0.1 * method.encoder_q.state_dict()[name]
+        torch.testing.assert_close(value, expected)
+
+
+def test_no_gradient_reaches_the_key_encoder_or_the_queue():
+    method = tiny_moco()
+    method(list(images(0)), 0)["loss"].backward()
+    assert all(p.grad is None for p in method.encoder_k.parameters())
+    assert all(p.grad is not None for p in method.encoder_q.parameters())
+    assert not method.queue.requires_grad
+
+
+def test_the_first_loss_is_near_chance():
+    method = tiny_moco(queue_size=4096, temperature=1.0)
+    outputs = method(list(images(0)), 0)
+    assert method.chance_loss == math.log(4097)
+    assert outputs["loss"].item() == pytest.approx(math.log(4097), rel=0.1)
+
+
+def test_shuffling_changes_which_images_share_bn_statistics_and_nothing_else():
+    grouped, whole = tiny_moco(bn_groups=4), tiny_moco(bn_groups=1)
+    view = images(0)[1]
+    with torch.no_grad():
+        shuffled = grouped.encode_keys(view, 0)
+        grouped.shuffle = False
+        plain = grouped.encode_keys(view, 0)
+        same = whole.encode_keys(view, 0)  # one group: no permutation can change anything
+        whole.shuffle = False
+        torch.testing.assert_close(same, whole.encode_keys(view, 0), rtol=1e-9, atol=1e-9)
+    assert (shuffled - plain).abs().max() > 1e-3
+
+
+def test_spread_is_zero_for_collapsed_and_one_for_opposite_embeddings():
+    collapsed = F.normalize(torch.ones(5, 3), dim=1)
+    assert embedding_spread(collapsed).item() == pytest.approx(0.0, abs=1e-3)
+    opposite = torch.cat([torch.eye(3), -torch.eye(3)])
+    assert embedding_spread(opposite).item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("kwargs", [{"queue_size": 0}, {"momentum": 1.5}, {"temperature": 0.0}])
+def test_an_impossible_setting_names_its_key(kwargs):
+    with pytest.raises(UserError, match=next(iter(kwargs)).upper()):
+        MoCo(lambda: nn.Linear(1, 1), **kwargs)
