@@ -1,0 +1,35 @@
+"""moco_det: from a pre-trained checkpoint to a Detectron2 detector and its report."""
+
+import warnings
+
+from .errors import UserError
+
+with warnings.catch_warnings():
+    # pkg_resources and torch.jit.script are Detectron2's affair: a user can do nothing about them.
+    warnings.simplefilter("ignore")
+    try:
+        import detectron2  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name != "detectron2":
+            raise
+        raise ModuleNotFoundError(
+            "moco_det needs Detectron2, which is not on the package index under its own name: "
+            "see 'Installation' in the README (`make setup`, or build it from upstream's git "
+            "repository after installing torch, with `pip install --no-build-isolation`).",
+            name="detectron2",
+        ) from None
+    from .convert import Converted, convert, load_detectron2_weights
+    from .heads import Res5ROIHeadsExtraNorm  # registers the head
+    from .protocols import add_moco_det_config, get_protocol, load_config, protocol_names
+
+__all__ = [
+    "Converted",
+    "Res5ROIHeadsExtraNorm",
+    "UserError",
+    "add_moco_det_config",
+    "convert",
+    "get_protocol",
+    "load_config",
+    "load_detectron2_weights",
+    "protocol_names",
+]

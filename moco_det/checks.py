@@ -1,0 +1,284 @@
+"""What is checked while a data set is read: image headers, the annotation's frame, boxes.
+
+Nothing here knows a file format. A reader asks these functions and notes every mend in a
+:class:`DatasetReport`: mended where the mend is certain, skipped otherwise, named either way.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .errors import UserError
+
+EXIF_ORIENTATION = 274  # the tag, EXIF 2.3, section 4.6.4
+PNG_EXIF_KEYS = ("exif", "Raw profile type exif", "XML:com.adobe.xmp")
+# Modes of more than 8 bits a channel: conversion to RGB clips them, so what a network would see
+# is not the picture.
+DEEP_MODES = ("I", "F")
+PREDICTIONS_FILE = "coco_instances_results.json"  # Detectron2's name for COCO's result format
+ROUNDING = 0.01  # pixels: a box that leaves the image by less is rounding, not a mistake
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing wrong in a data set, and what was done about it."""
+
+    kind: str
+    file: str
+    object: str  # "object 3 (RBC)", counted from 1 in the file's order; "" for the whole file
+    action: str
+
+
+@dataclass
+class DatasetReport:
+    """What a reader found: the size of the data set and everything wrong in it, each once."""
+
+    spec: str
+    images: int = 0
+    objects: int = 0
+    images_without_objects: int = 0
+    classes: list[str] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+
+    def add(self, kind: str, file: object, obj: str = "", *, action: str) -> None:
+        self.findings.append(Finding(kind, str(file), obj, action))
+
+    def groups(self) -> dict[tuple[str, str], list[Finding]]:
+        """Findings by (kind, action), in the order in which they were first met."""
+        groups: dict[tuple[str, str], list[Finding]] = {}
+        for finding in self.findings:
+            groups.setdefault((finding.kind, finding.action), []).append(finding)
+        return groups
+
+    def summary(self) -> str:
+        """One line about the data set, then one for each kind of finding with its first case."""
+        shown = ", ".join(self.classes[:8]) + (", ..." if len(self.classes) > 8 else "")
+        lines = [
+            f"{self.spec}: {self.images:,} images ({self.images_without_objects:,} without "
+            f"objects), {self.objects:,} objects, {len(self.classes)} classes ({shown})"
+        ]
+        for (kind, action), found in self.groups().items():
+            where = found[0].file + (f", {found[0].object}" if found[0].object else "")
+            first = "first: " if len(found) > 1 else ""
+            lines.append(f"  {len(found):,} x {kind}: {action} ({first}{where})")
+        return "\n".join(lines)
+
+    def write_json(self, path: str | os.PathLike[str]) -> None:
+        """Write counts and all findings as JSON, atomically."""
+        counts = [
+            {"kind": kind, "action": action, "count": len(found)}
+            for (kind, action), found in self.groups().items()
+        ]
+        write_json_atomically(path, {**asdict(self), "counts": counts})
+
+
+def write_json_atomically(path: str | os.PathLike[str], content: Any) -> None:
+    """Write ``content`` as JSON so that ``path`` holds either the old or the whole new file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            # One string at once: json.dump would go through the slow pure-Python encoder.
+            file.write(json.dumps(content))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+@dataclass(frozen=True)
+class ImageHeader:
+    """Size as stored (pixels) and EXIF orientation (1 to 8) of an image file."""
+
+    width: int
+    height: int
+    orientation: int = 1
+
+    @property
+    def stored(self) -> tuple[int, int]:
+        return self.width, self.height
+
+    @property
+    def shown(self) -> tuple[int, int]:
+        """(width, height) once the orientation is applied, as Detectron2 reads the image."""
+        return self.stored[::-1] if self.orientation >= 5 else self.stored
+
+
+def read_header(path: str | os.PathLike[str]) -> ImageHeader | str:
+    """Read an image's header without decoding it. Returns what is wrong if it is unusable."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path) as image:
+                if image.mode.split(";")[0] in DEEP_MODES:
+                    return f"image of mode {image.mode}, more than 8 bits a channel"
+                orientation = 1
+                # On a PNG without these keys getexif() would decode the whole image to look for
+                # a chunk behind the pixels.
+                if image.format != "PNG" or any(key in image.info for key in PNG_EXIF_KEYS):
+                    orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+                if orientation not in range(1, 9):
+                    orientation = 1
+                return ImageHeader(image.width, image.height, orientation)
+    except FileNotFoundError:
+        return "image missing"
+    except Exception:  # PIL's decoders raise nearly anything on a damaged file
+        return "image unreadable"
+
+
+def read_headers(paths: Sequence[str | os.PathLike[str]]) -> list[ImageHeader | str]:
+    """:func:`read_header` of many files, in threads: the waiting is on the disk."""
+    chunks = [paths[start : start + 64] for start in range(0, len(paths), 64)]
+    with ThreadPoolExecutor(max_workers=16) as pool:
+        read = pool.map(lambda chunk: [read_header(path) for path in chunk], chunks)
+        return [header for chunk in read for header in chunk]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The frame an image is read in, and the way into it from the annotation's frame.
+
+    ``matrix`` (2 x 3) maps annotated to read coordinates; None is the identity and keeps every
+    coordinate to the last bit.
+    """
+
+    width: int
+    height: int
+    matrix: np.ndarray | None = None
+
+    def points(self, points: np.ndarray) -> np.ndarray:
+        """Map (N, 2) float points."""
+        if self.matrix is None:
+            return points
+        return points @ self.matrix[:, :2].T + self.matrix[:, 2]
+
+    def box(self, box: Sequence[float]) -> list[float]:
+        """Map a box (x0, y0, x1, y1) to the box around its mapped corners."""
+        if self.matrix is None:
+            return list(box)
+        corners = self.points(np.asarray(box, dtype=np.float64).reshape(2, 2))
+        return [*corners.min(axis=0).tolist(), *corners.max(axis=0).tolist()]
+
+
+def _turned(header: ImageHeader) -> np.ndarray:
+    """The matrix of a quarter turn (EXIF orientation 5 to 8) from the stored frame."""
+    w, h = header.stored
+    return np.array(
+        {
+            5: [[0, 1, 0], [1, 0, 0]],
+            6: [[0, -1, h], [1, 0, 0]],
+            7: [[0, -1, h], [-1, 0, w]],
+            8: [[0, 1, 0], [-1, 0, w]],
+        }[header.orientation],
+        dtype=np.float64,
+    )
+
+
+def find_frame(
+    header: ImageHeader,
+    size: tuple[int, int] | None,
+    boxes: Sequence[Sequence[float]],
+    report: DatasetReport,
+    file: str,
+) -> Frame | None:
+    """Decide in which frame an image was annotated.
+
+    Args:
+        header: the image file's header.
+        size: (width, height) that the annotation states, None if it states none.
+        boxes: the annotated boxes (x0, y0, x1, y1), counted from 0.
+        report: where a mend is noted, under ``file``.
+
+    Returns:
+        The way into the frame that Detectron2 reads, or None if it cannot be told: skip the image.
+    """
+    shown, stored = header.shown, header.stored
+    if size is None:
+        report.add("size missing", file, action="taken from the image file")
+        size = shown
+    if size == shown:
+        if header.orientation != 1 and shown == stored:
+            kind = "EXIF rotation in a frame that the annotated size does not tell"
+            report.add(kind, file, action="boxes kept as they are")
+        return Frame(*shown)
+    if size == stored:
+        report.add("EXIF rotation", file, action="objects turned with the image")
+        return Frame(*shown, matrix=_turned(header))
+    found = f"annotated size {size[0]}x{size[1]}, the file's is {shown[0]}x{shown[1]}"
+    extent = np.max([box[2:] for box in boxes], axis=0) if len(boxes) else np.zeros(2)
+    fits = bool((extent <= np.asarray(shown) + 1).all())
+    same_shape = abs(size[0] * shown[1] - size[1] * shown[0]) <= max(*size, *shown)
+    if fits and (not same_shape or not len(boxes)):
+        report.add("size differs", file, found, action="the file's size taken, boxes kept")
+        return Frame(*shown)
+    if same_shape and not fits and bool((extent <= np.asarray(size) + 1).all()):
+        report.add("size differs", file, found, action="boxes scaled to the file's size")
+        x, y = shown[0] / size[0], shown[1] / size[1]
+        return Frame(*shown, matrix=np.array([[x, 0, 0], [0, y, 0]], dtype=np.float64))
+    report.add("size differs", file, found, action="image skipped, its frame cannot be told")
+    return None
+
+
+def mend_box(
+    box: Sequence[float], frame: Frame, report: DatasetReport, file: str, obj: str
+) -> list[float] | None:
+    """Clip a box (x0, y0, x1, y1) to its image. None if nothing is left of it: skip the object."""
+    x0, y0, x1, y1 = box
+    if not all(map(math.isfinite, box)):
+        report.add("box unreadable", file, obj, action="object skipped")
+        return None
+    if x1 <= x0 or y1 <= y0:
+        report.add("box empty", file, obj, action="object skipped")
+        return None
+    inside = [max(x0, 0.0), max(y0, 0.0), min(x1, frame.width), min(y1, frame.height)]
+    if inside[2] <= inside[0] or inside[3] <= inside[1]:
+        report.add("box outside the image", file, obj, action="object skipped")
+        return None
+    if max(abs(a - b) for a, b in zip(inside, box, strict=True)) > ROUNDING:
+        report.add("box partly outside the image", file, obj, action="clipped to the image")
+    return [float(value) for value in inside]
+
+
+def check_images(
+    dataset_name: str, seen: Iterable[Any], expected: Iterable[Any] | None = None
+) -> None:
+    """Check that each image was evaluated once: a repeated or a lost one makes another metric.
+
+    Raises:
+        UserError: naming the first image that was seen twice, is unknown, or was not seen.
+    """
+    counts = Counter(seen)
+    twice = [image for image, count in counts.items() if count > 1]
+    if twice:
+        raise UserError(
+            f"{len(twice)} images of {dataset_name} were evaluated more than once (first: "
+            f"{twice[0]}): use a sampler that gives each image to one process, once"
+        )
+    if expected is None:
+        return
+    known = dict.fromkeys(expected)
+    unknown = [image for image in counts if image not in known]
+    lost = [image for image in known if image not in counts]
+    if unknown:
+        raise UserError(f"image {unknown[0]} is not of {dataset_name}: evaluate on its own loader")
+    if lost:
+        raise UserError(
+            f"{len(lost)} of {len(known)} images of {dataset_name} were not evaluated (first: "
+            f"{lost[0]}): run the model over the whole data set"
+        )

@@ -1,0 +1,239 @@
+"""The proof: the same images through a ResNet in torchvision's layout and through Detectron2's.
+
+The torchvision side is written out here with ``torch.nn.functional``, straight from the named
+tensors, so that it exists for every width (torchvision's own class does not) and shares no code
+with Detectron2's modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moco_det.conversion.architecture import Architecture, Layer, to_detectron2
+from moco_det.reader import CheckpointError
+
+FEATURES = ("stem", "res2", "res3", "res4", "res5")
+TOLERANCE = 1e-4
+_MOMENTUM, _EPS = 0.1, 1e-5  # torch.nn.BatchNorm2d's defaults, in torchvision and in Detectron2
+
+
+@dataclass(frozen=True)
+class Proof:
+    """Largest relative differences, max|a - b| / max|a|, of the two networks.
+
+    Attributes:
+        eval: of stem and res2 to res5, norms with the running statistics.
+        train: the same, norms with the batch's statistics.
+        statistics: of the running statistics after one training step, by the feature's stage.
+    """
+
+    eval: dict[str, float]
+    train: dict[str, float]
+    statistics: dict[str, float]
+
+    @property
+    def worst(self) -> float:
+        """The largest of all; infinite if one is not a number."""
+        values = [*self.eval.values(), *self.train.values(), *self.statistics.values()]
+        return max(v if v == v else float("inf") for v in values)
+
+    @property
+    def holds(self) -> bool:
+        return self.worst <= TOLERANCE
+
+    def __str__(self) -> str:
+        columns = ((self.eval, 10), (self.train, 10), (self.statistics, 15))
+        lines = ["proof        eval     train  BN statistics   (largest relative difference)"]
+        lines += [
+            f"  {name:<7}" + "".join(f"{c[name]:>{w}.1e}" for c, w in columns) for name in FEATURES
+        ]
+        verdict = "holds" if self.holds else "FAILS"
+        return "\n".join([*lines, f"  {verdict}: {self.worst:.1e}, limit {TOLERANCE:.0e}"])
+
+
+def resnet_features(
+    tensors: dict[str, Tensor], architecture: Architecture, images: Tensor, *, training: bool
+) -> dict[str, Tensor]:
+    """A ResNet in torchvision's layout, straight from its state dict.
+
+    Args:
+        tensors: float32, by torchvision name. Running statistics are updated in place when
+            ``training``.
+        images: float32 (N, 3, H, W), normalised.
+
+    Returns:
+        Outputs of "stem" (after the pooling) and "res2" to "res5", (N, C, H / stride, W / stride).
+    """
+
+    def conv_norm(x: Tensor, layer: Layer) -> Tensor:
+        weight = tensors[f"{layer.conv}.weight"]
+        x = F.conv2d(x, weight, None, layer.stride, layer.kernel // 2, 1, layer.groups)
+        gamma, beta = tensors[f"{layer.norm}.weight"], tensors[f"{layer.norm}.bias"]
+        mean, var = tensors[f"{layer.norm}.running_mean"], tensors[f"{layer.norm}.running_var"]
+        return F.batch_norm(x, mean, var, gamma, beta, training, _MOMENTUM, _EPS)
+
+    x = F.relu(conv_norm(images, architecture.stem))
+    x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
+    outputs = {"stem": x}
+    stages = zip(FEATURES[1:], architecture.stages(), strict=True)
+    for feature, (_, _, blocks, shortcuts) in stages:
+        for block, shortcut in zip(blocks, shortcuts, strict=True):
+            identity = x if shortcut is None else conv_norm(x, shortcut)
+            for layer in block[:-1]:
+                x = F.relu(conv_norm(x, layer))
+            x = F.relu(conv_norm(x, block[-1]) + identity)
+        outputs[feature] = x
+    return outputs
+
+
+def build_detectron2(architecture: Architecture) -> torch.nn.Module:
+    """Detectron2's network of that architecture, without memory for its parameters.
+
+    Built from a config as a detector's is; narrow and wide ResNet-18 and -34, which that route
+    refuses, from the same blocks.
+    """
+    from detectron2.config import get_cfg
+    from detectron2.layers import ShapeSpec
+    from detectron2.modeling.backbone.resnet import (
+        BasicBlock,
+        BasicStem,
+        ResNet,
+        build_resnet_backbone,
+    )
+
+    a = architecture
+    with torch.device("meta"):
+        if a.block == "bottleneck" or a.res2_out_channels == 64:
+            resnets: dict[str, Any] = {k.upper(): v for k, v in a.metadata().items()}
+            resnets |= {"NORM": "BN", "OUT_FEATURES": list(FEATURES)}
+            cfg = get_cfg()
+            for key, value in resnets.items():
+                cfg.MODEL.RESNETS[key] = value
+            cfg.MODEL.BACKBONE.FREEZE_AT = 0
+            return build_resnet_backbone(cfg, ShapeSpec(channels=3))
+        stages, n_in = [], a.stem_out_channels
+        for stage, count in enumerate(a.blocks):
+            n_out = a.res2_out_channels * 2**stage
+            strides = [1 if stage == 0 else 2] + [1] * (count - 1)
+            stages.append(
+                ResNet.make_stage(
+                    BasicBlock,
+                    count,
+                    stride_per_block=strides,
+                    in_channels=n_in,
+                    out_channels=n_out,
+                    norm="BN",
+                )
+            )
+            n_in = n_out
+        stem = BasicStem(3, a.stem_out_channels, norm="BN")
+        return ResNet(stem, stages, out_features=list(FEATURES))
+
+
+def prove(
+    torchvision: Mapping[str, Tensor],
+    detectron2: Mapping[str, Tensor],
+    source: Architecture,
+    target: Architecture | None = None,
+    *,
+    pixel_mean: tuple[float, ...] = (123.675, 116.28, 103.53),
+    pixel_std: tuple[float, ...] = (58.395, 57.12, 57.375),
+) -> Proof:
+    """Run both networks, in eval and in train mode, on the same generated images.
+
+    Args:
+        torchvision: backbone tensors by torchvision name.
+        detectron2: backbone tensors by Detectron2 name, nothing missing and nothing more.
+        source: architecture of the first network.
+        target: of the second, as the converted file's metadata tell; the same by default.
+        pixel_mean, pixel_std: the statistics, of 0 to 255, that images are normalised with.
+
+    Returns:
+        The differences. Nothing is raised when they are too large: see :attr:`Proof.holds`.
+
+    Raises:
+        CheckpointError: Detectron2's network lacks a tensor, has one too many or in another shape.
+    """
+    ours = {name: value.float() for name, value in torchvision.items()}
+    network = build_detectron2(target or source)
+    _load(network, detectron2)
+    images = (_images() - torch.tensor(pixel_mean).view(3, 1, 1)) / torch.tensor(pixel_std).view(
+        3, 1, 1
+    )
+    with torch.no_grad():
+        evaluated = _differences(
+            resnet_features(ours, source, images, training=False), network.eval()(images)
+        )
+        # One training step writes the running statistics: into copies of them.
+        ours |= {k: v.clone() for k, v in ours.items() if "running_" in k}
+        for module in network.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                for name, value in module.named_buffers(recurse=False):
+                    setattr(module, name, value.clone())
+        trained = _differences(
+            resnet_features(ours, source, images, training=True), network.train()(images)
+        )
+    state = network.state_dict()
+    statistics = dict.fromkeys(FEATURES, 0.0)
+    for name, value in ours.items():
+        other = to_detectron2(name)
+        if "running_" in name and other is not None:
+            stage = other.split(".")[0]
+            statistics[stage] = _max(statistics[stage], _difference(value, state[other]))
+    return Proof(evaluated, trained, statistics)
+
+
+def _load(network: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    wanted = network.state_dict()
+    state = dict(tensors)
+    for name, tensor in wanted.items():
+        if name.endswith("num_batches_tracked"):
+            state.setdefault(name, torch.tensor(0))
+        elif name not in state:
+            raise CheckpointError(
+                f"Detectron2's network needs {name} {tuple(tensor.shape)}, which is missing.",
+                kind="missing_tensor",
+                key=name,
+            )
+        elif state[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"Detectron2's network needs {name} {tuple(tensor.shape)}, not "
+                f"{tuple(state[name].shape)}.",
+                kind="shape",
+                key=name,
+            )
+    for name in state.keys() - wanted.keys():
+        raise CheckpointError(
+            f"Detectron2's network has no place for {name}.", kind="unknown_tensor", key=name
+        )
+    network.load_state_dict(state, strict=True, assign=True)
+
+
+def _images() -> Tensor:
+    """Two images (2, 3, 96, 96) of 0 to 255: smooth structure and pixel noise."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randn(2, 3, 6, 6, generator=generator)
+    smooth = F.interpolate(coarse, size=(96, 96), mode="bilinear", align_corners=False)
+    noise = torch.randn(2, 3, 96, 96, generator=generator)
+    return (118 + 50 * smooth + 15 * noise).clamp(0, 255)
+
+
+def _differences(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, float]:
+    return {name: _difference(ours[name], theirs[name]) for name in FEATURES}
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    """max|a - b| / max|a|; not a number if either holds one that is none."""
+    if a.shape != b.shape:
+        return float("inf")
+    return float((a - b).abs().max() / a.abs().max().clamp_min(1e-12))
+
+
+def _max(a: float, b: float) -> float:
+    return b if b != b else max(a, b)  # keeps NaN

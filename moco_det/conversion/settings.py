@@ -1,0 +1,95 @@
+"""What a file tells of its network beside the shapes: pixel statistics and the place of strides."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import Tensor
+
+# ImageNet's statistics, of 0 to 255: what torchvision and the known projects normalise with.
+DEFAULTS: dict[str, Any] = {
+    "pixel_mean": (123.675, 116.28, 103.53),
+    "pixel_std": (58.395, 57.12, 57.375),
+    "format": "RGB",
+    "stride_in_1x1": False,
+}
+
+
+def settings_of(
+    path: Path, tree: Any, tensors: Mapping[str, Tensor], source: str
+) -> tuple[dict[str, Any], list[str]]:
+    """The settings of :data:`DEFAULTS` as the file tells them, and notes on where from.
+
+    A converted file has metadata. A detector keeps its pixel statistics as buffers, and its run
+    directory has a ``config.yaml``, which is read as data.
+    """
+    if (metadata := own_metadata(tree)) is not None:
+        told = {
+            key: value for key, value in metadata.items() if key in (*DEFAULTS, "source", "encoder")
+        }
+        return DEFAULTS | told, ["pixel statistics and stride placement are from its metadata"]
+    if source != "Detectron2":
+        return dict(DEFAULTS), []
+    told, notes = dict(DEFAULTS), []
+    config = _detectron2_config(path.parent / "config.yaml")
+    if config:
+        notes.append(f"pixel statistics and stride placement are from {path.parent}/config.yaml")
+    else:
+        notes.append(
+            "nothing tells where the strides sit and how pixels are normalised: as in torchvision "
+            "is assumed; say --stride-in-1x1 and --format BGR for a network of MSRA's weights"
+        )
+        for key in ("pixel_mean", "pixel_std"):
+            buffer = next((t for name, t in tensors.items() if name.endswith(key)), None)
+            if buffer is not None and buffer.numel() == 3:
+                told[key] = tuple(buffer.flatten().tolist())
+    return told | config, notes
+
+
+def own_metadata(tree: Any) -> dict[str, Any] | None:
+    """The metadata of a file that this project converted; None if it has none, or malformed."""
+    if not isinstance(tree, dict):
+        return None
+    metadata = tree.get("metadata")
+    if isinstance(strings := tree.get("__metadata__"), dict):  # safetensors hold strings only
+        try:
+            metadata = json.loads(strings.get("moco-det", "null"))
+        except ValueError:
+            return None
+    if not isinstance(metadata, dict) or "source_sha256" not in metadata:
+        return None
+    statistics = [metadata.get("pixel_mean"), metadata.get("pixel_std")]
+    sound = (
+        all(_three_numbers(values) for values in statistics)
+        and metadata.get("format") in ("RGB", "BGR")
+        and isinstance(metadata.get("stride_in_1x1"), bool)
+    )
+    return metadata if sound else None
+
+
+def _detectron2_config(path: Path) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        told = {
+            "pixel_mean": config["MODEL"]["PIXEL_MEAN"],
+            "pixel_std": config["MODEL"]["PIXEL_STD"],
+            "format": config["INPUT"]["FORMAT"],
+            "stride_in_1x1": config["MODEL"]["RESNETS"]["STRIDE_IN_1X1"],
+        }
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return {}
+    sound = _three_numbers(told["pixel_mean"]) and _three_numbers(told["pixel_std"])
+    return told if sound and told["format"] in ("RGB", "BGR") else {}
+
+
+def _three_numbers(values: Any) -> bool:
+    return (
+        isinstance(values, (list, tuple))
+        and len(values) == 3
+        and all(isinstance(v, (int, float)) and math.isfinite(v) for v in values)
+    )

@@ -1,0 +1,97 @@
+"""The detector of a protocol: built for this machine, filled from a file, nothing in it frozen."""
+
+import logging
+
+from detectron2.config import CfgNode
+from detectron2.layers import FrozenBatchNorm2d
+from detectron2.modeling import build_model
+from detectron2.utils import comm
+from torch import nn
+
+from .errors import UserError
+from .weights import (
+    holds_detector,
+    load_backbone,
+    load_detector,
+    read_backbone,
+    read_detector,
+    summarise,
+)
+
+log = logging.getLogger(__name__)
+
+NORM_KEYS = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")
+SYNCHRONISED = ("SyncBN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
+
+
+def assert_all_trained(model: nn.Module, freeze_at: int) -> None:
+    """Refuse a model in which any layer or batch norm is frozen.
+
+    Raises:
+        UserError: naming the config key that froze it.
+    """
+    if freeze_at != 0:
+        raise UserError(
+            f"MODEL.BACKBONE.FREEZE_AT is {freeze_at}, but a transfer trains every layer: set it "
+            "to 0."
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            key = "FPN" if ".fpn_" in name else "RESNETS"
+            raise UserError(
+                f"MODEL.{key}.NORM is FrozenBN (in {name}), but a transfer trains every BN: use "
+                "SyncBN, naiveSyncBN or BN."
+            )
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    if frozen:
+        raise UserError(f"{len(frozen)} parameters would not be trained, the first is {frozen[0]}.")
+
+
+def fit_norms(cfg: CfgNode, world_size: int) -> tuple[CfgNode, str | None]:
+    """Replace synchronised BN by what this machine can do; the protocol's config stays as it is.
+
+    One process: plain BN, which sees the whole batch. Several processes on CPUs: torch's SyncBN
+    works on GPUs only, Detectron2's naiveSyncBN everywhere.
+
+    Returns:
+        A copy of the config for building the model, and a sentence saying what was replaced.
+    """
+    fitted = cfg.clone()
+    fitted.defrost()
+    replaced: dict[str, str] = {}
+    for section in NORM_KEYS:
+        norm = fitted.MODEL[section].NORM
+        if norm not in SYNCHRONISED:
+            continue
+        if world_size == 1:
+            replaced[norm] = fitted.MODEL[section].NORM = "BN"
+        elif norm in ("SyncBN", "nnSyncBN") and cfg.MODEL.DEVICE == "cpu":
+            replaced[norm] = fitted.MODEL[section].NORM = "naiveSyncBN"
+    if not replaced:
+        return fitted, None
+    why = "one process" if world_size == 1 else "several processes on CPUs"
+    return fitted, f"{', '.join(f'{a} -> {b}' for a, b in replaced.items())} ({why})"
+
+
+def build_detector(cfg: CfgNode) -> nn.Module:
+    """The protocol's model, on ``MODEL.DEVICE``, with random weights."""
+    fitted, said = fit_norms(cfg, comm.get_world_size())
+    if said:
+        log.info("norms      %s", said)
+    return build_model(fitted)
+
+
+def load_weights(model: nn.Module, path: str) -> None:
+    """Start a detector from a backbone file or from a whole detector, and say what is new.
+
+    Raises:
+        UserError: the file does not fill what it must.
+    """
+    if holds_detector(path):
+        load_detector(model, read_detector(path)["model"], source=path)
+        log.info("loaded     %s: the whole detector", path)
+        return
+    new = load_backbone(model, read_backbone(path))
+    count = len(model.state_dict()) - len(new)
+    log.info("loaded     %s: all %d backbone tensors", path, count)
+    log.info("new        %s", summarise(new))

@@ -1,0 +1,139 @@
+"""Training curves, drawn without a display (matplotlib's Agg canvas, no global state)."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from moco_det.errors import UserError
+from moco_det.files import replace_file
+from moco_det.runs import Run, read_run
+
+TITLES = {
+    "loss": "pre-training: InfoNCE loss",
+    "accuracy": "pre-training: contrastive accuracy",
+    "total_loss": "total loss",
+    "loss_cls": "classification loss",
+    "loss_box_reg": "box regression loss",
+    "loss_mask": "mask loss",
+    "loss_rpn_cls": "RPN objectness loss",
+    "loss_rpn_loc": "RPN localisation loss",
+    "bbox/AP": "box AP (%)",
+    "bbox/AP50": "box AP50 (%)",
+    "segm/AP": "mask AP (%)",
+}
+SMOOTHING = 0.1
+"""Share of a curve's points that its moving average covers."""
+
+Runs = Mapping[str, "Run | str | Path | Sequence[Run | str | Path]"]
+
+
+def training_curves(runs: Runs, path: str | Path, keys: Sequence[str] | None = None) -> Path:
+    """Draw scalars of metrics.json against iterations, one panel a key, one colour a label.
+
+    Thin lines are the values as logged; thick ones a centred moving average over 10 % of the
+    points of a curve (the figure says so). A pre-training loss comes with log(K + 1), the loss
+    of an encoder that cannot tell the key from the K entries of its queue.
+
+    Args:
+        runs: label -> a run directory, or several (trials), which share the label's colour.
+        path: the picture to write (.png).
+        keys: scalars to draw; default: those of `TITLES` that some run has logged at least twice.
+
+    Raises:
+        UserError: no run has logged any of the keys.
+    """
+    members = {label: _as_runs(value) for label, value in runs.items()}
+    everything = [run for group in members.values() for run in group]
+    wanted = list(TITLES) if keys is None else list(keys)
+    least = 2 if keys is None else 1
+    shown = [k for k in wanted if any(len(run.series(k)[0]) >= least for run in everything)]
+    if not shown:
+        raise UserError(
+            f"no training curves to draw: metrics.json of {', '.join(members)} "
+            f"{'is missing or empty' if keys is None else 'has none of ' + ', '.join(wanted)}"
+        )
+
+    columns = min(3, len(shown))
+    rows = math.ceil(len(shown) / columns)
+    figure = Figure(figsize=(5.2 * columns, 3.4 * rows + 0.8), dpi=110, layout="constrained")
+    axes = list(np.atleast_1d(figure.subplots(rows, columns)).flat)
+    colors = colormaps["tab10" if len(members) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
+    lines: dict[str, Line2D] = {}
+    for axis, key in zip(axes, shown, strict=False):
+        for index, (label, group) in enumerate(members.items()):
+            for run in group:
+                line = _curve(axis, run, key, colors[index % len(colors)])
+                if line is not None:
+                    lines.setdefault(label, line)
+        if key == "loss":
+            _chance_lines(axis, everything)
+        axis.set_title(TITLES.get(key, key), fontsize=10)
+        axis.set_xlabel("iteration")
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes[len(shown) :]:
+        axis.set_axis_off()
+    named = [label for label in members if label in lines]
+    figure.legend(
+        [lines[k] for k in named], named, loc="outside upper center", ncols=4, frameon=False
+    )
+    figure.supxlabel(
+        f"thin: as logged; thick: moving average over {SMOOTHING:.0%} of the points", fontsize=8
+    )
+    return save_figure(figure, path)
+
+
+def smooth(values: Sequence[float], window: int) -> np.ndarray:
+    """Centred moving average; the window shrinks evenly at both ends, so that none is shifted."""
+    series = np.asarray(values, dtype=float)
+    total = np.concatenate([[0.0], np.cumsum(series)])
+    here = np.arange(len(series))
+    reach = np.minimum(np.minimum(here, len(series) - 1 - here), window // 2)
+    return (total[here + reach + 1] - total[here - reach]) / (2 * reach + 1)
+
+
+def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Write a figure as PNG, whole or not at all."""
+    FigureCanvasAgg(figure)
+    return replace_file(path, lambda file: figure.savefig(file, format="png"))
+
+
+def _as_runs(value: Run | str | Path | Sequence[Run | str | Path]) -> list[Run]:
+    several = [value] if isinstance(value, Run | str | Path) else value
+    return [item if isinstance(item, Run) else read_run(item) for item in several]
+
+
+def _curve(axis: Axes, run: Run, key: str, color: tuple[float, ...]) -> Line2D | None:
+    iterations, values = run.series(key)
+    if not values:
+        return None
+    window = round(SMOOTHING * len(values))
+    if window < 3:  # an average of so few points would only repeat them
+        marker = "o" if len(values) < 40 else ""
+        return axis.plot(iterations, values, marker, ls="-", ms=3, color=color, linewidth=1.5)[0]
+    axis.plot(iterations, values, color=color, linewidth=0.6, alpha=0.35)
+    return axis.plot(iterations, smooth(values, window), color=color, linewidth=1.8)[0]
+
+
+def _chance_lines(axis: Axes, runs: Sequence[Run]) -> None:
+    for size in sorted({size for run in runs if (size := run.config.get("MOCO.QUEUE_SIZE"))}):
+        level = math.log(size + 1)
+        axis.axhline(level, color="0.3", linewidth=1, linestyle="--")
+        axis.annotate(
+            f"log(K+1) = {level:.2f}",
+            (1, level),
+            xycoords=("axes fraction", "data"),
+            xytext=(-2, 2),
+            textcoords="offset points",
+            ha="right",
+            va="bottom",
+            fontsize=8,
+            color="0.3",
+        )

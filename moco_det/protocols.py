@@ -1,0 +1,244 @@
+"""Names -> Detectron2 configs. A protocol is a fixed thing; what a run changes in it is listed.
+
+``VOC``, ``COCO-C4-1x``, ... stand in ``configs/detection``; each has the siblings ``NAME-moco``
+(the same as ``NAME``), ``NAME-supervised`` and ``NAME-random``, which differ from it in nothing
+but what the layout of the weights requires.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from detectron2.config import CfgNode, get_cfg
+
+from .errors import UserError
+
+INITIALISATIONS = ("moco", "supervised", "random")
+
+# Keys that say how and where a run is done, not what is measured.
+HOUSEKEEPING = frozenset(
+    {
+        "VERSION",
+        "PROTOCOL",
+        "OUTPUT_DIR",
+        "SEED",
+        "LOG_PERIOD",
+        "VIS_PERIOD",
+        "CUDNN_BENCHMARK",
+        "MODEL.DEVICE",
+        "MODEL.WEIGHTS",
+        "MODEL.ARCHITECTURE_FROM",
+        "DATASETS.CLASSES",
+        "DATALOADER.NUM_WORKERS",
+        "SOLVER.CHECKPOINT_PERIOD",
+        "SOLVER.REFERENCE_WORLD_SIZE",
+        "TEST.EVAL_PERIOD",
+    }
+)
+
+
+def add_moco_det_config(cfg: CfgNode) -> None:
+    """Add this project's keys to a Detectron2 config, in place."""
+    # Name of the protocol that the run follows ("VOC", "COCO-FPN-1x-random"); set by load_config.
+    cfg.PROTOCOL = ""
+    # Converted file whose architecture and pixel statistics the model takes, but not its weights:
+    # the way to compare random weights in the very network that given weights have.
+    cfg.MODEL.ARCHITECTURE_FROM = ""
+    # Class names of own data, in the order of the classifier; empty for Detectron2's data sets.
+    cfg.DATASETS.CLASSES = []
+    # Iterations between two lines of progress (and two lines of metrics.json).
+    cfg.LOG_PERIOD = 20
+    # Every run is repeatable: a negative seed (Detectron2's default) would draw one from the clock.
+    cfg.SEED = 1
+    # Data loading competes with the step where there are few cores.
+    cfg.DATALOADER.NUM_WORKERS = 2
+
+
+def default_config() -> CfgNode:
+    """Detectron2's defaults and this project's own keys."""
+    cfg = get_cfg()
+    add_moco_det_config(cfg)
+    return cfg
+
+
+def configs_dir() -> Path:
+    """Folder of the protocols: inside the installed package, else in the checkout beside it."""
+    package = Path(__file__).resolve().parent
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs" / "detection"
+
+
+def protocol_names() -> list[str]:
+    """Names of the protocols, without their siblings. Parts of protocols begin with ``_``."""
+    return sorted(p.stem for p in configs_dir().glob("*.yaml") if not p.stem.startswith("_"))
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """``"VOC-random"`` -> ``("VOC", "random")``; without a suffix the weights are ``"moco"``."""
+    base, _, suffix = name.rpartition("-")
+    return (base, suffix) if base and suffix in INITIALISATIONS else (name, "moco")
+
+
+def get_protocol(name: str) -> CfgNode:
+    """The config of a protocol or of one of its siblings.
+
+    Raises:
+        UserError: no protocol of that name; the message lists the names and the nearest.
+    """
+    cfg = default_config()
+    _merge(cfg, _read_protocol(name), where=f"protocol {name}")
+    return cfg
+
+
+def load_config(name_or_file: str, overrides: Sequence[str] = ()) -> CfgNode:
+    """The config of a protocol or of a YAML file, with ``KEY VALUE`` overrides applied.
+
+    A file states its differences from the defaults, or from its ``_BASE_``: a file, a protocol's
+    name, or a list of them. Only plain YAML is read: a Python tag is refused, never evaluated.
+
+    Raises:
+        UserError: unknown name, key or base, unreadable file, or a value of the wrong type.
+    """
+    path = Path(name_or_file).expanduser()
+    if path.suffix in (".yaml", ".yml"):
+        cfg = default_config()
+        _merge(cfg, _read_yaml(path), where=str(path))
+    else:
+        cfg = get_protocol(name_or_file)
+    apply_overrides(cfg, overrides)
+    return cfg
+
+
+def apply_overrides(cfg: CfgNode, overrides: Sequence[str]) -> list[str]:
+    """Apply ``[KEY, VALUE, KEY, VALUE, ...]`` in place; returns the keys.
+
+    Raises:
+        UserError: a key without a value, an unknown key, or a value of the wrong type.
+    """
+    if len(overrides) % 2:
+        raise UserError(
+            f"overrides come as KEY VALUE pairs, but {overrides[-1]!r} has no partner in "
+            f"'{' '.join(overrides)}'."
+        )
+    keys = list(overrides[::2])
+    _check_keys(keys, where="the command line")
+    for key, value in zip(keys, overrides[1::2], strict=True):
+        was = flatten(cfg)[key]
+        if isinstance(was, float) and value.lstrip("+-").isdigit():
+            value += ".0"  # yacs takes no int for a float: WEIGHT_DECAY 0
+        try:
+            cfg.merge_from_list([key, value])
+        except (ValueError, AssertionError) as error:
+            raise UserError(
+                f"{key} takes a {type(was).__name__} such as {was!r}, not {value!r}."
+            ) from error
+    return keys
+
+
+def flatten(cfg: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"SOLVER": {"BASE_LR": 0.02}}`` -> ``{"SOLVER.BASE_LR": 0.02}``."""
+    flat: dict[str, Any] = {}
+    for key, value in cfg.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def differences(old: CfgNode, new: CfgNode) -> list[str]:
+    """``KEY OLD -> NEW`` for every key whose value differs, in the order of the keys."""
+    before, after = flatten(old), flatten(new)
+    return [
+        f"{key} {_show(before.get(key))} -> {_show(after[key])}"
+        for key in sorted(after)
+        if _plain(before.get(key)) != _plain(after[key])
+    ]
+
+
+def deviations(cfg: CfgNode) -> list[str]:
+    """What a resolved config changes in the protocol that it names; housekeeping left out.
+
+    A config that follows no protocol has none to deviate from: an empty list.
+    """
+    if not cfg.PROTOCOL:
+        return []
+    changed = differences(get_protocol(cfg.PROTOCOL), cfg)
+    return [line for line in changed if line.split(" ", 1)[0] not in HOUSEKEEPING]
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _show(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value) if value != "" else "''"
+
+
+def _read_protocol(name: str) -> dict[str, Any]:
+    base, weights = split_name(name)
+    if base not in protocol_names():
+        nearest = difflib.get_close_matches(base, protocol_names(), n=1, cutoff=0.0)
+        raise UserError(
+            f"no protocol is called {name!r}; did you mean {nearest[0] if nearest else '?'}? There "
+            f"are {', '.join(protocol_names())}, each also with -moco, -supervised or -random, or "
+            "give a .yaml file."
+        )
+    config = _read_yaml(configs_dir() / f"{base}.yaml")
+    _update(config, _read_yaml(configs_dir() / f"_weights-{weights}.yaml"))
+    config["PROTOCOL"] = base if weights == "moco" else name
+    return config
+
+
+def _read_yaml(path: Path, inside: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Nested dict of a file over its ``_BASE_``, read with YAML's safe loader."""
+    path = path.resolve()
+    if path in inside:
+        raise UserError(f"{path} is its own _BASE_ (through {inside[-1]}): break the circle.")
+    try:
+        own = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the config {path}: {error}.") from error
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is not plain YAML (Python tags are refused): {reason}.") from error
+    if not isinstance(own, dict):
+        raise UserError(f"{path} must hold KEY: VALUE pairs, not a {type(own).__name__}.")
+    bases = own.pop("_BASE_", [])
+    _check_keys(flatten(own), where=str(path))
+    merged: dict[str, Any] = {}
+    for base in [bases] if isinstance(bases, str) else bases:
+        beside = path.parent / Path(base).expanduser()
+        is_file = beside.suffix in (".yaml", ".yml")
+        _update(merged, _read_yaml(beside, (*inside, path)) if is_file else _read_protocol(base))
+    _update(merged, own)
+    return merged
+
+
+def _update(base: dict[str, Any], other: Mapping[str, Any]) -> None:
+    """Merge nested ``other`` into ``base``, in place; ``other`` wins."""
+    for key, value in other.items():
+        if isinstance(value, Mapping) and isinstance(base.get(key), dict):
+            _update(base[key], value)
+        else:
+            base[key] = value
+
+
+def _check_keys(keys: Iterable[str], where: str) -> None:
+    known = flatten(default_config())
+    for key in keys:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
+            leaf = key.rpartition(".")[2]
+            near += [k for k in known if k.rpartition(".")[2] == leaf and k not in near][:3]
+            hint = f"; the nearest are {', '.join(near)}" if near else ""
+            raise UserError(f"unknown key {key!r} in {where}{hint}.")
+
+
+def _merge(cfg: CfgNode, nested: dict[str, Any], where: str) -> None:
+    try:
+        cfg.merge_from_other_cfg(CfgNode(nested))
+    except (ValueError, AssertionError, KeyError) as error:
+        raise UserError(f"{where}: {' '.join(str(error).split())}.") from error

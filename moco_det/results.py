@@ -1,0 +1,54 @@
+"""``results.json``: what was run, and its scores."""
+
+import json
+import math
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import CfgNode
+
+from .files import replace_text
+from .protocols import deviations, split_name
+
+
+def write_results(
+    cfg: CfgNode, results: dict[str, Any], dataset: str, iteration: int | None
+) -> Path:
+    """Write ``OUTPUT_DIR/results.json``: what was run, and its scores."""
+    protocol, initialisation = split_name(cfg.PROTOCOL)
+    record = {
+        "protocol": protocol or None,
+        "init": initialisation if protocol else None,
+        "dataset": dataset,
+        "seed": cfg.SEED,
+        "commit": _commit(),
+        "iteration": iteration,
+        "weights": cfg.MODEL.WEIGHTS,
+        "deviations": deviations(cfg),
+        **results,
+    }
+    text = json.dumps(_finite(record), indent=2, allow_nan=False)
+    return replace_text(Path(cfg.OUTPUT_DIR, "results.json"), text + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """NaN (no object of a class or size in the test set) is null in JSON."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that runs; None where it is installed or git is not there."""
+    here = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    inside = (here.parent / ".git").exists()  # not some repository around an installed package
+    return done.stdout.strip() or None if done.returncode == 0 and inside else None

@@ -1,0 +1,245 @@
+"""Protocols against the published table, Detectron2's own model zoo, and their siblings."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from detectron2 import model_zoo
+
+from moco_det.errors import UserError
+from moco_det.protocols import (
+    apply_overrides,
+    configs_dir,
+    deviations,
+    differences,
+    flatten,
+    get_protocol,
+    load_config,
+    protocol_names,
+)
+
+SHARED = {
+    "SOLVER.IMS_PER_BATCH": 16,
+    "SOLVER.BASE_LR": 0.02,
+    "SOLVER.WEIGHT_DECAY": 1e-4,
+    "SOLVER.MOMENTUM": 0.9,
+    "SOLVER.GAMMA": 0.1,
+    "SOLVER.LR_SCHEDULER_NAME": "WarmupMultiStepLR",
+    "SOLVER.REFERENCE_WORLD_SIZE": 0,
+    "MODEL.BACKBONE.FREEZE_AT": 0,
+    "TEST.PRECISE_BN.ENABLED": True,
+    "TEST.PRECISE_BN.NUM_ITER": 200,
+    "MODEL.RESNETS.DEPTH": 50,
+    "INPUT.MIN_SIZE_TEST": 800,
+    "INPUT.MAX_SIZE_TRAIN": 1333,
+    "MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53],
+    "MODEL.PIXEL_STD": [58.395, 57.12, 57.375],
+    "INPUT.FORMAT": "RGB",
+    "MODEL.RESNETS.STRIDE_IN_1X1": False,
+}
+C4 = {
+    "MODEL.ROI_HEADS.NAME": "Res5ROIHeadsExtraNorm",
+    "MODEL.RESNETS.NORM": "naiveSyncBN",
+    "MODEL.RPN.PRE_NMS_TOPK_TEST": 6000,
+    "MODEL.RPN.POST_NMS_TOPK_TEST": 1000,
+    "MODEL.BACKBONE.NAME": "build_resnet_backbone",
+}
+FPN = {
+    "MODEL.ROI_HEADS.NAME": "StandardROIHeads",
+    "MODEL.BACKBONE.NAME": "build_resnet_fpn_backbone",
+    "MODEL.RESNETS.NORM": "SyncBN",
+    "MODEL.FPN.NORM": "SyncBN",
+    "MODEL.ROI_BOX_HEAD.NORM": "",
+    "MODEL.ROI_MASK_HEAD.NORM": "",
+    "MODEL.ROI_BOX_HEAD.NUM_FC": 2,
+    "MODEL.ROI_BOX_HEAD.NUM_CONV": 0,
+}
+COCO = {
+    "MODEL.MASK_ON": True,
+    "MODEL.ROI_HEADS.NUM_CLASSES": 80,
+    "DATASETS.TRAIN": ("coco_2017_train",),
+    "DATASETS.TEST": ("coco_2017_val",),
+    "INPUT.MIN_SIZE_TRAIN": (640, 672, 704, 736, 768, 800),
+    "SOLVER.WARMUP_ITERS": 1000,
+}
+ONE = {"SOLVER.MAX_ITER": 90_000, "SOLVER.STEPS": (60_000, 80_000)}
+TWO = {"SOLVER.MAX_ITER": 180_000, "SOLVER.STEPS": (120_000, 160_000)}
+TABLE = {
+    "VOC": C4
+    | {
+        "MODEL.MASK_ON": False,
+        "MODEL.ROI_HEADS.NUM_CLASSES": 20,
+        "DATASETS.TRAIN": ("voc_2007_trainval", "voc_2012_trainval"),
+        "DATASETS.TEST": ("voc_2007_test",),
+        "INPUT.MIN_SIZE_TRAIN": tuple(range(480, 801, 32)),
+        "SOLVER.MAX_ITER": 24_000,
+        "SOLVER.STEPS": (18_000, 22_000),
+        "SOLVER.WARMUP_ITERS": 100,
+    },
+    "COCO-C4-1x": C4 | COCO | ONE,
+    "COCO-C4-2x": C4 | COCO | TWO,
+    "COCO-FPN-1x": FPN | COCO | ONE,
+    "COCO-FPN-2x": FPN | COCO | TWO,
+}
+LAYOUT = {
+    "MODEL.WEIGHTS",
+    "MODEL.PIXEL_MEAN",
+    "MODEL.PIXEL_STD",
+    "INPUT.FORMAT",
+    "MODEL.RESNETS.STRIDE_IN_1X1",
+    "PROTOCOL",
+}
+OWN = {"PROTOCOL", "MODEL.ARCHITECTURE_FROM", "DATASETS.CLASSES", "LOG_PERIOD"}
+
+
+def changed(a, b):
+    a, b = flatten(a), flatten(b)
+    return {key for key in a.keys() | b.keys() if a.get(key) != b.get(key)}
+
+
+def test_the_table_names_every_protocol():
+    assert protocol_names() == sorted(TABLE)
+
+
+@pytest.mark.parametrize("name", sorted(TABLE))
+def test_resolved_config_is_the_published_protocol(name):
+    resolved = flatten(get_protocol(name))
+    expected = SHARED | TABLE[name]
+    assert {key: resolved[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "zoo", "differing"),
+    [
+        ("COCO-C4-1x", "COCO-InstanceSegmentation/mask_rcnn_R_50_C4_1x.yaml", set()),
+        (
+            "COCO-FPN-2x",
+            "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml",
+            {"SOLVER.MAX_ITER", "SOLVER.STEPS", "MODEL.FPN.NORM"},
+        ),
+        (
+            "VOC",
+            "PascalVOC-Detection/faster_rcnn_R_50_C4.yaml",
+            {"SOLVER.MAX_ITER", "SOLVER.STEPS"},
+        ),
+    ],
+)
+def test_protocol_differs_from_the_model_zoo_only_in_what_the_paper_changes(name, zoo, differing):
+    """Detectron2's own baselines have the same network, data and sizes; FPN has no extra norm."""
+    paper = {
+        "MODEL.BACKBONE.FREEZE_AT",
+        "MODEL.RESNETS.NORM",
+        "TEST.PRECISE_BN.ENABLED",
+        "SEED",
+        "DATALOADER.NUM_WORKERS",
+    }
+    extra_norm = set() if "FPN" in name else {"MODEL.ROI_HEADS.NAME"}
+    found = changed(get_protocol(name), model_zoo.get_config(zoo))
+    assert found - OWN - LAYOUT == paper | extra_norm | differing
+
+
+@pytest.mark.parametrize("name", sorted(TABLE))
+def test_siblings_differ_only_in_what_the_layout_of_the_weights_requires(name):
+    moco = get_protocol(name)
+    assert changed(moco, get_protocol(f"{name}-moco")) == set()
+    assert changed(moco, get_protocol(f"{name}-random")) == {"PROTOCOL"}
+    supervised = get_protocol(f"{name}-supervised")
+    assert changed(moco, supervised) == LAYOUT
+    assert supervised.MODEL.PIXEL_STD == [1.0, 1.0, 1.0]
+    assert supervised.MODEL.PIXEL_MEAN == [103.53, 116.28, 123.675]
+    assert supervised.INPUT.FORMAT == "BGR"
+    assert supervised.MODEL.RESNETS.STRIDE_IN_1X1 is True
+    assert supervised.MODEL.WEIGHTS == "detectron2://ImageNetPretrained/MSRA/R-50.pkl"
+
+
+def test_unknown_name_lists_the_names_and_the_nearest():
+    with pytest.raises(UserError, match=r"'COC-FPN-1x'.*did you mean COCO-FPN-1x\?.*VOC"):
+        get_protocol("COC-FPN-1x")
+
+
+def test_unknown_key_names_the_nearest():
+    with pytest.raises(UserError, match="'SOLVER.BASE_RL' in the command line.*SOLVER.BASE_LR"):
+        load_config("VOC", ["SOLVER.BASE_RL", "0.1"])
+    with pytest.raises(UserError, match="'MAX_ITER'.*SOLVER.MAX_ITER"):
+        load_config("VOC", ["MAX_ITER", "10"])
+
+
+def test_override_of_another_type_or_without_a_value_is_refused():
+    with pytest.raises(UserError, match="SOLVER.MAX_ITER takes a int such as 24000, not 'many'"):
+        load_config("VOC", ["SOLVER.MAX_ITER", "many"])
+    with pytest.raises(UserError, match="'SEED' has no partner"):
+        load_config("VOC", ["SEED"])
+
+
+def test_an_integer_is_taken_for_a_float():
+    cfg = get_protocol("VOC")
+    assert apply_overrides(cfg, ["SOLVER.WEIGHT_DECAY", "0"]) == ["SOLVER.WEIGHT_DECAY"]
+    assert cfg.SOLVER.WEIGHT_DECAY == 0.0
+
+
+def test_python_tags_in_yaml_are_refused_and_not_run(tmp_path):
+    trace = tmp_path / "executed"
+    file = tmp_path / "evil.yaml"
+    file.write_text(f"OUTPUT_DIR: !!python/object/apply:os.mkdir ['{trace}']\n")
+    with pytest.raises(UserError, match="not plain YAML"):
+        load_config(str(file))
+    assert not trace.exists()
+
+
+def test_a_file_inherits_from_a_protocol_by_name_and_from_a_file_beside_it(tmp_path):
+    (tmp_path / "base.yaml").write_text("_BASE_: VOC-random\nSOLVER:\n  MAX_ITER: 100\n")
+    (tmp_path / "own.yaml").write_text("_BASE_: base.yaml\nSOLVER:\n  STEPS: [80]\n")
+    cfg = load_config(str(tmp_path / "own.yaml"), ["SEED", "3"])
+    assert changed(cfg, get_protocol("VOC-random")) == {"SOLVER.MAX_ITER", "SOLVER.STEPS", "SEED"}
+    assert deviations(cfg) == [
+        "SOLVER.MAX_ITER 24000 -> 100",
+        "SOLVER.STEPS (18000, 22000) -> (80,)",
+    ]
+
+
+def test_unknown_key_and_circle_in_a_file_are_named_with_the_file(tmp_path):
+    (tmp_path / "a.yaml").write_text("SOLVER:\n  BASELR: 1.0\n")
+    with pytest.raises(UserError, match=r"SOLVER\.BASELR.*a\.yaml.*SOLVER\.BASE_LR"):
+        load_config(str(tmp_path / "a.yaml"))
+    (tmp_path / "b.yaml").write_text("_BASE_: b.yaml\n")
+    with pytest.raises(UserError, match="its own _BASE_"):
+        load_config(str(tmp_path / "b.yaml"))
+    with pytest.raises(UserError, match="cannot read the config .*none.yaml"):
+        load_config(str(tmp_path / "none.yaml"))
+
+
+def test_a_dumped_config_loads_as_itself(tmp_path):
+    cfg = load_config("COCO-FPN-1x-random", ["DATASETS.CLASSES", "['a b', 'c']", "SEED", "9"])
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    loaded = load_config(str(tmp_path / "config.yaml"))
+    assert differences(cfg, loaded) == []
+    assert isinstance(loaded.SOLVER.STEPS, tuple)
+
+
+def test_housekeeping_is_no_deviation():
+    cfg = load_config("VOC", ["SEED", "5", "OUTPUT_DIR", "x", "MODEL.WEIGHTS", "w.pkl"])
+    assert deviations(cfg) == []
+
+
+def test_configs_are_found_inside_an_installed_package(tmp_path):
+    """As a wheel lays them out: the package in one folder, its configs inside it, run elsewhere."""
+    package = Path(sys.modules["moco_det"].__file__).parent
+    site = tmp_path / "site"
+    site.mkdir()
+    copy = site / "moco_det"
+    copy.mkdir()
+    for file in package.glob("*.py"):
+        (copy / file.name).write_bytes(file.read_bytes())
+    (copy / "configs").mkdir()
+    for file in configs_dir().glob("*.yaml"):
+        (copy / "configs" / file.name).write_bytes(file.read_bytes())
+    code = (
+        f"import sys; sys.path.insert(0, {str(site)!r})\n"
+        "from moco_det.protocols import configs_dir, get_protocol\n"
+        "print(configs_dir()); print(get_protocol('VOC').SOLVER.MAX_ITER)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.stdout.split() == [str(copy / "configs"), "24000"], done.stderr

@@ -1,0 +1,72 @@
+"""Draw what a trained detector finds in images of one's own: see `--help`."""
+
+import argparse
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+if __name__ == "__main__":  # run as a file: import from the checkout, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from tqdm import tqdm
+
+from moco_det.errors import UserError
+from moco_det.predict import build_predictor, find_images, predict, predictor_of_run
+from moco_det.protocols import load_config
+
+
+def parser() -> argparse.ArgumentParser:
+    arguments = argparse.ArgumentParser(
+        prog="moco-predict",
+        description="Draw boxes and masks on images (or all images of folders) and write "
+        "predictions.json beside the pictures. The detector is a finished run (--run), or a "
+        "config with weights.",
+    )
+    arguments.add_argument("images", nargs="+", metavar="IMAGE", help="image or folder")
+    arguments.add_argument("-o", "--output-dir", required=True, metavar="DIR", type=Path)
+    arguments.add_argument("--run", metavar="RUN_DIR", help="directory of a fine-tuning run")
+    arguments.add_argument("--config", metavar="NAME|FILE", help="protocol or config file")
+    arguments.add_argument("--weights", metavar="FILE", help="checkpoint of a whole detector")
+    arguments.add_argument("--threshold", type=float, default=0.5, help="least score (default 0.5)")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int | None:
+    parsing = parser()
+    arguments = parsing.parse_args(argv)
+    by_run = arguments.run is not None
+    if by_run == (arguments.config is not None) or by_run == (arguments.weights is not None):
+        parsing.error("give either --run RUN_DIR, or --config and --weights")
+    # Detectron2's calls of torch functions that have changed since: nothing a user could mend.
+    warnings.filterwarnings("ignore", message="torch.meshgrid")
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
+    failures = objects = 0
+    try:
+        images = find_images(arguments.images)
+        if by_run:
+            detector = predictor_of_run(arguments.run, arguments.threshold)
+        else:
+            config = load_config(arguments.config)
+            detector = build_predictor(config, arguments.weights, arguments.threshold)
+        done = tqdm(
+            predict(detector, images, arguments.output_dir), total=len(images), unit="image"
+        )
+        for _, count, problem in done:
+            objects += count or 0
+            if problem is not None:
+                failures += 1
+                tqdm.write(f"error: {problem}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(
+        f"{objects} objects in {len(images) - failures} images: pictures and predictions.json are "
+        f"in {arguments.output_dir}" + (f"; {failures} images unreadable" if failures else "")
+    )
+    return 1 if failures else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

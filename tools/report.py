@@ -1,0 +1,54 @@
+"""Tables, statistics and curves of finished runs, in one page: see `--help`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __name__ == "__main__":  # run as a file: import from the checkout, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from moco_det.errors import UserError
+from moco_det.report import build_report, draw_detections
+from moco_det.runs import read_runs
+
+
+def parser() -> argparse.ArgumentParser:
+    arguments = argparse.ArgumentParser(
+        prog="moco-report",
+        description="Print one table of finished runs (mean and spread over the seeds, published "
+        "numbers of the same protocol, differences with Welch's interval) and write report.md, "
+        "report.json, report.html and curves.png. Runs whose directories differ in the seed or "
+        "trial only (out/moco-seed0, out/moco-seed1, out/moco/trial_0) are one group.",
+    )
+    arguments.add_argument(
+        "runs", nargs="+", metavar="RUN_DIR", help="a run directory, or one that holds trial_K"
+    )
+    arguments.add_argument("-o", "--output-dir", required=True, metavar="DIR", type=Path)
+    arguments.add_argument(
+        "--pictures",
+        type=int,
+        default=4,
+        metavar="N",
+        help="images to show with the runs' detections, 0 for none (default 4)",
+    )
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int | None:
+    arguments = parser().parse_args(argv)
+    try:
+        report = build_report(read_runs(arguments.runs))
+        folder, count = arguments.output_dir, arguments.pictures
+        pictures = draw_detections(report, folder, count) if count > 0 else {}
+        page = report.write(folder, pictures)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(report.text())
+    print(f"written: {page} (one page with everything), report.md, report.json")
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
