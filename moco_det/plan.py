@@ -12,7 +12,7 @@ from detectron2.data import MetadataCatalog
 
 from .datasets import dataset_report, register
 from .errors import UserError
-from .protocols import deviations, load_config, split_name
+from .protocols import deviations, load_config, split_name, stated_keys
 from .scaling import scale_schedule
 from .weights import apply_settings, holds_detector, read_backbone
 
@@ -74,7 +74,7 @@ def prepare(options: Options) -> Plan:
     notes = [f"protocol   {cfg.PROTOCOL or 'none'}{source}"]
     notes += _settle_device(cfg, explicit, world_size)
     if not own_config:  # a run's own config is settled
-        notes += _settle_weights(cfg, explicit, options.eval_only)
+        notes += _settle_weights(cfg, [*explicit, *stated_keys(name)], options.eval_only)
     notes += _settle_data(cfg, explicit, options)
     cfg, scaled = scale_schedule(cfg, reference, explicit, world_size)
     notes += _wrapped("scaled", scaled)

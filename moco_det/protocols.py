@@ -108,7 +108,26 @@ def load_config(name_or_file: str, overrides: Sequence[str] = ()) -> CfgNode:
     else:
         cfg = get_protocol(name_or_file)
     apply_overrides(cfg, overrides)
+    if cfg.MODEL.LOAD_PROPOSALS:
+        raise UserError(
+            "MODEL.LOAD_PROPOSALS makes Detectron2 unpickle DATASETS.PROPOSAL_FILES_*, which can "
+            "run code: leave it out; the protocols make their own proposals."
+        )
     return cfg
+
+
+def stated_keys(name_or_file: str) -> list[str]:
+    """Keys that a YAML file and the files it is based on state themselves; none for a protocol."""
+    path = Path(name_or_file).expanduser()
+    if path.suffix not in (".yaml", ".yml"):
+        return []
+    own = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    bases = own.pop("_BASE_", [])
+    keys = list(flatten(own))
+    for base in [bases] if isinstance(bases, str) else bases:
+        beside = path.parent / Path(base).expanduser()
+        keys += stated_keys(str(beside if beside.suffix in (".yaml", ".yml") else base))
+    return keys
 
 
 def apply_overrides(cfg: CfgNode, overrides: Sequence[str]) -> list[str]:

@@ -130,7 +130,8 @@ class ArrayRecipe:
     """``numpy.ndarray``: made empty and filled by its state, or made from a buffer."""
 
     def __init__(self, shape: Any = (), dtype: Any = "", data: Any = None, *more: Any) -> None:
-        self.state = (shape, dtype if isinstance(dtype, DType) else DType(dtype), False, data)
+        known = dtype if isinstance(dtype, DType) else DType(dtype)
+        self.state: tuple[Any, ...] = (shape, known, False, data)
 
     def __setstate__(self, state: Any) -> None:
         self.state = tuple(state)[-4:]  # (version,) shape, dtype, is_fortran, data

@@ -125,8 +125,7 @@ def apply_settings(cfg: CfgNode, weights: BackboneWeights, explicit: Collection[
             continue
         if key in explicit:
             raise UserError(
-                f"{key} is set to {old} on the command line, but {weights.source} needs {value}: "
-                "leave it out."
+                f"{key} is set to {old}, but {weights.source} needs {value}: leave it out."
             )
         cfg.merge_from_list([key, value])
         taken.append(f"{key} {value}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -104,9 +105,12 @@ def wrap(module: nn.Module) -> nn.Module:
     if world_size() == 1:
         return module
     gpu = device()
-    return nn.parallel.DistributedDataParallel(
-        module, device_ids=[gpu] if gpu.type == "cuda" else None, broadcast_buffers=False
-    )
+    with warnings.catch_warnings():
+        # torch 2.14 renames the argument; the old name is the one that all supported releases have.
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+        return nn.parallel.DistributedDataParallel(
+            module, device_ids=[gpu] if gpu.type == "cuda" else None, broadcast_buffers=False
+        )
 
 
 def unwrap(module: nn.Module) -> nn.Module:

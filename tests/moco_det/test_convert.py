@@ -278,12 +278,35 @@ def test_a_width_that_detectron2s_config_refuses_is_said(tmp_path: Path) -> None
         build_resnet_backbone(cfg, ShapeSpec(channels=3))
 
 
-def test_what_is_returned_survives_the_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".pkl"])
+def test_what_is_returned_survives_the_file_and_owns_no_more_than_itself(
+    tmp_path: Path, suffix: str
+) -> None:
     tensors = backbone(state_dict())
-    path = _save(tmp_path / "a.pth", tensors)
+    convert(_save(tmp_path / "a.pth", tensors), output=tmp_path / f"b{suffix}", proof=False)
+    path = tmp_path / f"b{suffix}"
     converted = convert(path, "torchvision", proof=False)
     path.write_bytes(b"")
     assert same(converted.tensors, tensors)
+    for tensor in converted.tensors.values():
+        assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+
+
+def test_layouts_in_memory_do_not_change_what_is_converted(tmp_path: Path) -> None:
+    """Oracle: the same tensors, contiguous. Saved are channels last, and views of one storage."""
+    tensors = backbone(state_dict())
+    flat = torch.cat([t.flatten() for t in tensors.values() if t.is_floating_point()])
+    views, start = dict(tensors), 0
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point():
+            views[name] = flat[start : start + tensor.numel()].view(tensor.shape)
+            start += tensor.numel()
+    last = {
+        k: v.contiguous(memory_format=torch.channels_last) if v.dim() == 4 else v
+        for k, v in tensors.items()
+    }
+    for saved in (views, last):
+        assert same(convert(_save(tmp_path / "a.pth", saved), "torchvision").tensors, tensors)
 
 
 def test_odd_values_are_reported(tmp_path: Path) -> None:

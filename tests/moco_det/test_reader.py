@@ -43,6 +43,17 @@ def test_torch_files_equal_what_torch_load_reads(tmp_path: Path, zipped: bool) -
     assert (ours["epoch"], ours["l"]) == (3, [1.5])
 
 
+def test_files_saved_without_checksums_are_read(tmp_path: Path) -> None:
+    if not hasattr(torch.serialization, "set_crc32_options"):
+        pytest.skip("this version of torch always writes them")
+    try:
+        torch.serialization.set_crc32_options(False)
+        torch.save(TENSORS, tmp_path / "a.pth")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert same(read_checkpoint(tmp_path / "a.pth"), TENSORS)
+
+
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_pickled_arrays_and_tensors_equal_what_pickle_reads(tmp_path: Path, protocol: int) -> None:
     path = tmp_path / "a.pkl"

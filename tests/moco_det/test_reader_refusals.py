@@ -181,6 +181,18 @@ def test_damaged_files_have_their_own_sentence(tmp_path: Path, case: str) -> Non
     assert "\n" not in str(caught.value)
 
 
+def test_a_flipped_bit_of_a_tensor_is_refused_although_torch_loads_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    torch.save({"a": torch.ones(1000), "b": torch.zeros(1000)}, path)
+    content = bytearray(path.read_bytes())
+    content[content.index(bytes(1000)) + 500] ^= 1
+    path.write_bytes(content)
+    assert torch.load(path)["b"].any()
+    with pytest.raises(CheckpointError, match=r"data/1 are not those that were written") as caught:
+        read_checkpoint(path)
+    assert caught.value.kind == "damaged"
+
+
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 def test_any_flipped_byte_is_read_or_refused_but_never_crashes(
     tmp_path: Path, zipped: bool

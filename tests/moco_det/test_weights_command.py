@@ -1,4 +1,4 @@
-"""What the tools take from the weights they are given, what they refuse, and what they never run."""
+"""What the tools take from the weights given to them, what they refuse, what they never run."""
 
 import pickle
 import struct
@@ -95,8 +95,16 @@ def test_a_contradiction_with_the_command_line_is_refused(rewritten, voc, tmp_pa
     args = ["--config", "VOC", "--train-data", voc[0], "--output-dir", str(tmp_path / "run")]
     assert train_net([*args, "MODEL.WEIGHTS", str(file), *QUICK, key, explicit]) == 1
     error = capsys.readouterr().err
-    assert f"{key} is set to {explicit} on the command line, but {file} needs {value}" in error
+    assert f"{key} is set to {explicit}, but {file} needs {value}: leave it out" in error
     assert not (tmp_path / "run").exists()
+
+
+def test_a_contradiction_with_the_users_own_file_is_refused(rewritten, voc, tmp_path, capsys):
+    weights, config = rewritten(format="RGB"), tmp_path / "own.yaml"
+    config.write_text("_BASE_: VOC\nINPUT:\n  FORMAT: BGR\n")
+    args = ["--config", str(config), "--train-data", voc[0], "--output-dir", str(tmp_path / "run")]
+    assert train_net([*args, "MODEL.WEIGHTS", str(weights), *QUICK]) == 1
+    assert f"INPUT.FORMAT is set to BGR, but {weights} needs RGB" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
