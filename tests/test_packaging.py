@@ -1,0 +1,104 @@
+"""The wheel, unpacked into an empty folder and used from another one."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """A folder with the wheel's content, as an installation lays it out."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    tracked = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    )
+    if tracked.returncode:
+        pytest.skip("not a git checkout")
+    for name in tracked.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet"]
+    subprocess.run([*build, str(source), "-w", str(folder)], check=True, cwd=folder)
+    (wheel,) = folder.glob("*.whl")
+    site = folder / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    return site
+
+
+def run(installed, *words):
+    return subprocess.run(
+        [sys.executable, *map(str, words)],
+        capture_output=True,
+        text=True,
+        cwd=installed.parent,
+        env={**os.environ, "PYTHONPATH": str(installed)},
+    )
+
+
+def test_protocols_and_recipes_travel_inside_the_wheel(installed):
+    code = (
+        "import moco_det, pretrain.config as p, moco_det.protocols as d;"
+        "print(moco_det.__file__); print(p.recipe_names(), d.protocol_names());"
+        "print(p.load_config('moco-v2').MOCO.MLP, d.get_protocol('VOC').SOLVER.MAX_ITER)"
+    )
+    done = run(installed, "-c", code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(installed))
+    assert "'moco-v1', 'moco-v2'" in done.stdout
+    assert "'VOC'" in done.stdout
+    assert done.stdout.splitlines()[-1] == "True 24000"
+
+
+@pytest.mark.parametrize(
+    ("tool", "message"),
+    [
+        ("train_net", "give MODEL.WEIGHTS FILE"),
+        ("pretrain", "--data is missing"),
+    ],
+)
+def test_command_lines_start_from_the_installed_package(installed, tool, message):
+    config = {"train_net": "VOC", "pretrain": "moco-v1"}[tool]
+    done = run(installed, "-m", f"moco_tools.{tool}", "--config", config)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    as_file = run(installed, installed / "moco_tools" / f"{tool}.py", "--config", config)
+    assert message in as_file.stderr
+
+
+def test_every_command_line_is_a_console_script(installed):
+    (metadata,) = installed.glob("*.dist-info")
+    scripts = (metadata / "entry_points.txt").read_text()
+    for tool in (ROOT / "tools").glob("[a-z]*.py"):
+        name = tool.stem.replace("_", "-")
+        assert f"moco-{name} = moco_tools.{tool.stem}:main" in scripts
+
+
+def test_nothing_that_a_user_has_would_be_replaced(installed):
+    """torch has a range and Detectron2 is not required: pip has nothing to exchange."""
+    (metadata,) = installed.glob("*.dist-info")
+    requirements = [
+        line.split(":", 1)[1].strip()
+        for line in (metadata / "METADATA").read_text().splitlines()
+        if line.startswith("Requires-Dist") and "extra ==" not in line
+    ]
+    assert any(requirement.startswith("torch>=") for requirement in requirements)
+    assert not [r for r in requirements if "detectron2" in r or "==" in r or "<" in r]
+
+
+def test_without_detectron2_one_sentence_says_how_to_get_it_and_pretrain_works(installed):
+    block = "import sys; sys.modules['detectron2'] = None; import pretrain.train; import moco_det"
+    done = run(installed, "-c", block)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ModuleNotFoundError: moco_det needs Detectron2")
+    assert "pretrain" not in done.stderr.replace("import pretrain.train", "")
