@@ -44,7 +44,6 @@ setup(
         "torch>=2.1",
         "torchvision>=0.16",
         "numpy>=1.24",
-        "opencv-python-headless>=4.8",
         "pillow>=9.5",
         "fvcore>=0.1.5.post20221221",
         "pycocotools>=2.0.6",
@@ -69,6 +68,8 @@ setup(
             "black",
             "setuptools<81",
         ],
+        # cv2 comes from any of four packages that overwrite each other: whoever has one keeps it.
+        "opencv": ["opencv-python-headless>=4.8"],
         "safetensors": ["safetensors>=0.4"],
         "dev": ["pytest>=7.4", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "build"],
     },

@@ -4,6 +4,15 @@ import warnings
 
 from .errors import UserError
 
+try:
+    import cv2  # noqa: F401
+except ModuleNotFoundError:
+    raise ModuleNotFoundError(
+        "moco_det needs OpenCV (cv2), which is not required by name because several packages bring "
+        "it: pip install opencv-python-headless.",
+        name="cv2",
+    ) from None
+
 with warnings.catch_warnings():
     # pkg_resources and torch.jit.script are Detectron2's affair: a user can do nothing about them.
     warnings.simplefilter("ignore")

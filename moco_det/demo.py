@@ -23,7 +23,7 @@ from moco_det.pictures import compare_runs
 from moco_det.plots import training_curves
 from moco_det.report import build_report
 from moco_det.runs import read_runs
-from moco_det.scenes import write_scenes
+from moco_det.scene_dataset import write_scenes
 
 Command = Sequence[object]
 

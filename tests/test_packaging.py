@@ -92,7 +92,16 @@ def test_nothing_that_a_user_has_would_be_replaced(installed):
         if line.startswith("Requires-Dist") and "extra ==" not in line
     ]
     assert any(requirement.startswith("torch>=") for requirement in requirements)
-    assert not [r for r in requirements if "detectron2" in r or "==" in r or "<" in r]
+    assert not [
+        r for r in requirements if "detectron2" in r or "opencv" in r or "==" in r or "<" in r
+    ]
+
+
+@pytest.mark.parametrize("package", ["pretrain", "moco_det"])
+def test_without_opencv_one_sentence_says_how_to_get_it(installed, package):
+    done = run(installed, "-c", f"import sys; sys.modules['cv2'] = None; import {package}")
+    assert done.returncode == 1
+    assert "pip install opencv-python-headless" in done.stderr.strip().splitlines()[-1]
 
 
 def test_without_detectron2_one_sentence_says_how_to_get_it_and_pretrain_works(installed):

@@ -10,7 +10,8 @@ import pytest
 from pycocotools import mask as coco_mask
 
 from moco_det.datasets import register
-from moco_det.scenes import CLASSES, Kind, draw_portrait, draw_scene, texture, write_scenes
+from moco_det.scene_dataset import write_scenes
+from moco_det.scenes import CLASSES, Kind, draw_portrait, draw_scene, texture
 
 COUNTS = {"unlabelled": 6, "train": 5, "test": 3}
 
