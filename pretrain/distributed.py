@@ -17,6 +17,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
+from pretrain.errors import UserError
+
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
@@ -130,18 +132,39 @@ def launch(function: Callable[..., Any], processes: int, *args: Any) -> None:
         processes: ranks to start: GPUs where there are GPUs, else gloo processes on the CPU.
 
     Raises:
-        whatever ``function`` raises on one process; ``mp.ProcessRaisedException`` on several.
+        UserError: of a rank, or because a rank was killed.
+        Exception: whatever else ``function`` raises; of several processes as
+            ``mp.ProcessRaisedException``, which holds the traceback of the rank that failed.
     """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        _as_rank(None, None, None, function, args)
+        _as_rank(None, None, None, function, args, None)
     elif processes > 1:
-        mp.spawn(_as_rank, (processes, _free_port(), function, args), nprocs=processes)
+        # When one rank fails, the others fail for want of it, and spawn reports whichever it sees
+        # first; a user's mistake reaches us here whoever comes first.
+        mistakes = mp.get_context("spawn").SimpleQueue()
+        try:
+            mp.spawn(
+                _as_rank, (processes, _free_port(), function, args, mistakes), nprocs=processes
+            )
+        except mp.ProcessRaisedException:
+            if mistakes.empty():
+                raise
+            raise UserError(mistakes.get()) from None
+        except mp.ProcessExitedException as error:
+            raise UserError(
+                f"A rank was lost ({error}): go on with --resume from the last checkpoint."
+            ) from None
     else:
         function(*args)
 
 
 def _as_rank(
-    local_rank: int | None, processes: int | None, port: int | None, function: Any, args: Any
+    local_rank: int | None,
+    processes: int | None,
+    port: int | None,
+    function: Any,
+    args: Any,
+    mistakes: Any,
 ) -> None:
     on_gpu = torch.cuda.is_available()
     if processes is None:
@@ -161,6 +184,10 @@ def _as_rank(
         torch.cuda.set_device(local_rank)
     try:
         function(*args)
+    except UserError as error:
+        if mistakes is not None:
+            mistakes.put(str(error))
+        raise
     finally:
         dist.destroy_process_group()
 

@@ -11,8 +11,6 @@ from pathlib import Path
 if __name__ == "__main__":  # run as a file: import from the checkout, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import torch
-
 from pretrain import distributed
 from pretrain.config import load_config, recipe_names, split_specs
 from pretrain.errors import UserError
@@ -59,9 +57,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         distributed.launch(train, args.num_gpus, cfg, args.resume)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
-    except torch.multiprocessing.ProcessRaisedException as error:
-        print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped: go on from the last checkpoint with --resume", file=sys.stderr)

@@ -120,6 +120,7 @@ def test_a_users_mistake_is_one_sentence_and_a_status(photographs, tmp_path, wor
     errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     assert len(errors) == 1
     assert message in errors[0]
+    assert "UserError" not in errors[0]
     assert "Traceback" not in result.stderr
 
 
