@@ -156,7 +156,7 @@ def _save(
             "world_size": distributed.world_size(),
             "state_dict": method.state_dict(),
             "optimizer": optimizer.state_dict(),
-            "rng": {"torch": list(rng.cpu().unbind())},
+            "rng": {"torch": [row.clone() for row in rng.cpu()]},
         }
         checkpoint.save(state, folder, keep=cfg.CHECKPOINT.KEEP)
     distributed.barrier()
@@ -186,7 +186,8 @@ def _restore(
     method.load_state_dict(state["state_dict"])
     optimizer.load_state_dict(state["optimizer"])
     if state["world_size"] == distributed.world_size():
-        torch.set_rng_state(state["rng"]["torch"][distributed.rank()])
+        # A copy: torch reads the state as a struct, and crashes on a view that is not aligned.
+        torch.set_rng_state(state["rng"]["torch"][distributed.rank()].clone())
     elif distributed.rank() == 0:
         print(
             f"note: {path} was written by {state['world_size']} ranks and goes on with "
