@@ -21,6 +21,8 @@ $(STAMP): setup.py requirements/constraints.txt requirements/detectron2.txt
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes \
 	  --target "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')" \
 	  --upgrade --python-version 3.10 --only-binary=:all: -r requirements/detectron2.txt
+	$(BIN)/python -m pip install --quiet --no-deps --constraint requirements/constraints.txt \
+	  timm lightly  # tests build their models; without their dependencies, which would replace ours
 	$(BIN)/python -c 'import moco_det, pretrain'
 	touch $@
 
