@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -22,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from .errors import UserError
+from .files import replace_text
 
 EXIF_ORIENTATION = 274  # the tag, EXIF 2.3, section 4.6.4
 PNG_EXIF_KEYS = ("exif", "Raw profile type exif", "XML:com.adobe.xmp")
@@ -87,19 +87,8 @@ class DatasetReport:
 
 def write_json_atomically(path: str | os.PathLike[str], content: Any) -> None:
     """Write ``content`` as JSON so that ``path`` holds either the old or the whole new file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            # One string at once: json.dump would go through the slow pure-Python encoder.
-            file.write(json.dumps(content))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    # One string at once: json.dump would go through the slow pure-Python encoder.
+    replace_text(Path(path), json.dumps(content))
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,16 @@ from pathlib import Path
 from typing import IO
 
 
-def replace_file(path: str | Path, write: Callable[[IO[bytes]], object]) -> Path:
+def replace_file(
+    path: str | Path,
+    write: Callable[[IO[bytes]], object],
+    check: Callable[[Path], object] | None = None,
+) -> Path:
     """Let `write` fill a new binary file, then put it in the place of `path` in one step.
 
     A reader sees the old file or the new one, never half of either, whatever stops the process.
-    Missing folders are made.
+    Missing folders are made. `check` is called with the finished file before it gets its name;
+    if it raises, the old file stays.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -21,6 +26,8 @@ def replace_file(path: str | Path, write: Callable[[IO[bytes]], object]) -> Path
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        if check is not None:
+            check(Path(temporary))
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:

@@ -16,6 +16,16 @@ LOGGED = ("moco_det", "detectron2", "fvcore")
 log = logging.getLogger("moco_det")
 
 
+def silence_detectron2() -> None:
+    """Drop warnings of Detectron2's calls of torch functions that have changed since.
+
+    There is nothing that a user could mend.
+    """
+    warnings.filterwarnings("ignore", message="torch.meshgrid")
+    warnings.filterwarnings("ignore", message=".*(torch.cuda.amp|broadcast_buffers)")
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
+
+
 @contextmanager
 def logging_to(directory: Path, rank: int) -> Iterator[None]:
     """Log this project's messages to the console (rank 0) and everyone's to ``log.txt``.
@@ -23,10 +33,7 @@ def logging_to(directory: Path, rank: int) -> Iterator[None]:
     Detectron2's own messages (the model, the optimizer's hooks, class histograms) go to the file
     only. The handlers are removed at the end, so that runs in one process keep their logs apart.
     """
-    # Detectron2's calls of torch functions that have changed since: nothing a user could mend.
-    warnings.filterwarnings("ignore", message="torch.meshgrid")
-    warnings.filterwarnings("ignore", message=".*(torch.cuda.amp|broadcast_buffers)")
-    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
+    silence_detectron2()
     directory.mkdir(parents=True, exist_ok=True)
     name = "log.txt" if rank == 0 else f"log.txt.rank{rank}"
     file = logging.FileHandler(directory / name, encoding="utf-8")

@@ -1,9 +1,7 @@
 """Draw what a trained detector finds in images of one's own: see `--help`."""
 
 import argparse
-import logging
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from tqdm import tqdm
 
 from moco_det.errors import UserError
 from moco_det.predict import build_predictor, find_images, predict, predictor_of_run
+from moco_det.progress import silence_detectron2
 from moco_det.protocols import load_config
 
 
@@ -39,9 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     by_run = arguments.run is not None
     if by_run == (arguments.config is not None) or by_run == (arguments.weights is not None):
         parsing.error("give either --run RUN_DIR, or --config and --weights")
-    # Detectron2's calls of torch functions that have changed since: nothing a user could mend.
-    warnings.filterwarnings("ignore", message="torch.meshgrid")
-    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
+    silence_detectron2()
     failures = objects = 0
     try:
         images = find_images(arguments.images)

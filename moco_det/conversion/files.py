@@ -7,17 +7,17 @@ import json
 import os
 import pickle
 import struct
-import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from moco_det.conversion.settings import own_metadata
+from moco_det.files import replace_file
 from moco_det.reader import CheckpointError, read_checkpoint
 
 _SAFETENSORS = {torch.float32: "F32", torch.int64: "I64"}
@@ -112,24 +112,12 @@ def write(
         CheckpointError: a suffix that is not known, or a .pkl for torchvision.
     """
     writer = writer_for(path, to)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            writer(file, tensors, metadata)
-            file.flush()
-            os.fsync(file.fileno())
-        check(Path(temporary))
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    replace_file(path, lambda file: writer(file, tensors, metadata), check)
 
 
 def writer_for(
     path: Path, to: str
-) -> Callable[[BinaryIO, Mapping[str, Tensor], Mapping[str, Any]], None]:
+) -> Callable[[IO[bytes], Mapping[str, Tensor], Mapping[str, Any]], None]:
     """The writer of a suffix.
 
     Raises:
@@ -169,18 +157,18 @@ class _PortablePickler(pickle.Pickler):
         return NotImplemented
 
 
-def _write_pickle(file: BinaryIO, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+def _write_pickle(file: IO[bytes], tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
     arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
     # Protocol 5 holds a bytearray as it is; older ones would have it read twice.
     _PortablePickler(file, protocol=5).dump(_wrapped(arrays, meta))
 
 
-def _write_torch(file: BinaryIO, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+def _write_torch(file: IO[bytes], tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
     torch.save(_wrapped(tensors, meta), file)
 
 
 def _write_state_dict(
-    file: BinaryIO, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]
+    file: IO[bytes], tensors: Mapping[str, Tensor], meta: Mapping[str, Any]
 ) -> None:
     """A plain state dict, loadable with ``strict=True``; the metadata are an attribute of it."""
     state = OrderedDict(tensors)
@@ -190,7 +178,7 @@ def _write_state_dict(
 
 
 def _write_safetensors(
-    file: BinaryIO, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]
+    file: IO[bytes], tensors: Mapping[str, Tensor], meta: Mapping[str, Any]
 ) -> None:
     own = {k: v for k, v in meta.items() if k != "author"}
     header: dict[str, Any] = {"__metadata__": {"moco-det": json.dumps(own), "format": "pt"}}
