@@ -71,7 +71,7 @@ setup(
         # cv2 comes from any of four packages that overwrite each other: whoever has one keeps it.
         "opencv": ["opencv-python-headless>=4.8"],
         "safetensors": ["safetensors>=0.4"],
-        "dev": ["pytest>=7.4", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "build"],
+        "dev": ["pytest>=7.4", "pytest-timeout", "pytest-xdist", "scipy", "ruff", "mypy", "build"],
     },
     entry_points={
         "console_scripts": [
