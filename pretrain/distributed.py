@@ -115,10 +115,6 @@ def wrap(module: nn.Module) -> nn.Module:
         )
 
 
-def unwrap(module: nn.Module) -> nn.Module:
-    return module.module if isinstance(module, nn.parallel.DistributedDataParallel) else module
-
-
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier()
