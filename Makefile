@@ -17,12 +17,12 @@ $(STAMP): setup.py requirements/constraints.txt requirements/detectron2.txt
 	$(BIN)/python -m pip install --quiet --constraint requirements/constraints.txt setuptools wheel
 	$(BIN)/python -m pip install --quiet --constraint requirements/constraints.txt torch torchvision
 	$(BIN)/python -m pip install --quiet --constraint requirements/constraints.txt \
-	  --no-build-isolation --editable '.[opencv,detectron2-deps,safetensors,dev]'
+	  --no-build-isolation --editable '.[opencv,detectron2-deps,safetensors,shards,slurm,fast-eval,probe,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes \
 	  --target "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')" \
 	  --upgrade --python-version 3.10 --only-binary=:all: -r requirements/detectron2.txt
 	$(BIN)/python -m pip install --quiet --no-deps --constraint requirements/constraints.txt \
-	  timm lightly  # tests build their models; without their dependencies, which would replace ours
+	  timm lightly lvis  # without their dependencies, which would replace ours (tests; LVIS's AP)
 	$(BIN)/python -c 'import moco_det, pretrain'
 	touch $@
 

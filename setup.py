@@ -71,7 +71,21 @@ setup(
         # cv2 comes from any of four packages that overwrite each other: whoever has one keeps it.
         "opencv": ["opencv-python-headless>=4.8"],
         "safetensors": ["safetensors>=0.4"],
-        "dev": ["pytest>=7.4", "pytest-timeout", "pytest-xdist", "scipy", "ruff", "mypy", "build"],
+        "shards": ["webdataset>=0.2.86"],  # pre-training from tar files, local or by URL
+        "slurm": ["submitit>=1.4"],  # tools/pretrain.py --slurm
+        "fast-eval": ["hotcoco>=1.0"],  # COCO metrics in seconds
+        "probe": ["scikit-learn>=1.2"],  # the quick linear probe
+        "dev": [
+            "pytest>=7.4",
+            "pytest-timeout",
+            "pytest-xdist",
+            "pytest-cov",
+            "hypothesis",
+            "scipy",
+            "ruff",
+            "mypy",
+            "build",
+        ],
     },
     entry_points={
         "console_scripts": [

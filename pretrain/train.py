@@ -15,9 +15,11 @@ from pretrain.errors import UserError
 from pretrain.loader import build_batches
 from pretrain.methods import build_method
 from pretrain.monitor import Monitor
+from pretrain.optimizers import build_optimizer
 from pretrain.progress import Progress
 from pretrain.schedules import learning_rate
 from pretrain.sources import open_source
+from pretrain.step import TrainStep
 from pretrain.version import __version__
 from pretrain.views import recipe
 
@@ -46,14 +48,10 @@ def train(cfg: CfgNode, resume: bool = False) -> None:
 
     torch.manual_seed(cfg.SEED)
     device = distributed.device()
-    method = build_method(cfg).to(device).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(
-        [p for p in method.parameters() if p.requires_grad],
-        lr=cfg.SOLVER.BASE_LR,
-        momentum=cfg.SOLVER.MOMENTUM,
-        weight_decay=cfg.SOLVER.WEIGHT_DECAY,
-    )
-    start = _restore(cfg, folder, method, optimizer) if resume else 0
+    method = build_method(cfg, num_images=len(source), total_steps=total)
+    method = method.to(device).to(memory_format=torch.channels_last)
+    take_step = TrainStep(method, build_optimizer(cfg, method), total_steps=total)
+    start = _restore(cfg, folder, method, take_step) if resume else 0
     if not resume and (folder / checkpoint.LAST).exists():
         raise UserError(
             f"{folder} already holds a run: add --resume to go on with it, or choose another "
@@ -82,12 +80,13 @@ def train(cfg: CfgNode, resume: bool = False) -> None:
         pin_memory=device.type == "cuda",
         max_bad_share=cfg.DATALOADER.MAX_BAD_SHARE,
     )
-    monitor = Monitor(
-        method.chance_loss,
-        patience=max(200, 2 * math.ceil(cfg.MOCO.QUEUE_SIZE / cfg.SOLVER.BATCH_SIZE)),
-    )
+    monitor = None
+    if method.chance_loss is not None:
+        monitor = Monitor(
+            method.chance_loss,
+            patience=max(200, 2 * math.ceil(cfg.MOCO.QUEUE_SIZE / cfg.SOLVER.BATCH_SIZE)),
+        )
     skipped = folder / "skipped_images.txt"
-    parallel = distributed.wrap(method)
     method.train()
     step = start
     recent: list[torch.Tensor] = []
@@ -101,19 +100,15 @@ def train(cfg: CfgNode, resume: bool = False) -> None:
             milestones=cfg.SOLVER.MILESTONES,
             gamma=cfg.SOLVER.GAMMA,
         )
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        outputs = parallel([view.to(device, non_blocking=True) for view in batch.views], step)
-        optimizer.zero_grad(set_to_none=True)
-        outputs["loss"].backward()
-        optimizer.step()
+        views_here = [view.to(device, non_blocking=True) for view in batch.views]
+        outputs = take_step(views_here, batch.index, step, lr)
         step += 1
 
         if batch.skipped:
             with skipped.open("a") as file:
                 file.writelines(f"{name}\t{reason}\n" for name, reason in batch.skipped)
         names = list(outputs)
-        recent.append(torch.stack([outputs[name].detach().to(device) for name in names]))
+        recent.append(torch.stack([outputs[name].to(device) for name in names]))
         if step % cfg.LOG.PERIOD == 0 or step == total:
             means = torch.stack(recent).mean(0)
             distributed.all_reduce_mean([means])
@@ -127,13 +122,13 @@ def train(cfg: CfgNode, resume: bool = False) -> None:
             if progress:
                 scalars |= {"lr": lr, "epoch": step * cfg.SOLVER.BATCH_SIZE / len(source)}
                 progress.log(step, _line(scalars, method.chance_loss), **scalars)
-                warning = monitor.observe(
+                warning = monitor and monitor.observe(
                     step, scalars["loss"], scalars["accuracy"], scalars["spread"]
                 )
                 if warning:
                     progress.say(f"warning: {warning}")
         if step % cfg.CHECKPOINT.PERIOD == 0 or step == total:
-            _save(cfg, folder, method, optimizer, step)
+            _save(cfg, folder, method, take_step, step)
     if progress:
         if start >= total:
             progress.say(f"nothing left to do: {folder} is at iteration {start} of {total}")
@@ -141,9 +136,7 @@ def train(cfg: CfgNode, resume: bool = False) -> None:
         progress.close()
 
 
-def _save(
-    cfg: CfgNode, folder: Path, method: nn.Module, optimizer: torch.optim.Optimizer, step: int
-) -> None:
+def _save(cfg: CfgNode, folder: Path, method: nn.Module, take_step: TrainStep, step: int) -> None:
     """All ranks: average the BN statistics (here and in what is saved), then rank 0 writes."""
     distributed.average_batch_norm(method)
     rng = distributed.all_gather(torch.get_rng_state()[None].to(distributed.device()))
@@ -155,16 +148,14 @@ def _save(
             "step": step,
             "world_size": distributed.world_size(),
             "state_dict": method.state_dict(),
-            "optimizer": optimizer.state_dict(),
+            **take_step.state_dict(),
             "rng": {"torch": [row.clone() for row in rng.cpu()]},
         }
         checkpoint.save(state, folder, keep=cfg.CHECKPOINT.KEEP)
     distributed.barrier()
 
 
-def _restore(
-    cfg: CfgNode, folder: Path, method: nn.Module, optimizer: torch.optim.Optimizer
-) -> int:
+def _restore(cfg: CfgNode, folder: Path, method: nn.Module, take_step: TrainStep) -> int:
     """Load the newest checkpoint of ``folder``; return the steps done, 0 where there is none."""
     path = folder / checkpoint.LAST
     if not path.exists():
@@ -184,7 +175,7 @@ def _restore(
             f"{'; '.join(differences)}. Give the same configuration or another --output-dir."
         )
     method.load_state_dict(state["state_dict"])
-    optimizer.load_state_dict(state["optimizer"])
+    take_step.load_state_dict(state)
     if state["world_size"] == distributed.world_size():
         # A copy: torch reads the state as a struct, and crashes on a view that is not aligned.
         torch.set_rng_state(state["rng"]["torch"][distributed.rank()].clone())
@@ -219,9 +210,14 @@ def _banner(
     )
 
 
-def _line(scalars: dict[str, float], chance_loss: float) -> str:
-    return (
-        f"epoch {scalars['epoch']:.2f}  loss {scalars['loss']:.3f} (chance {chance_loss:.3f})  "
-        f"accuracy {scalars['accuracy']:6.1%}  spread {scalars['spread']:.2f}  "
-        f"queue {scalars['queue_fill']:4.0%}  lr {scalars['lr']:.4f}"
-    )
+def _line(scalars: dict[str, float], chance_loss: float | None) -> str:
+    """What a method reports, in one order, each only where there is such a thing."""
+    parts = [f"epoch {scalars['epoch']:.2f}", f"loss {scalars['loss']:.3f}"]
+    if chance_loss is not None:
+        parts[-1] += f" (chance {chance_loss:.3f})"
+    if "accuracy" in scalars:
+        parts.append(f"accuracy {scalars['accuracy']:6.1%}")
+    parts.append(f"spread {scalars['spread']:.2f}")
+    if "queue_fill" in scalars:
+        parts.append(f"queue {scalars['queue_fill']:4.0%}")
+    return "  ".join([*parts, f"lr {scalars['lr']:.4f}"])

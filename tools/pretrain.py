@@ -11,9 +11,9 @@ from pathlib import Path
 if __name__ == "__main__":  # run as a file: import from the checkout, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from pretrain import distributed
 from pretrain.config import load_config, recipe_names, split_specs
 from pretrain.errors import UserError
+from pretrain.launch import launch
 from pretrain.train import train
 
 
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         cfg.OUTPUT_DIR = args.output_dir or f"runs/{Path(args.config).stem}"
         if not cfg.DATA:
             raise UserError("--data is missing: name a folder of photographs.")
-        distributed.launch(train, args.num_gpus, cfg, args.resume)
+        launch(train, args.num_gpus, cfg, args.resume)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

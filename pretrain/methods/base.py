@@ -3,27 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 
+@dataclass(frozen=True)
+class Run:
+    """What a method may want to know of the run that it is built for.
+
+    Attributes:
+        num_images: images of the source; `index` of a batch lies below it.
+        total_steps: length of the run (and of every schedule).
+        bn_groups: groups into which each rank splits its batch for BN, see `SplitBatchNorm2d`.
+    """
+
+    num_images: int
+    total_steps: int
+    bn_groups: int
+
+
 class Method(nn.Module):
-    """A pre-training method. The loop knows nothing more of it than this."""
+    """A pre-training method. The loop knows nothing more of it than this.
+
+    ``encoder_q`` is the encoder whose backbone is exported; whatever a run needs to go on is a
+    parameter or a persistent buffer.
+    """
+
+    encoder_q: nn.Module
 
     @property
-    def chance_loss(self) -> float:
-        """Loss of an encoder that knows nothing; the monitor compares with it."""
+    def chance_loss(self) -> float | None:
+        """Loss of an encoder that knows nothing, with which the monitor compares; None where there
+        is no such number."""
         raise NotImplementedError
 
-    def forward(self, views: Sequence[Tensor], step: int) -> dict[str, Tensor]:
+    def forward(self, views: Sequence[Tensor], step: int, index: Tensor) -> dict[str, Tensor]:
         """One step on this rank's share of the batch.
 
         Args:
-            views: one (N, 3, H, W) uint8 batch a view.
+            views: one (N, 3, H, W) uint8 batch a view; H and W may differ between views.
             step: number of the step, the same on every rank.
+            index: (N,) int64, which image of the source each row shows.
 
         Returns:
-            ``loss``, a scalar with gradient, and scalars without: ``accuracy`` and ``spread`` for
-            the monitor, ``queue_fill``, and whatever else is worth a curve.
+            ``loss``, a scalar with gradient, and scalars without: ``spread`` and, where the method
+            has them, ``accuracy`` (for the monitor) and ``queue_fill``, and whatever else is worth
+            a curve.
         """
         raise NotImplementedError
+
+    def before_update(self, step: int) -> None:
+        """Called between backward pass and optimiser step; gradients may be changed."""
+
+    def after_update(self, step: int, total_steps: int) -> None:
+        """Called after the optimiser step; a target network may follow here."""

@@ -95,12 +95,13 @@ class MoCo(Method):
         self.register_buffer("queue", F.normalize(noise, dim=1))  # KxC
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
 
-    def forward(self, views: Sequence[Tensor], step: int) -> dict[str, Tensor]:
+    def forward(self, views: Sequence[Tensor], step: int, index: Tensor) -> dict[str, Tensor]:
         """One step of Algorithm 1 on this rank's share of the batch.
 
         Args:
             views: query images and key images, each (N, 3, H, W) uint8 or normalised float.
             step: number of the step; with ``seed`` it determines the permutation.
+            index: not used; negatives come from the queue.
 
         Returns:
             ``loss`` (with gradient) and, for the eyes, scalars without: ``accuracy`` (share of

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from pretrain import distributed
+from pretrain.launch import launch
 
 
 def _store(function, folder, args):
@@ -19,7 +20,7 @@ def on_ranks(processes, function, *args):
     threads, os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS"), "1"
     try:
         with tempfile.TemporaryDirectory() as folder:
-            distributed.launch(_store, processes, function, folder, args)
+            launch(_store, processes, function, folder, args)
             return [
                 torch.load(Path(folder) / f"{i}.pt", weights_only=True) for i in range(processes)
             ]

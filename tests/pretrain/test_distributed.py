@@ -1,15 +1,10 @@
 """Collectives on 2 and 4 gloo ranks against indexing of the joined batch."""
 
-import os
-import signal
-import time
-
 import pytest
 import torch
 from torch import nn
 
 from pretrain import distributed
-from pretrain.errors import UserError
 from tests.pretrain.ranks import on_ranks
 
 
@@ -59,30 +54,3 @@ def test_gather_keeps_rank_order_and_only_bn_statistics_are_averaged():
         assert variance.tolist() == [5.0, 5.0]
         assert (weight == rank).all()
         assert gathered[:, 0].tolist() == [0, 0, 1, 1]
-
-
-def failing(error, everywhere=False):
-    if everywhere or distributed.rank() == 1:
-        raise error
-    distributed.barrier()  # fails in its turn, for want of the other rank
-
-
-def test_a_users_mistake_on_a_rank_is_the_callers():
-    with pytest.raises(UserError, match="^lower the batch$"):
-        distributed.launch(failing, 2, UserError("lower the batch"))
-
-
-def test_another_error_keeps_the_traceback_of_its_rank():
-    with pytest.raises(torch.multiprocessing.ProcessRaisedException, match="in failing"):
-        distributed.launch(failing, 2, ValueError("a fault of ours"), True)
-
-
-def dying():
-    if distributed.rank() == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(60)  # the launcher ends this rank
-
-
-def test_a_killed_rank_ends_the_run_with_the_way_on():
-    with pytest.raises(UserError, match="A rank was lost.*SIGKILL.*--resume"):
-        distributed.launch(dying, 2)

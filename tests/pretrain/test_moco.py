@@ -48,7 +48,7 @@ def run(steps, bn_groups, mlp=False):
     losses = []
     for step in range(steps):
         mine = images(step)[:, distributed.rank() * share :][:, :share]
-        loss = parallel(list(mine), step)["loss"]
+        loss = parallel(list(mine), step, torch.arange(len(mine[0])))["loss"]
         optimizer.zero_grad()
         loss.backward()
         gradients = {
@@ -181,7 +181,7 @@ def test_momentum_moves_parameters_by_one_minus_m_and_leaves_bn_buffers():
 
 def test_no_gradient_reaches_the_key_encoder_or_the_queue():
     method = tiny_moco()
-    method(list(images(0)), 0)["loss"].backward()
+    method(list(images(0)), 0, torch.arange(len(images(0)[0])))["loss"].backward()
     assert all(p.grad is None for p in method.encoder_k.parameters())
     assert all(p.grad is not None for p in method.encoder_q.parameters())
     assert not method.queue.requires_grad
@@ -189,7 +189,7 @@ def test_no_gradient_reaches_the_key_encoder_or_the_queue():
 
 def test_the_first_loss_is_near_chance():
     method = tiny_moco(queue_size=4096, temperature=1.0)
-    outputs = method(list(images(0)), 0)
+    outputs = method(list(images(0)), 0, torch.arange(len(images(0)[0])))
     assert method.chance_loss == math.log(4097)
     assert outputs["loss"].item() == pytest.approx(math.log(4097), rel=0.1)
 

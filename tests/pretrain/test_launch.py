@@ -1,0 +1,39 @@
+"""The processes of a run: what the caller hears when a rank fails or dies."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+from pretrain import distributed
+from pretrain.errors import UserError
+from pretrain.launch import launch
+
+
+def failing(error, everywhere=False):
+    if everywhere or distributed.rank() == 1:
+        raise error
+    distributed.barrier()  # fails in its turn, for want of the other rank
+
+
+def test_a_users_mistake_on_a_rank_is_the_callers():
+    with pytest.raises(UserError, match="^lower the batch$"):
+        launch(failing, 2, UserError("lower the batch"))
+
+
+def test_another_error_keeps_the_traceback_of_its_rank():
+    with pytest.raises(torch.multiprocessing.ProcessRaisedException, match="in failing"):
+        launch(failing, 2, ValueError("a fault of ours"), True)
+
+
+def dying():
+    if distributed.rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)  # the launcher ends this rank
+
+
+def test_a_killed_rank_ends_the_run_with_the_way_on():
+    with pytest.raises(UserError, match="A rank was lost.*SIGKILL.*--resume"):
+        launch(dying, 2)
