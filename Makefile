@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DEMO ?= runs/demo
 SEED ?= 0
 
-.PHONY: setup demo test lint soak bench-pretrain bench-eval clean
+.PHONY: setup demo test lint soak evidence bench-pretrain bench-eval docs clean
 
 setup: $(STAMP)
 
@@ -17,12 +17,13 @@ $(STAMP): setup.py requirements/constraints.txt requirements/detectron2.txt
 	$(BIN)/python -m pip install --quiet --constraint requirements/constraints.txt setuptools wheel
 	$(BIN)/python -m pip install --quiet --constraint requirements/constraints.txt torch torchvision
 	$(BIN)/python -m pip install --quiet --constraint requirements/constraints.txt \
-	  --no-build-isolation --editable '.[opencv,detectron2-deps,safetensors,shards,slurm,fast-eval,probe,dev]'
+	  --no-build-isolation --editable '.[opencv,detectron2-deps,safetensors,shards,slurm,fast-eval,probe,docs,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes \
 	  --target "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')" \
 	  --upgrade --python-version 3.10 --only-binary=:all: -r requirements/detectron2.txt
 	$(BIN)/python -m pip install --quiet --no-deps --constraint requirements/constraints.txt \
-	  timm lightly lvis  # without their dependencies, which would replace ours (tests; LVIS's AP)
+	  timm lightly lvis cityscapesscripts pyquaternion shapely  # peers of the tests; alone, since
+	  # what they depend on would replace ours
 	$(BIN)/python -c 'import moco_det, pretrain'
 	touch $@
 
@@ -37,11 +38,28 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p pretrain -p moco_det
 
+# Slow and by hand: kill -9 and resume, over and over; compiled training; readers on broken files.
+soak: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.pretrain.soak --kills 100 --processes 1 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.moco_det.soak
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/moco_det/soak_readers.py tests/pretrain/soak_compile.py
+
+evidence: $(STAMP)
+	$(BIN)/python benchmarks/evidence.py
+
 bench-pretrain: $(STAMP)
 	$(BIN)/python benchmarks/views.py
+	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/shuffle.py
+	$(BIN)/python benchmarks/loader.py
 
 bench-eval: $(STAMP)
 	$(BIN)/python benchmarks/voc_eval.py
+	$(BIN)/python benchmarks/coco_eval.py
+
+# The documentation as pages in build/site; warnings are errors.
+docs: $(STAMP)
+	$(BIN)/mkdocs build --quiet --strict
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

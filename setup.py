@@ -11,7 +11,7 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "pretrain" / "version.py").read_text())
-TOOLS = ("pretrain", "convert", "train_net", "report", "predict", "demo")
+TOOLS = ("pretrain", "convert", "train_net", "report", "predict", "probe", "doctor", "demo")
 
 setup(
     name="moco-det",
@@ -75,6 +75,8 @@ setup(
         "slurm": ["submitit>=1.4"],  # tools/pretrain.py --slurm
         "fast-eval": ["hotcoco>=1.0"],  # COCO metrics in seconds
         "probe": ["scikit-learn>=1.2"],  # the quick linear probe
+        "cityscapes": ["cityscapesscripts", "shapely>=2"],  # Detectron2's reader of its polygons
+        "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26", "nbclient", "ipykernel"],
         "dev": [
             "pytest>=7.4",
             "pytest-timeout",
@@ -94,6 +96,7 @@ setup(
     },
     classifiers=[
         "Programming Language :: Python :: 3",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in (10, 11, 12, 13)),
         "License :: OSI Approved :: Apache Software License",
         "Topic :: Scientific/Engineering :: Image Recognition",
     ],

@@ -13,13 +13,20 @@ from fvcore.common.config import CfgNode
 
 from pretrain.errors import UserError
 
+# What users look for, and why it is not there.
+NOT_KEYS = {
+    "SOLVER.ACCUMULATION_STEPS": "accumulated gradients would not be those of the large batch, "
+    "because BN statistics (and, without a queue, the negatives) would be those of each small one. "
+    "Lower SOLVER.BATCH_SIZE, which lowers the learning rate with it, or set SOLVER.PRECISION.",
+}
+
 
 def get_defaults() -> CfgNode:
     """All keys with their defaults (MoCo v1 on ImageNet-1M), one comment a key."""
     cfg = CfgNode()
     cfg.METHOD = "moco"  # a name of pretrain.methods.METHODS
     cfg.SEED = 0  # of weights, order, views, queue and permutations
-    cfg.DATA = []  # specs: a folder, a list file, coco:JSON:IMAGES; set by --data
+    cfg.DATA = []  # specs: a folder, a list file, coco:JSON:IMAGES or shards:URL; set by --data
     cfg.OUTPUT_DIR = "./runs/pretrain"  # set by --output-dir
 
     cfg.MODEL = CfgNode()
@@ -30,11 +37,16 @@ def get_defaults() -> CfgNode:
     # BN groups over all ranks; each of at least 4 images. Ranks count as groups, so a run on one
     # process means the same as one on this many GPUs.
     cfg.MODEL.BN_GROUPS = 8
+    cfg.MODEL.SYNC_BN = False  # one BN group: statistics over all ranks, whatever BN_GROUPS says
 
     cfg.INPUT = CfgNode()
     cfg.INPUT.CROP_SIZE = 224  # side of a view, pixels
     cfg.INPUT.MIN_SCALE = 0.2  # smallest area of a crop, as a share of the image
-    cfg.INPUT.AUGMENTATION = "moco-v1"  # moco-v1 or moco-v2
+    cfg.INPUT.AUGMENTATION = "moco-v1"  # moco-v1, moco-v2, simclr, byol or swav
+    cfg.INPUT.SMALL_CROPS = 0  # small views of multi-crop, beside the pair
+    cfg.INPUT.SMALL_CROP_SIZE = 96  # side of a small view, pixels
+    cfg.INPUT.SMALL_SCALE = 0.14  # largest area of a small crop, and then smallest of a large one
+    cfg.INPUT.ON_DEVICE = False  # colour and blur on the GPU; the CPUs decode, crop and resize
 
     cfg.MOCO = CfgNode()
     cfg.MOCO.DIM = 128  # length of a key
@@ -45,21 +57,57 @@ def get_defaults() -> CfgNode:
     cfg.MOCO.MLP_BN = False  # BN after both layers of it: not in v2, leaves the plateau sooner
     cfg.MOCO.SHUFFLE_BN = True  # permute the keys' batch over ranks and BN groups
 
+    cfg.BANK = CfgNode()  # METHOD memory-bank; its head and temperature are MOCO's
+    cfg.BANK.NEGATIVES = 65536  # K, drawn in each step; at most the images less a batch
+    cfg.BANK.MOMENTUM = 0.5  # m of an image's key: m old + (1 - m) new, normalised
+
+    cfg.SIMCLR = CfgNode()
+    cfg.SIMCLR.DIM = 128  # length of an embedding
+    cfg.SIMCLR.TEMPERATURE = 0.1  # tau
+
+    cfg.BYOL = CfgNode()
+    cfg.BYOL.HIDDEN = 4096  # hidden units of projector and predictor
+    cfg.BYOL.DIM = 256  # length of a projection
+    cfg.BYOL.MOMENTUM = 0.996  # tau of the target network at the start; it ends at 1
+
+    cfg.SWAV = CfgNode()
+    cfg.SWAV.HIDDEN = 2048  # hidden units of the projector
+    cfg.SWAV.DIM = 128  # length of an embedding
+    cfg.SWAV.PROTOTYPES = 3000  # number of clusters; fewer for few images
+    cfg.SWAV.TEMPERATURE = 0.1  # tau
+    cfg.SWAV.EPSILON = 0.05  # smoothness of the codes, at least 0.025
+    cfg.SWAV.SINKHORN_ITERS = 3  # iterations of Sinkhorn-Knopp
+    cfg.SWAV.FREEZE_ITERS = 313  # iterations at the start in which the prototypes stand still
+    cfg.SWAV.QUEUE_SIZE = 0  # embeddings of past batches that help to compute codes
+    cfg.SWAV.QUEUE_START_ITER = 0  # iteration from which on they do
+
     cfg.SOLVER = CfgNode()
+    cfg.SOLVER.OPTIMIZER = "sgd"  # sgd or lars
+    cfg.SOLVER.TRUST_COEFFICIENT = 0.001  # eta of lars
     cfg.SOLVER.BATCH_SIZE = 256  # over all ranks
     cfg.SOLVER.BASE_LR = 0.03  # scaled with the batch when only the batch is overridden
     cfg.SOLVER.MOMENTUM = 0.9
     cfg.SOLVER.WEIGHT_DECAY = 1e-4
-    cfg.SOLVER.EPOCHS = 200  # one epoch: as many samples as there are images
+    # One epoch: as many samples as there are images. 0: MAX_ITER alone says how long the run is.
+    cfg.SOLVER.EPOCHS = 200
     cfg.SOLVER.MAX_ITER = 0  # when positive, ends the run (and its schedule) first
-    cfg.SOLVER.SCHEDULE = "step"  # step, cosine or constant
+    cfg.SOLVER.SCHEDULE = "step"  # step, cosine, exponential or constant
     cfg.SOLVER.MILESTONES = [0.6, 0.8]  # of "step", as shares of the run: epochs 120, 160 of 200
-    cfg.SOLVER.GAMMA = 0.1  # factor at each milestone
+    cfg.SOLVER.GAMMA = 0.1  # factor at each milestone, or of each decay
+    cfg.SOLVER.DECAY_PERIOD = 0  # of "exponential": iterations between two decays
+    cfg.SOLVER.PRECISION = "float32"  # bfloat16 or float16: autocast in the encoders
+    cfg.SOLVER.COMPILE = False  # compile the encoders; minutes at the start of a run
     cfg.SOLVER.WARMUP_ITERS = 0  # linear from BASE_LR / WARMUP_ITERS
 
     cfg.DATALOADER = CfgNode()
     cfg.DATALOADER.NUM_WORKERS = 4  # processes a rank; does not change the run
     cfg.DATALOADER.MAX_BAD_SHARE = 0.05  # of unreadable images; more is an error
+
+    cfg.PROBE = CfgNode()
+    # Folder of class folders (or of train/ and test/ that hold them) for kNN during the run; ""
+    # for none. Labels are used for nothing else.
+    cfg.PROBE.DATA = ""
+    cfg.PROBE.PERIOD_EPOCHS = 0.0  # epochs between evaluations; 0: only at the end of the run
 
     cfg.CHECKPOINT = CfgNode()
     cfg.CHECKPOINT.PERIOD = 1000  # iterations
@@ -77,6 +125,7 @@ def recipe_folder() -> Path:
 
 
 def recipe_names() -> list[str]:
+    """Names that ``--config`` takes."""
     return sorted(path.stem for path in recipe_folder().glob("*.yaml"))
 
 
@@ -158,6 +207,8 @@ def _set(cfg: CfgNode, key: str, value: object, where: str) -> None:
     for parent in parents:
         node = node.get(parent) if isinstance(node, CfgNode) else None
     if not isinstance(node, CfgNode) or leaf not in node or isinstance(node[leaf], CfgNode):
+        if key in NOT_KEYS:
+            raise UserError(f"{where} sets {key}, which is no key: {NOT_KEYS[key]}")
         known = [name for name, _ in _leaves(cfg)]
         near = difflib.get_close_matches(key.upper(), known, n=2, cutoff=0.5)
         raise UserError(

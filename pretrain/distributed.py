@@ -7,6 +7,7 @@ ranks must make each call, in the same order. `pretrain.launch` starts the ranks
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -14,10 +15,12 @@ from torch import Tensor, nn
 
 
 def world_size() -> int:
+    """Number of ranks."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
+    """This one's number, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -29,15 +32,43 @@ def device() -> torch.device:
 
 
 def all_gather(x: Tensor) -> Tensor:
-    """Concatenate equally shaped tensors of all ranks in rank order, without gradient.
+    """Concatenate equally shaped tensors of all ranks in rank order.
+
+    Carries the gradient: each rank receives the sum, over all ranks, of the gradients with respect
+    to its own rows. With gradients averaged over the ranks afterwards (as `wrap` does), that is the
+    gradient of the mean of the ranks' losses.
 
     Shape: (n, ...) on each of W ranks -> (W*n, ...) on every rank.
     """
+    return x if world_size() == 1 else _AllGather.apply(x)
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):  # type: ignore[override]
+        x = x.contiguous()
+        parts = [torch.empty_like(x) for _ in range(world_size())]
+        dist.all_gather(parts, x)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[override]
+        # Every rank sends each other rank that one's rows; summed in rank order, so that the
+        # result does not depend on the algorithm of a reduction.
+        gradient = gradient.contiguous()
+        received = torch.empty_like(gradient)
+        dist.all_to_all_single(received, gradient)
+        return received.unflatten(0, (world_size(), -1)).sum(0)
+
+
+@torch.no_grad()
+def all_reduce_sum(x: Tensor) -> Tensor:
+    """The sum over the ranks of equally shaped tensors, as a new tensor, without gradient."""
     if world_size() == 1:
-        return x
-    parts = [torch.empty_like(x) for _ in range(world_size())]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
+        return x.clone()
+    total = x.contiguous().clone()
+    dist.all_reduce(total)
+    return total
 
 
 def all_reduce_mean(tensors: list[Tensor]) -> None:
@@ -51,13 +82,54 @@ def all_reduce_mean(tensors: list[Tensor]) -> None:
         tensor.copy_(part.view_as(tensor))
 
 
+def all_gather_text(text: str) -> list[str]:
+    """The texts of all ranks, in rank order."""
+    if world_size() == 1:
+        return [text]
+    mine = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device())
+    lengths = all_gather(torch.tensor([len(mine)], device=device())).tolist()
+    padded = mine.new_zeros(1, max(lengths))
+    padded[0, : len(mine)] = mine
+    rows = all_gather(padded).cpu()  # Wx(length of the longest)
+    return [bytes(row[:n].tolist()).decode() for row, n in zip(rows, lengths, strict=True)]
+
+
+def maximum(value: int) -> int:
+    """The largest of the ranks' values."""
+    return value if world_size() == 1 else start_maximum(value)()
+
+
+def start_maximum(value: int) -> Callable[[], int]:
+    """Begin to find the maximum over the ranks. Calling the result waits for it and returns it, so
+    that with a step between the two nobody waits, and no GPU is held up."""
+    x = torch.tensor([value], device=device())
+    exchange = dist.all_reduce(x, op=dist.ReduceOp.MAX, async_op=True)
+    if x.device.type == "cpu":
+
+        def read() -> int:
+            exchange.wait()
+            return int(x)
+
+        return read
+    exchange.wait()  # orders the stream, without holding up this thread
+    host = torch.empty(1, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def read_copy() -> int:
+        arrived.synchronize()
+        return int(host)
+
+    return read_copy
+
+
 def permute_batch(x: Tensor, permutation: Tensor) -> Tensor:
     """Permute the rows of the global batch over all ranks; each rank receives only its own rows.
 
     The global batch is the concatenation of the ranks' batches in rank order. Rank r, holding n
     rows, receives the global rows ``permutation[r*n : (r+1)*n]``, in that order, by one all-to-all:
     on average (W-1)/W of one batch crosses the network, whatever the number of ranks. Applying the
-    inverse, ``permutation.argsort()``, undoes it. Carries no gradient.
+    inverse, ``permutation.argsort()``, undoes it, and so does the backward pass with the gradient.
 
     Args:
         x: (n, ...), the same shape and dtype on every rank; any dtype, bytes travel as bytes.
@@ -67,9 +139,24 @@ def permute_batch(x: Tensor, permutation: Tensor) -> Tensor:
     """
     if world_size() == 1:
         return x[permutation.to(x.device)]
+    return _Permute.apply(x, permutation)
+
+
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, permutation):  # type: ignore[override]
+        ctx.permutation = permutation
+        return _exchange(x, permutation)
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[override]
+        return _exchange(gradient, ctx.permutation.argsort()), None
+
+
+def _exchange(x: Tensor, permutation: Tensor) -> Tensor:
     n, me = len(x), rank()
-    owners = permutation.view(world_size(), n) // n  # WxW*n: owner of each wanted row
-    mine = permutation.view(world_size(), n)
+    mine = permutation.view(world_size(), n)  # Wxn: the rows that each rank wants
+    owners = mine // n  # Wxn: the rank that holds each
     outgoing = [mine[to][owners[to] == me] - me * n for to in range(world_size())]
     order = owners[me].argsort(stable=True)  # my wanted rows, by the rank that sends them
     received = owners[me].bincount(minlength=world_size()).tolist()
@@ -109,5 +196,6 @@ def wrap(module: nn.Module) -> nn.Module:
 
 
 def barrier() -> None:
+    """Wait until all ranks are here."""
     if world_size() > 1:
         dist.barrier()

@@ -193,6 +193,7 @@ class ResNet(nn.Module):
     layer2: nn.Sequential
     layer3: nn.Sequential
     layer4: nn.Sequential
+    autocast_dtype: torch.dtype | None = None  # set by the step, see `pretrain.step.TrainStep`
 
     def __init__(
         self,
@@ -244,4 +245,9 @@ class ResNet(nn.Module):
         return x.mean(dim=(2, 3))  # NxC
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.fc(self.forward_features(images))
+        """As in the class, computed in ``autocast_dtype`` where one is set; float32 all the same,
+        so that losses and dictionaries never see less."""
+        if self.autocast_dtype is None:
+            return self.fc(self.forward_features(images))
+        with torch.autocast(images.device.type, dtype=self.autocast_dtype):
+            return self.fc(self.forward_features(images)).float()

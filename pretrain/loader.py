@@ -1,14 +1,15 @@
 """The stream of batches: which image comes when, made into views by worker processes.
 
-Position p of the stream is sample p mod B of step p // B. It shows image permutation(e)[p mod N]
-in epoch e = p // N, so an epoch need not be a whole number of batches and no tail is dropped.
-Everything about a sample depends on (seed, p) alone: the run is the same for any number of
-workers or ranks, and the position from which it goes on is just the step.
+Position p of the stream is sample p mod B of step p // B. Each image comes once in an epoch of N
+positions, so an epoch need not be a whole number of batches and no tail is dropped. Everything
+about a sample depends on (seed, p) alone: the run is the same for any number of workers or ranks,
+and the position from which it goes on is just the step.
 """
 
+import itertools
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import cv2
@@ -17,12 +18,18 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from pretrain.decoding import DecodeError, decode
+from pretrain.device_views import PendingViews, collect, finish
 from pretrain.errors import UserError
+from pretrain.order import uniform
 from pretrain.sources import Source
-from pretrain.views import ViewRecipe, draw, render
+from pretrain.views import MAX_DRAWS, ViewParameters, ViewRecipe, draw, render
 
 BAD_WINDOW = 1000  # samples over which the share of unreadable images is taken
 MAX_ATTEMPTS = 20  # unreadable images in a row at one position
+
+_VIEWS = 1  # sets the numbers that views draw apart from those of the order
+
+Item = int | tuple[int, list[bytes | str]]  # a step; of a stream also its images, see `stream`
 
 
 @dataclass
@@ -33,11 +40,22 @@ class Batch:
         views: a uint8 tensor (B, 3, H, W) each view, RGB, in channels_last layout.
         index: int64 (B,), which image of the source each sample shows.
         skipped: name and reason of each image that could not be read and was replaced.
+        pending: for each view what `to` has yet to do to it, or None.
     """
 
     views: list[torch.Tensor]
     index: torch.Tensor
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    pending: list[PendingViews | None] = field(default_factory=list)
+
+    def to(self, device: torch.device | str) -> list[torch.Tensor]:
+        """The views on the device and finished there: uint8 (B, 3, H, W), channels_last."""
+        views = [view.to(device, non_blocking=True) for view in self.views]
+        pending = self.pending or [None] * len(views)
+        return [
+            view if rest is None else finish(view, rest)
+            for view, rest in zip(views, pending, strict=True)
+        ]
 
     def pin_memory(self) -> "Batch":
         """Called by the DataLoader where pinning was asked for."""
@@ -58,16 +76,17 @@ def build_batches(
     num_workers: int = 0,
     pin_memory: bool = False,
     max_bad_share: float = 0.05,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Yields one batch for each step in [start_step, stop_step).
 
     Args:
         recipes: one a view.
         batch_size: over all ranks; rank r of W takes samples [r B / W, (r + 1) B / W) of a step.
         num_workers: processes that make the views; 0 makes them in this one. The batches are
-            the same, bit for bit.
-        max_bad_share: an unreadable image is replaced by another one, drawn at random; if more
-            than this share of the last `BAD_WINDOW` samples were, that is an error.
+            the same, bit for bit. Streamed shards are read by a thread of this process.
+        max_bad_share: an unreadable image is replaced by another one, drawn at random (in a
+            stream, by the next one of the rank's batch); if more than this share of the last
+            `BAD_WINDOW` samples were, that is an error.
 
     Raises:
         UserError: the batch cannot be divided over the ranks, or too many images are unreadable.
@@ -78,14 +97,13 @@ def build_batches(
             f"set SOLVER.BATCH_SIZE to a multiple of {world_size}"
         )
     share = batch_size // world_size
-    steps = _Steps(
-        source, tuple(recipes), batch_size, range(rank * share, (rank + 1) * share), seed
-    )
+    samples = range(rank * share, (rank + 1) * share)
+    steps = _Steps(source, tuple(recipes), batch_size, samples, seed)
     return _watch(
         DataLoader(
             steps,
             batch_size=None,  # an item is a whole batch
-            sampler=range(start_step, stop_step),
+            sampler=_Items(steps, range(start_step, stop_step)),
             num_workers=num_workers,
             pin_memory=pin_memory,
             worker_init_fn=_use_one_thread,
@@ -97,42 +115,9 @@ def build_batches(
     )
 
 
-def permute(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
-    """Where a random permutation of range(n), one for each seed and epoch, takes positions.
-
-    A Feistel network on pairs of digits to the base ceil(sqrt(n)), applied again to what falls
-    outside (Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains", section 4): memory
-    does not grow with n, and no worker holds a shuffled list.
-
-    Args:
-        positions: int64, any shape, in [0, n).
-
-    Returns:
-        int64, the same shape, in [0, n).
-    """
-    base = np.uint64(max(1, int(np.ceil(np.sqrt(n)))))
-    keys = np.random.SeedSequence((seed, epoch)).generate_state(6, np.uint64)
-    values = positions.astype(np.uint64)
-    outside = np.ones(values.shape, bool)
-    while outside.any():
-        left, right = values[outside] // base, values[outside] % base
-        for key in keys:
-            left, right = right, (left + _mix(right ^ key)) % base
-        values[outside] = left * base + right
-        outside = values >= n
-    return values.astype(np.int64)
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """A hash of uint64 (the finaliser of SplitMix64; Steele et al. 2014), below 2^32."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x >> np.uint64(32)
-
-
-def sample_rng(seed: int, position: int) -> np.random.Generator:
-    """The randomness of one sample. (One integer seeds 2.5 times as fast as a pair.)"""
-    return np.random.Generator(np.random.PCG64(seed << 64 | position))
+def sample_numbers(seed: int, positions: np.ndarray, views: int) -> np.ndarray:
+    """The randomness of each sample and its views: float64 (len(positions), enough) in [0, 1)."""
+    return uniform(MAX_ATTEMPTS + MAX_DRAWS * views, seed, _VIEWS, positions)
 
 
 class _Steps(Dataset[Batch]):
@@ -152,48 +137,89 @@ class _Steps(Dataset[Batch]):
         self.samples = samples  # of each global batch, this rank's
         self.seed = seed
 
-    def __getitem__(self, step: int) -> Batch:
-        positions = step * self.batch_size + np.arange(self.samples.start, self.samples.stop)
+    def positions(self, step: int) -> np.ndarray:
+        """int64 (B,): where in the stream of samples this rank's batch lies."""
+        return step * self.batch_size + np.arange(self.samples.start, self.samples.stop)
+
+    def __getitem__(self, item: Item) -> Batch:
+        step, streamed = item if isinstance(item, tuple) else (item, None)
+        positions = self.positions(step)
+        numbers = sample_numbers(self.seed, positions, len(self.recipes))
+        index = self.source.order(positions, self.batch_size, self.seed)
+        wanted = index.tolist()
         buffers = [
             np.empty((len(positions), r.crop_size, r.crop_size, 3), np.uint8) for r in self.recipes
         ]
+        drawn: list[list[ViewParameters]] = []  # of each sample, one a view
         skipped: list[tuple[str, str]] = []
-        index = self._images(positions)
-        for j, position in enumerate(positions.tolist()):
+        for j, image in enumerate(wanted):
+            random = iter(numbers[j].tolist()).__next__
+            if streamed is None:
+                candidates = self._read(image, random)
+            else:
+                candidates = zip(wanted[j:] + wanted[:j], streamed[j:] + streamed[:j], strict=True)
             outs = [buffer[j] for buffer in buffers]
-            index[j] = self._fill(outs, position, int(index[j]), skipped)
+            index[j], parameters = self._fill(outs, candidates, random, skipped)
+            drawn.append(parameters)
+        pending = [
+            collect(parameters) if recipe.on_device else None
+            for recipe, parameters in zip(self.recipes, zip(*drawn, strict=True), strict=True)
+        ]
         views = [torch.from_numpy(buffer).permute(0, 3, 1, 2) for buffer in buffers]  # Bx3xHxW
-        return Batch(views, torch.from_numpy(index), skipped)
+        return Batch(views, torch.from_numpy(index), skipped, pending)
 
-    def _images(self, positions: np.ndarray) -> np.ndarray:
-        n = len(self.source)
-        images = np.empty_like(positions)
-        for epoch in np.unique(positions // n).tolist():
-            here = positions // n == epoch
-            images[here] = permute(positions[here] % n, n, self.seed, epoch)
-        return images
+    def _read(self, image: int, random: Callable[[], float]) -> Iterator[tuple[int, bytes | str]]:
+        """The image, then others at random: each with its bytes, or why there are none."""
+        while True:
+            try:
+                yield image, self.source.read(image)
+            except OSError as error:
+                yield image, str(error)
+            image = int(random() * len(self.source))
 
     def _fill(
-        self, outs: list[np.ndarray], position: int, image: int, skipped: list[tuple[str, str]]
-    ) -> int:
-        """Renders all views of one sample; returns the image that was used."""
-        rng = sample_rng(self.seed, position)
-        for _ in range(MAX_ATTEMPTS):
+        self,
+        outs: list[np.ndarray],
+        candidates: Iterator[tuple[int, bytes | str]],
+        random: Callable[[], float],
+        skipped: list[tuple[str, str]],
+    ) -> tuple[int, list[ViewParameters]]:
+        """Renders all views of the first image that can be read; returns which, and the draws."""
+        side = max(recipe.crop_size for recipe in self.recipes)
+        area = max(recipe.min_area for recipe in self.recipes)
+        for image, data in itertools.islice(candidates, MAX_ATTEMPTS):
             try:
-                pixels = decode(
-                    self.source.read(image),
-                    min_side=max(recipe.crop_size for recipe in self.recipes),
-                    min_area=max(recipe.min_area for recipe in self.recipes),
-                )
-            except (OSError, DecodeError) as error:
+                if isinstance(data, str):
+                    raise DecodeError(data)
+                pixels = decode(data, min_side=side, min_area=area)
+            except DecodeError as error:
                 skipped.append((self.source.name(image), str(error)))
-                image = int(rng.integers(len(self.source)))
                 continue
             height, width, _ = pixels.shape
-            for recipe, out in zip(self.recipes, outs, strict=True):
-                render(pixels, draw(recipe, height, width, rng), out)
-            return image
-        return -1  # the main process sees MAX_ATTEMPTS skipped images and stops the run
+            drawn = [draw(recipe, height, width, random) for recipe in self.recipes]
+            for recipe, parameters, out in zip(self.recipes, drawn, outs, strict=True):
+                render(pixels, parameters.geometry if recipe.on_device else parameters, out)
+            return image, drawn
+        # `_watch` stops the run.
+        return -1, [ViewParameters((0, 0, 1, 1), 1)] * len(self.recipes)
+
+
+class _Items:
+    """What the workers are sent: steps, with the encoded images where these are a stream."""
+
+    def __init__(self, steps: _Steps, numbers: range) -> None:
+        self.steps = steps
+        self.numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __iter__(self) -> Iterator[Item]:
+        source, steps = self.steps.source, self.steps
+        if not source.streamed:
+            return iter(self.numbers)
+        batches = (steps.positions(step) for step in self.numbers)
+        return zip(self.numbers, source.stream(batches, steps.batch_size, steps.seed), strict=True)
 
 
 def _use_one_thread(worker: int) -> None:
@@ -211,7 +237,7 @@ def _start(batches: DataLoader) -> Iterator[Batch]:
         cv2.setNumThreads(threads)
 
 
-def _watch(batches: DataLoader, max_bad_share: float) -> Iterator[Batch]:
+def _watch(batches: DataLoader, max_bad_share: float) -> Generator[Batch, None, None]:
     """Passes the batches on while enough of their images could be read."""
     window: deque[tuple[int, int]] = deque()  # samples and skipped images of the last batches
     for batch in _start(batches):

@@ -5,8 +5,13 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
+
+from pretrain.files import append_text, full_disk_explained, replace_text
 
 METRICS = "metrics.json"
 
@@ -23,14 +28,27 @@ class Progress:
 
     Lines of metrics.json from beyond ``start`` (steps that a killed run did after its last
     checkpoint) are dropped, so a resumed run leaves the record of one run.
+
+    Args:
+        quiet: print nothing but warnings.
+        stream: for what is said; warnings go to standard error.
+        now: seconds of a clock.
     """
 
     def __init__(
-        self, folder: Path, *, start: int, total: int, batch_size: int, stream: TextIO | None = None
+        self,
+        folder: Path,
+        *,
+        start: int,
+        total: int,
+        batch_size: int,
+        quiet: bool = False,
+        stream: TextIO | None = None,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, needed only here
 
-        self.total, self.batch_size = total, batch_size
+        self.total, self.batch_size, self.quiet, self.now = total, batch_size, quiet, now
         self.stream = stream or sys.stdout
         self.path = folder / METRICS
         kept = []
@@ -39,28 +57,50 @@ class Progress:
                 record = _record(line)
                 if record is not None and record["iteration"] <= start:
                     kept.append(line + "\n")
-        self.path.write_text("".join(kept))
+        replace_text(self.path, "".join(kept))
         self.writer = SummaryWriter(str(folder), purge_step=start)
-        self.began = self.last_time = time.monotonic()
-        self.began_step = self.last_step = start
+        self.begin(start)
+
+    def begin(self, step: int) -> None:
+        """Start the clock at ``step`` steps done: again after the first step of a process, which
+        pays for its start (workers, memory, compilation)."""
+        self._step, self._time = step, self.now()
+        self._recent: deque[tuple[int, float]] = deque(maxlen=50)  # steps and seconds of each line
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Stop the clock meanwhile: for evaluations, which say nothing about the pace."""
+        began = self.now()
+        try:
+            yield
+        finally:
+            self._time += self.now() - began
 
     def log(self, step: int, text: str, **scalars: float) -> None:
-        """Print one line for ``step`` steps done and record ``scalars`` with it."""
-        now = time.monotonic()
-        rate = (step - self.last_step) * self.batch_size / max(now - self.last_time, 1e-9)
-        pace = (now - self.began) / max(1, step - self.began_step)
-        self.last_time, self.last_step = now, step
-        scalars["images_per_second"] = rate
+        """Print one line for ``step`` steps done and record ``scalars`` with it.
+
+        The time left is told from the pace of the last fifty lines.
+        """
+        steps, seconds = step - self._step, max(self.now() - self._time, 1e-9)
+        if steps:
+            self._recent.append((steps, seconds))
+        self._step, self._time = step, self.now()
+        pace = sum(s for _, s in self._recent) / max(1, sum(n for n, _ in self._recent))
+        rate = scalars["images_per_second"] = steps * self.batch_size / seconds
         eta = clock(pace * (self.total - step))
         width = len(str(self.total))
         self.say(f"iter {step:>{width}}/{self.total}  {text}  {rate:.0f} images/s  eta {eta}")
-        with self.path.open("a") as file:
-            file.write(json.dumps({"iteration": step, **scalars}) + "\n")
-        for name, value in scalars.items():
-            self.writer.add_scalar(name, value, step)
+        append_text(self.path, json.dumps({"iteration": step, **scalars}) + "\n")
+        with full_disk_explained(self.path.parent):
+            for name, value in scalars.items():
+                self.writer.add_scalar(name, value, step)
 
     def say(self, text: str) -> None:
-        print(text, file=self.stream, flush=True)
+        if not self.quiet:
+            print(text, file=self.stream, flush=True)
+
+    def warn(self, text: str) -> None:
+        print(f"warning: {text}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         self.writer.close()

@@ -1,4 +1,4 @@
-"""Learning rates as pure functions of the step."""
+"""The length of a run, and learning rates as pure functions of the step."""
 
 from __future__ import annotations
 
@@ -7,7 +7,23 @@ from collections.abc import Sequence
 
 from pretrain.errors import UserError
 
-SCHEDULES = ("step", "cosine", "constant")
+SCHEDULES = ("step", "cosine", "exponential", "constant")
+
+
+def total_steps(images: int, *, batch_size: int, epochs: float, max_iter: int) -> int:
+    """Steps of a run of so many epochs or so many iterations, whichever ends first; 0 leaves the
+    other alone to say.
+
+    Raises:
+        UserError: both are 0, or one is negative.
+    """
+    if epochs < 0 or max_iter < 0 or not (epochs or max_iter):
+        raise UserError(
+            f"SOLVER.EPOCHS is {epochs} and SOLVER.MAX_ITER {max_iter}: one must be above 0, and "
+            f"says how long the run is."
+        )
+    by_epochs = math.ceil(epochs * images / batch_size)
+    return min(by_epochs or max_iter, max_iter or by_epochs)
 
 
 def learning_rate(
@@ -19,6 +35,7 @@ def learning_rate(
     warmup: int = 0,
     milestones: Sequence[float] = (0.6, 0.8),
     gamma: float = 0.1,
+    decay_period: int = 0,
 ) -> float:
     """Learning rate of a step in [0, total).
 
@@ -26,7 +43,9 @@ def learning_rate(
     2. ``step``: times gamma at each milestone passed, milestones as shares of the run
        (MoCo v1: epochs 120 and 160 of 200).
     3. ``cosine``: half a cosine from base to 0 over the rest of the run (MoCo v2).
-    4. ``constant``: base.
+    4. ``exponential``: times gamma after every ``decay_period`` steps (MoCo on Instagram-1B: 0.9
+       after every 62,500).
+    5. ``constant``: base.
     """
     if step < warmup:
         return base * (step + 1) / warmup
@@ -34,6 +53,13 @@ def learning_rate(
         return base * gamma ** sum(step >= share * total for share in milestones)
     if schedule == "cosine":
         return base * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+    if schedule == "exponential":
+        if decay_period < 1:
+            raise UserError(
+                f"SOLVER.DECAY_PERIOD is {decay_period}: SOLVER.SCHEDULE exponential needs the "
+                f"iterations between two decays, such as 62500."
+            )
+        return base * gamma ** (step // decay_period)
     if schedule == "constant":
         return base
     raise UserError(f"SOLVER.SCHEDULE is '{schedule}': choose one of {', '.join(SCHEDULES)}.")

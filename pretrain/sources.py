@@ -1,4 +1,4 @@
-"""What images there are: a folder tree, a list file or a COCO JSON file -> encoded bytes by index.
+"""What images there are: a folder tree, a list, a COCO file or tar shards -> encoded bytes.
 
 Paths are kept flat, one ``bytes`` object and one array of offsets, not a list of strings: a
 million of them cost about as much as their letters, and forked workers share them for good,
@@ -7,30 +7,71 @@ because reading them touches no per-path reference count.
 
 import json
 import os
+from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from pretrain.errors import UserError
+from pretrain.order import hash64, permute
 
 EXTENSIONS = (
     b".jpg", b".jpeg", b".png", b".webp", b".bmp", b".gif", b".tif", b".tiff", b".ppm", b".pgm",
 )  # fmt: skip
+_KINDS = "a folder, a .txt list, coco:JSON:IMAGES or shards:URL"
 
 
-class Source:
+class Source(ABC):
     """An indexed, immutable sequence of encoded images. Make one with `open_source`.
 
     Attributes:
         classes: names of the class folders, sorted; empty where there are none.
         labels: int32 array (len,), index into `classes` or -1; None where there are no classes.
             An image's class is the topmost folder between the given folder and the image.
+        streamed: whether there is no `read`, but a `stream` (see `shards.ShardSource`).
     """
 
+    classes: tuple[str, ...] = ()
+    labels: np.ndarray | None = None
+    streamed = False
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def read(self, index: int) -> bytes:
+        """The encoded bytes of one image; `OSError` if they cannot be read."""
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """What to call one image in messages: its path, where it has one."""
+
+    def stream(
+        self, batches: Iterator[np.ndarray], batch_size: int, seed: int
+    ) -> Iterator[list[bytes | str]]:
+        """The encoded images at each array of positions, or why there is none; see `streamed`."""
+        raise TypeError("these images are read by index")
+
+    def order(self, positions: np.ndarray, batch_size: int, seed: int) -> np.ndarray:
+        """Which image comes at each position of the stream of samples.
+
+        Each image comes once an epoch, and an epoch is `len` positions, whatever the batch.
+
+        Args:
+            positions: int64, any shape, not negative.
+
+        Returns:
+            int64, the same shape, in [0, len).
+        """
+        n = len(self)
+        return permute(positions % n, n, hash64(seed, positions // n))
+
+
+class FileSource(Source):
+    """One image a file."""
+
     def __init__(self) -> None:
-        self.classes: tuple[str, ...] = ()
-        self.labels: np.ndarray | None = None
         self._roots: list[bytes] = []
         self._starts = np.zeros(0, np.int64)  # index of the first image of each root
         self._paths = b""  # relative to their root, end to end
@@ -40,12 +81,10 @@ class Source:
         return len(self._ends)
 
     def read(self, index: int) -> bytes:
-        """The encoded bytes of one image; `OSError` if the file cannot be read."""
         with open(self._path(index), "rb") as file:
             return file.read()
 
     def name(self, index: int) -> str:
-        """The path of one image, for messages."""
         return os.fsdecode(self._path(index))
 
     def _path(self, index: int) -> bytes:
@@ -62,17 +101,26 @@ def open_source(specs: str | Sequence[str]) -> Source:
     Args:
         specs: each a folder (searched recursively, links followed, sorted by path), a ``.txt``
             file with one path a line, absolute or relative to the file's folder, in its order,
-            or ``coco:JSON:IMAGES``, the ``images`` of a COCO file in its order.
+            or ``coco:JSON:IMAGES``, the ``images`` of a COCO file in its order. Or else each
+            ``shards:URL``, tar files (see `shards`).
 
     Raises:
         UserError: a source is missing, malformed or has no image. That a listed image exists is
             found out when it is read.
     """
+    specs = [specs] if isinstance(specs, str) else specs
+    shards = [spec for spec in specs if spec.startswith("shards:")]
+    if shards:
+        from pretrain.shards import open_shards
+
+        if len(shards) < len(specs):
+            raise UserError(f"{shards[0]} cannot be mixed with files: give shards alone, or none")
+        return open_shards([spec.removeprefix("shards:") for spec in shards])
     paths, ends, labels = bytearray(), array("q"), array("i")
     classes: dict[str, int] = {}
-    source = Source()
+    source = FileSource()
     starts = []
-    for spec in [specs] if isinstance(specs, str) else specs:
+    for spec in specs:
         root, entries = _open_one(os.path.expanduser(spec))
         source._roots.append(root)
         starts.append(len(ends))
@@ -83,7 +131,7 @@ def open_source(specs: str | Sequence[str]) -> Source:
         if len(ends) == starts[-1]:
             raise UserError(f"{spec} holds no image: give a folder of images, a list or COCO JSON")
     if not starts:
-        raise UserError("no source of images: give a folder, a .txt list or coco:JSON:IMAGES")
+        raise UserError(f"no source of images: give {_KINDS}")
     source._starts = np.array(starts, np.int64)
     source._paths = bytes(paths)
     source._ends = np.array(ends, np.int64)
@@ -109,9 +157,9 @@ def _open_one(spec: str) -> tuple[bytes, Entries]:
     if os.path.isdir(spec):
         return os.fsencode(spec), _tree_entries(os.fsencode(spec))
     if not os.path.exists(spec):
-        raise UserError(f"{spec} does not exist: give a folder, a .txt list or coco:JSON:IMAGES")
+        raise UserError(f"{spec} does not exist: give {_KINDS}")
     if not spec.endswith(".txt"):
-        raise UserError(f"{spec} is neither a folder, a .txt list nor coco:JSON:IMAGES")
+        raise UserError(f"{spec} is neither a folder nor a .txt list: give {_KINDS}")
     return os.fsencode(os.path.dirname(spec)), _list_entries(spec)
 
 

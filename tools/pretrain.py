@@ -12,8 +12,11 @@ if __name__ == "__main__":  # run as a file: import from the checkout, not from 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from pretrain.config import load_config, recipe_names, split_specs
-from pretrain.errors import UserError
-from pretrain.launch import launch
+from pretrain.errors import UserError, run_tool
+from pretrain.interrupt import Stopped
+from pretrain.launch import launch, restarted
+from pretrain.show_views import write_views
+from pretrain.slurm import split_settings, submit
 from pretrain.train import train
 
 
@@ -23,45 +26,48 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         epilog="example: tools/pretrain.py --config moco-v2 --data photos/ SOLVER.EPOCHS 100",
     )
-    result.add_argument(
-        "--config", required=True, help=f"a recipe ({', '.join(recipe_names())}) or a YAML file"
-    )
-    result.add_argument(
-        "--data",
-        nargs="+",
-        metavar="SPEC",
-        help="photographs: a folder, a list file, or coco:JSON:IMAGES",
-    )
-    result.add_argument("--output-dir", help="where the run is written (runs/NAME of the recipe)")
-    result.add_argument(
-        "--num-gpus",
-        type=int,
-        default=1,
-        metavar="N",
-        help="processes on this machine: GPUs, or CPU processes where there are none",
-    )
-    result.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    result.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="configuration keys")
+    add = result.add_argument
+    recipes = ", ".join(recipe_names())
+    add("--config", required=True, help=f"a recipe ({recipes}) or a YAML file")
+    photographs = "photographs: a folder, a list file, coco:JSON:IMAGES, or shards:URL"
+    add("--data", nargs="+", metavar="SPEC", help=photographs)
+    add("--output-dir", help="where the run is written (runs/NAME of the recipe)")
+    ranks = "processes on this machine: GPUs, or CPU processes where there are none"
+    add("--num-gpus", type=int, default=1, metavar="N", help=ranks)
+    job = "submit as a Slurm job that requeues itself: partition=gpu nodes=2 gpus_per_node=8 ..."
+    add("--slurm", nargs="*", metavar="SETTING=VALUE", help=job)
+    add("--resume", action="store_true", help="go on from the last checkpoint")
+    add("--quiet", action="store_true", help="print warnings and errors only")
+    add("--profile", type=int, default=0, metavar="N", help="show where the time of N steps goes")
+    add("--show-views", metavar="PNG", help="draw what the network would see, and end")
+    add("overrides", nargs="*", metavar="KEY VALUE", help="configuration keys")
     return result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_intermixed_args(argv)
-    try:
+
+    def work() -> int | None:
         specs, trailing = split_specs(args.data or [])
-        cfg = load_config(args.config, [*trailing, *args.overrides])
+        settings, after = split_settings(args.slurm or [])
+        cfg = load_config(args.config, [*trailing, *after, *args.overrides])
         cfg.DATA = specs or cfg.DATA
         cfg.OUTPUT_DIR = args.output_dir or f"runs/{Path(args.config).stem}"
         if not cfg.DATA:
             raise UserError("--data is missing: name a folder of photographs.")
-        launch(train, args.num_gpus, cfg, args.resume)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped: go on from the last checkpoint with --resume", file=sys.stderr)
-        return 130
-    return 0
+        if args.show_views:
+            print(write_views(cfg, args.show_views))
+        elif args.slurm is not None:
+            print(submit(cfg, settings, resume=args.resume, quiet=args.quiet))
+        else:
+            resume = args.resume or restarted()
+            try:
+                launch(train, args.num_gpus, cfg, resume, args.quiet, args.profile)
+            except Stopped as stopped:
+                return stopped.exit_status
+        return 0
+
+    return run_tool(work, "stopped: go on from the last checkpoint with --resume")
 
 
 if __name__ == "__main__":

@@ -120,6 +120,7 @@ REASONS = (
      "detection head"),
     (r"(^|\.)(fpn_\w+|top_block|anchor_generator)\.", "feature pyramid"),
     (r"(^|\.)(\w*rng\w*|generator)(\.|$)", "random state"),
+    (r"(^|\.)ranks\.", "state of the ranks"),
     (r"(^|\.)(\w*scaler|amp\w*|\w*scheduler\w*|trainer|meters|loops|callbacks|hooks|hyper_parameters"
      r"|metrics?|\w*logger)(\.|$)", "training state"),
     (r"(^|\.)(queue\w*|memory(_bank)?|feature_bank|bank)(\.|$)", "queue"),

@@ -31,6 +31,7 @@ class Method(nn.Module):
     """
 
     encoder_q: nn.Module
+    num_views: int | None = None  # how many of the recipe's views it looks at; None: all of them
 
     @property
     def chance_loss(self) -> float | None:
@@ -58,3 +59,7 @@ class Method(nn.Module):
 
     def after_update(self, step: int, total_steps: int) -> None:
         """Called after the optimiser step; a target network may follow here."""
+
+    def before_save(self) -> None:
+        """Called on every rank before rank 0 takes ``state_dict()``: the place to bring together
+        what the ranks hold in parts."""

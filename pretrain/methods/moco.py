@@ -14,6 +14,7 @@ from pretrain.encoders import ResNet
 from pretrain.errors import UserError
 from pretrain.losses import info_nce
 from pretrain.methods.base import Method
+from pretrain.profiling import stage
 
 Head = Callable[[int], nn.Module]
 
@@ -109,13 +110,17 @@ class MoCo(Method):
             ``queue_fill`` (share of the queue that is keys and not initial noise).
         """
         query_images, key_images = views
-        q = F.normalize(self.encoder_q(query_images), dim=1)  # NxC
+        with stage("encoders: forward q"):
+            q = F.normalize(self.encoder_q(query_images), dim=1)  # NxC
         with torch.no_grad():
             self.update_key_encoder()
             k = self.encode_keys(key_images, step)  # NxC
-        loss, correct = info_nce(q, k, self.queue, self.temperature)
+        with stage("machinery: loss"):
+            loss, correct = info_nce(q, k, self.queue, self.temperature)
+        with stage("communication: gather"):
+            keys = distributed.all_gather(k)  # W*NxC
+        self.enqueue(keys)
         seen = (step + 1) * len(q) * distributed.world_size()
-        self.enqueue(distributed.all_gather(k))
         return {
             "loss": loss,
             "accuracy": correct.float().mean(),
@@ -128,6 +133,7 @@ class MoCo(Method):
         """Loss of an encoder that cannot tell keys apart: log(K+1)."""
         return math.log(len(self.queue) + 1)
 
+    @stage("machinery: momentum update")
     @torch.no_grad()
     def update_key_encoder(self) -> None:
         """theta_k <- m theta_k + (1 - m) theta_q over parameters; BN buffers are not averaged."""
@@ -141,24 +147,29 @@ class MoCo(Method):
     def encode_keys(self, images: Tensor, step: int) -> Tensor:
         """Keys of this rank's images, (N, C), encoded in batches that other ranks' images share."""
         if not self.shuffle:
-            return F.normalize(self.encoder_k(images), dim=1)
+            with stage("encoders: forward k"):
+                return F.normalize(self.encoder_k(images), dim=1)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         total = len(images) * distributed.world_size()
         permutation = torch.randperm(total, generator=generator)  # the same on every rank
-        shuffled = distributed.permute_batch(images, permutation)
-        k = F.normalize(self.encoder_k(shuffled), dim=1)
-        return distributed.permute_batch(k, permutation.argsort())
+        with stage("communication: shuffle"):
+            shuffled = distributed.permute_batch(images, permutation)
+        with stage("encoders: forward k"):
+            k = F.normalize(self.encoder_k(shuffled), dim=1)
+        with stage("communication: unshuffle"):
+            return distributed.permute_batch(k, permutation.argsort())
 
+    @stage("machinery: enqueue")
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
         """Write all ranks' keys over the oldest ones. The queue is a ring: a batch that reaches its
         end goes on at its start, and of a batch longer than the queue the last K keys stay."""
-        size, start = len(self.queue), int(self.queue_ptr)
+        size = len(self.queue)
         kept = keys[-size:]
-        first = start + len(keys) - len(kept)
-        rows = torch.arange(first, first + len(kept), device=self.queue.device) % size
-        self.queue[rows] = kept.to(self.queue.dtype)
-        self.queue_ptr.fill_((start + len(keys)) % size)
+        places = torch.arange(len(keys) - len(kept), len(keys), device=self.queue.device)
+        # The pointer stays on the device: reading it here would wait for the GPU in every step.
+        self.queue[(self.queue_ptr + places) % size] = kept.to(self.queue.dtype)
+        self.queue_ptr.add_(len(keys)).remainder_(size)
 
 
 def embedding_spread(embeddings: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import yaml
 
 from pretrain.config import load_config, recipe_names, split_specs
 from pretrain.errors import UserError
+from pretrain.schedules import learning_rate, total_steps
 
 SHARED = {
     "MODEL.DEPTH": 50,
@@ -33,9 +34,23 @@ V2 = {
     "SOLVER.SCHEDULE": "cosine",
     "INPUT.AUGMENTATION": "moco-v2",
 }
+V2_800 = {**V2, "SOLVER.EPOCHS": 800}
+INSTAGRAM = {
+    **V1,
+    "SOLVER.BATCH_SIZE": 1024,
+    "SOLVER.BASE_LR": 0.12,
+    "SOLVER.EPOCHS": 0,
+    "SOLVER.MAX_ITER": 1_250_000,
+    "SOLVER.SCHEDULE": "exponential",
+    "SOLVER.GAMMA": 0.9,
+    "SOLVER.DECAY_PERIOD": 62_500,
+}
 
 
-@pytest.mark.parametrize(("name", "own"), [("moco-v1", V1), ("moco-v2", V2)])
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [("moco-v1", V1), ("moco-v2", V2), ("moco-v2-800ep", V2_800), ("instagram-1b", INSTAGRAM)],
+)
 def test_recipes_are_the_papers(name, own):
     cfg = load_config(name)
     for key, expected in {**SHARED, **own}.items():
@@ -43,6 +58,36 @@ def test_recipes_are_the_papers(name, own):
         for part in key.split("."):
             node = node[part]
         assert node == expected, key
+
+
+@pytest.mark.parametrize(
+    ("name", "images", "iterations", "rates"),
+    [
+        # 200 and 800 epochs of ImageNet-1M; v1 falls at epochs 120 and 160.
+        ("moco-v1", 1_281_167, 1_000_912, {0: 0.03, 600_548: 0.003, 800_730: 0.0003}),
+        ("moco-v2", 1_281_167, 1_000_912, {0: 0.03, 500_456: 0.015}),
+        ("moco-v2-800ep", 1_281_167, 4_003_647, {0: 0.03, 2_001_824: 0.015}),
+        # "1.25M iterations (~1.4 epochs of IG-1B)", He et al. 2020, Section 4.
+        ("instagram-1b", 940_000_000, 1_250_000, {62_499: 0.12, 62_500: 0.108, 125_000: 0.0972}),
+    ],
+)
+def test_the_papers_runs_have_their_length_and_learning_rates(name, images, iterations, rates):
+    solver = load_config(name).SOLVER
+    total = total_steps(
+        images, batch_size=solver.BATCH_SIZE, epochs=solver.EPOCHS, max_iter=solver.MAX_ITER
+    )
+    assert total == iterations
+    for step, expected in rates.items():
+        rate = learning_rate(
+            step,
+            total,
+            base=solver.BASE_LR,
+            schedule=solver.SCHEDULE,
+            milestones=solver.MILESTONES,
+            gamma=solver.GAMMA,
+            decay_period=solver.DECAY_PERIOD,
+        )
+        assert rate == pytest.approx(expected, rel=1e-5)
 
 
 def test_every_recipe_loads_and_a_resolved_config_loads_to_itself(tmp_path):

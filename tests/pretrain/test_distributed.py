@@ -5,7 +5,18 @@ import torch
 from torch import nn
 
 from pretrain import distributed
+from pretrain.sync_batch_norm import SyncBatchNorm, synchronise_batch_norm
 from tests.pretrain.ranks import on_ranks
+
+
+@pytest.fixture(scope="module")
+def two_ranks():
+    """What each function returned on each of two ranks, which are started once."""
+    return list(zip(*on_ranks(2, everything), strict=True))
+
+
+def everything():
+    return [permuted(6, torch.uint8, True), gathered_and_averaged(), of_one_rank()]
 
 
 def permuted(n, dtype, channels_last):
@@ -29,8 +40,9 @@ def permuted(n, dtype, channels_last):
     ("world", "dtype", "channels_last"),
     [(1, torch.uint8, False), (2, torch.uint8, True), (4, torch.float32, False)],
 )
-def test_unshuffle_inverts_shuffle_across_ranks(world, dtype, channels_last):
-    for result in on_ranks(world, permuted, 6, dtype, channels_last):
+def test_unshuffle_inverts_shuffle_across_ranks(two_ranks, world, dtype, channels_last):
+    results = on_ranks(world, permuted, 6, dtype, channels_last) if world != 2 else two_ranks[0]
+    for result in results:
         assert torch.equal(result["shuffled"], result["expected"])
         assert result["shuffled"].dtype == dtype
         assert result["restored"]
@@ -48,9 +60,83 @@ def gathered_and_averaged():
     return [net[0].running_mean, net[0].running_var, net[1].weight.data, gathered]
 
 
-def test_gather_keeps_rank_order_and_only_bn_statistics_are_averaged():
-    for rank, (mean, variance, weight, gathered) in enumerate(on_ranks(2, gathered_and_averaged)):
+def test_gather_keeps_rank_order_and_only_bn_statistics_are_averaged(two_ranks):
+    for rank, (mean, variance, weight, gathered) in enumerate(two_ranks[1]):
         assert mean.tolist() == [0.5, 0.5]
         assert variance.tolist() == [5.0, 5.0]
         assert (weight == rank).all()
         assert gathered[:, 0].tolist() == [0, 0, 1, 1]
+
+
+W, N = 2, 3  # ranks, rows on each
+ORDER = torch.tensor([4, 0, 5, 1, 3, 2])
+
+
+def rows(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(W * N, *shape, generator=generator, dtype=torch.float64)
+
+
+def losses(everyone, shuffled, normalised):
+    """One loss for each rank, from tensors of the global batch; any smooth function would do."""
+    weights = rows(2, seed=1)
+    result = []
+    for r in range(W):
+        own = slice(r * N, (r + 1) * N)
+        loss = (everyone * weights.roll(r, 0)).sum().sin() + (shuffled[own] ** 3).sum()
+        result.append(loss + (normalised[own] * weights[own]).sum() ** 2)
+    return result
+
+
+def of_one_rank():
+    rank = distributed.rank()
+    own = slice(rank * N, (rank + 1) * N)
+    x = rows(2)[own].requires_grad_()
+    norm = SyncBatchNorm(2).double()
+    images = rows(2, 4, 4, seed=2)[own].contiguous(memory_format=torch.channels_last)
+    everyone = distributed.all_gather(x)
+    shuffled = torch.zeros(W * N, 2, dtype=torch.float64)
+    shuffled[own] = distributed.permute_batch(x, ORDER)
+    normalised = torch.zeros(W * N, 2, dtype=torch.float64)
+    normalised[own] = norm(x) * norm(images).detach().square().mean((2, 3))
+    loss = losses(everyone, shuffled, normalised)[rank]
+    loss.backward()
+    total = distributed.all_reduce_sum(loss.detach())
+    state = {name: value.double() for name, value in norm.state_dict().items()}
+    gradients = distributed.all_gather(x.grad / W)
+    weight = norm.weight.grad.clone()
+    distributed.all_reduce_mean([weight])
+    return {"loss": total / W, "x": gradients, "weight": weight, "state": state}
+
+
+def test_gradients_through_gather_permutation_and_synchronised_bn_are_of_one_process(two_ranks):
+    x, images = rows(2).requires_grad_(), rows(2, 4, 4, seed=2)
+    norm = nn.BatchNorm1d(2).double()
+    normalised = norm(x)
+    on_images = nn.BatchNorm2d(2).double()  # the same layer, when it has seen vectors
+    on_images.load_state_dict(norm.state_dict())
+    scale = on_images(images).detach().square().mean((2, 3))
+    loss = torch.stack(losses(x, x[ORDER], normalised * scale)).mean()
+    loss.backward()
+    for result in two_ranks[2]:
+        torch.testing.assert_close(result["loss"], loss.detach())
+        torch.testing.assert_close(result["x"], x.grad)
+        torch.testing.assert_close(result["weight"], norm.weight.grad)
+        for name, value in on_images.state_dict().items():
+            torch.testing.assert_close(result["state"][name], value.double())
+
+
+def test_with_one_process_every_collective_is_the_identity():
+    x = rows(2).requires_grad_()
+    assert distributed.all_gather(x) is x
+    assert torch.equal(distributed.all_reduce_sum(x), x)
+    assert distributed.all_reduce_sum(x).data_ptr() != x.data_ptr()
+    distributed.permute_batch(x, ORDER).mul(rows(2, seed=1)).sum().backward()
+    torch.testing.assert_close(x.grad[ORDER], rows(2, seed=1))
+    net = nn.Sequential(nn.BatchNorm1d(2), nn.ReLU()).double()
+    expected = net(x)
+    net[0].requires_grad_(False)
+    synchronise_batch_norm(net)
+    assert isinstance(net[0], SyncBatchNorm)
+    assert [p.requires_grad for p in net.parameters()] == [False, False]
+    torch.testing.assert_close(net(x), expected)

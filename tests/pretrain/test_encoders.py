@@ -21,9 +21,10 @@ from pretrain.errors import UserError
         ("resnet18", {"depth": 18}),
         ("resnet34", {"depth": 34}),
         ("resnet50", {"depth": 50}),
-        ("resnet101", {"depth": 101}),
         ("resnet152", {"depth": 152}),
         ("resnext50_32x4d", {"depth": 50, "groups": 32, "width_per_group": 4}),
+        ("resnext101_32x8d", {"depth": 101, "groups": 32, "width_per_group": 8}),
+        ("wide_resnet50_2", {"depth": 50, "width_per_group": 128}),
     ],
 )
 def test_every_resnet_equals_torchvisions_with_the_same_tensors(name, kwargs):

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain.losses import info_nce
 
@@ -67,3 +68,29 @@ def test_large_logits_do_not_overflow():
     loss.backward()
     assert loss.item() == pytest.approx(2000, rel=1e-3)
     assert torch.isfinite(q.grad).all()
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the size of the largest tensor that any operation makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            # Views own no memory: what counts is the storage.
+            if isinstance(tensor, torch.Tensor) and not function.is_view:
+                self.numel = max(self.numel, tensor.numel())
+        return result
+
+
+def test_neither_the_logits_nor_a_copy_of_the_queue_are_ever_made():
+    rows, keys, dim, chunk = 64, 8192, 16, 512
+    q, k, negatives = unit(rows, dim, 0), unit(rows, dim, 1), unit(keys, dim, 2)
+    with LargestTensor() as ours:
+        info_nce(q.requires_grad_(), k, negatives, 0.1, chunk=chunk)[0].backward()
+    assert ours.numel == rows * chunk
+    with LargestTensor() as materialised:
+        logits = torch.cat([(q * k).sum(1, keepdim=True), q @ negatives.T], dim=1)
+        F.cross_entropy(logits / 0.1, torch.zeros(rows, dtype=torch.long)).backward()
+    assert materialised.numel == rows * (keys + 1)

@@ -1,6 +1,7 @@
 """The distributions of what is drawn, against torchvision's own drawing."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,9 +9,11 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from pretrain.views import ViewRecipe, draw, recipe
+from pretrain.errors import UserError
+from pretrain.views import ViewRecipe, draw, view_recipes
 
 DRAWS = 3000
+MOCO_V2 = view_recipes("moco-v2")[0]
 
 
 def kolmogorov_smirnov(a, b) -> float:
@@ -30,7 +33,7 @@ def test_boxes_are_distributed_as_in_random_resized_crop(size):
     image = Image.new("RGB", (width, height))
     crop = transforms.RandomResizedCrop(224, scale=(0.2, 1.0))
     theirs = np.array([crop.get_params(image, crop.scale, crop.ratio) for _ in range(DRAWS)])
-    ours = np.array([draw(recipe("moco-v2"), height, width, rng).box for _ in range(DRAWS)])
+    ours = np.array([draw(MOCO_V2, height, width, rng.random).box for _ in range(DRAWS)])
     assert (ours[:, :2] >= 0).all()
     assert (ours[:, 2:] >= 1).all()
     assert (ours[:, 0] + ours[:, 2] <= height).all()
@@ -54,7 +57,7 @@ def test_jitter_is_distributed_as_in_color_jitter(hue):
         brightness=0.4, contrast=0.4, saturation=0.4, hue=hue, jitter_probability=1.0
     )
     theirs = [jitter.get_params(*ranges) for _ in range(DRAWS)]
-    ours = [draw(version, 10, 10, rng).colour for _ in range(DRAWS)]
+    ours = [draw(version, 10, 10, rng.random).colour for _ in range(DRAWS)]
     names = ["brightness", "contrast", "saturation", "hue"]
     for i, name in enumerate(names):
         assert kolmogorov_smirnov([dict(o)[name] for o in ours], [t[i + 1] for t in theirs]) < 1
@@ -67,47 +70,74 @@ def test_jitter_is_distributed_as_in_color_jitter(hue):
 def test_a_strength_above_one_cannot_make_a_factor_negative():
     version = ViewRecipe(brightness=1.5, jitter_probability=1.0)
     rng = np.random.default_rng(0)
-    factors = [dict(draw(version, 9, 9, rng).colour)["brightness"] for _ in range(500)]
+    factors = [dict(draw(version, 9, 9, rng.random).colour)["brightness"] for _ in range(500)]
     assert min(factors) >= 0
     assert max(factors) > 2.4
 
 
-@pytest.mark.parametrize(
-    ("version", "jitter", "blur"), [("moco-v1", 1.0, 0.0), ("moco-v2", 0.8, 0.5)]
-)
-def test_a_recipe_has_its_papers_probabilities(version, jitter, blur):
+# Of each paper: strengths, then probabilities of jitter, blur and solarisation, of both views.
+PAPERS = {
+    "moco-v1": ((0.4, 0.4, 0.4, 0.4), 1.0, (0.0, 0.0), (0.0, 0.0)),
+    "moco-v2": ((0.4, 0.4, 0.4, 0.1), 0.8, (0.5, 0.5), (0.0, 0.0)),
+    "simclr": ((0.8, 0.8, 0.8, 0.2), 0.8, (0.5, 0.5), (0.0, 0.0)),
+    "byol": ((0.4, 0.4, 0.2, 0.1), 0.8, (1.0, 0.1), (0.0, 0.2)),
+    "swav": ((0.8, 0.8, 0.8, 0.2), 0.8, (0.5, 0.5), (0.0, 0.0)),
+}
+
+
+@pytest.mark.parametrize("paper", PAPERS)
+def test_views_have_their_papers_strengths_and_probabilities(paper):
+    strengths, jitter, blurs, solarizations = PAPERS[paper]
     rng = np.random.default_rng(3)
-    views = [draw(recipe(version), 375, 500, rng) for _ in range(DRAWS)]
-    grey = [any(name == "grayscale" for name, _ in view.colour) for view in views]
-    shares = {
-        "jitter": (jitter, [len(view.colour) >= 4 for view in views]),
-        "grey": (0.2, grey),
-        "blur": (blur, [view.sigma > 0 for view in views]),
-        "flip": (0.5, [view.flip for view in views]),
-    }
-    for name, (expected, seen) in shares.items():
-        assert abs(np.mean(seen) - expected) <= 3.3 * math.sqrt(0.25 / DRAWS), name
-    sigmas = [view.sigma for view in views if view.sigma]
-    if blur:
-        uniform = np.linspace(0.1, 2, 2000)
-        assert kolmogorov_smirnov(sigmas, uniform) < 1
-        assert min(sigmas) >= 0.1
+    for version, blur, solarize in zip(view_recipes(paper), blurs, solarizations, strict=True):
+        views = [draw(version, 375, 500, rng.random) for _ in range(DRAWS)]
+        names = [[name for name, _ in view.colour] for view in views]
+        shares = {
+            "jitter": (jitter, ["hue" in drawn for drawn in names]),
+            "grey": (0.2, ["grayscale" in drawn for drawn in names]),
+            "blur": (blur, [view.sigma > 0 for view in views]),
+            "solarize": (solarize, [view.solarize for view in views]),
+            "flip": (0.5, [view.flip for view in views]),
+        }
+        for name, (expected, seen) in shares.items():
+            error = 3.3 * math.sqrt(expected * (1 - expected) / DRAWS)
+            assert abs(np.mean(seen) - expected) <= error, name
+        sigmas = [view.sigma for view in views if view.sigma]
+        if blur:
+            assert kolmogorov_smirnov(sigmas, np.linspace(0.1, 2, 2000)) < 1
+        operations = [operation for view in views for operation in view.colour]
+        for (name, centre), x in zip(
+            {"brightness": 1, "contrast": 1, "saturation": 1, "hue": 0}.items(),
+            strengths,
+            strict=True,
+        ):
+            drawn = [factor for operation, factor in operations if operation == name]
+            assert kolmogorov_smirnov(drawn, centre + np.linspace(-x, x, 2000)) < 1, name
+
+
+def test_multi_crop_adds_small_views_of_areas_below_those_of_the_pair():
+    recipes = view_recipes("swav", crop_size=160, small_crops=6, small_crop_size=64)
+    assert [version.crop_size for version in recipes] == [160] * 2 + [64] * 6
+    assert [version.scale for version in recipes] == [(0.14, 1.0)] * 2 + [(0.05, 0.14)] * 6
+    assert len({replace(r, crop_size=1, scale=(1, 1)) for r in recipes}) == 1
+    plain = view_recipes("swav", min_scale=0.3)
+    assert [version.scale for version in plain] == [(0.3, 1.0)] * 2
 
 
 @pytest.mark.parametrize(("version", "place"), [("moco-v1", 0), ("moco-v2", -1)])
 def test_v1_greys_before_the_jitter_and_v2_after_it(version, place):
     rng = np.random.default_rng(4)
     for _ in range(300):
-        names = [name for name, _ in draw(recipe(version), 9, 9, rng).colour]
+        names = [name for name, _ in draw(view_recipes(version)[0], 9, 9, rng.random).colour]
         if "grayscale" in names:
             assert names[place] == "grayscale"
 
 
 def test_the_same_generator_state_draws_the_same():
-    a, b = (draw(recipe("moco-v2"), 50, 60, np.random.default_rng(5)) for _ in range(2))
+    a, b = (draw(MOCO_V2, 50, 60, np.random.default_rng(5).random) for _ in range(2))
     assert a == b
 
 
 def test_an_unknown_recipe_is_an_error_that_lists_the_known():
-    with pytest.raises(ValueError, match="moco-v1, moco-v2"):
-        recipe("moco-v9")
+    with pytest.raises(UserError, match=r"AUGMENTATION 'moco-v9'.*moco-v1, moco-v2, simclr, byol"):
+        view_recipes("moco-v9")

@@ -1,0 +1,299 @@
+"""What the evidence consists of: figures, their cells, and what the papers lead one to expect."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+STEPS, BATCH, WARMUP = 400, 64, 50  # of evidence.yaml
+NEGATIVES, BATCHES = (64, 512, 2048), (32, 64, 256)
+RANDOM = "random weights"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training, or none, and its probe; run once a seed.
+
+    Attributes:
+        label: its row in the table; equal cells of several figures are run once.
+        overrides: KEY -> value on top of evidence.yaml.
+        x: place on the horizontal axis; None for one place a row.
+        series: which line of the plot it belongs to.
+        trained: False for untrained weights, whose BN statistics are fitted to the images.
+    """
+
+    label: str
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    x: float | None = None
+    series: str = ""
+    trained: bool = True
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """``better`` is above ``worse`` in ``metric``: two labels of a figure's cells."""
+
+    text: str
+    better: str
+    worse: str
+    metric: str = "knn"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A section of the document.
+
+    Attributes:
+        metrics: in the order of the table's columns; the plots show the first three.
+        best: whether to say which cell is best, and what it beats.
+        detection: whether its cells are fine-tuned as detectors, too.
+    """
+
+    name: str
+    title: str
+    about: str
+    cells: Sequence[Cell]
+    metrics: Sequence[str]
+    expectations: Sequence[Expectation] = ()
+    best: bool = True
+    x_label: str = ""
+    log_x: bool = False
+    detection: bool = False
+
+
+METRICS = {
+    "knn": "kNN top-1 (%)",
+    "linear": "linear top-1 (%)",
+    "accuracy": "contrastive accuracy (%)",
+    "loss": "loss",
+    "spread": "spread",
+    "rss": "peak memory (MB)",
+    "AP": "box AP (%)",
+    "AP50": "box AP50 (%)",
+}
+
+
+def figures(steps: int = STEPS) -> list[Figure]:
+    """All figures, for cells of ``steps`` steps of `BATCH` images."""
+    scale = steps / STEPS
+    base: dict[str, Any] = {}
+    if steps != STEPS:
+        base = {"SOLVER.MAX_ITER": steps, "SOLVER.WARMUP_ITERS": max(1, round(WARMUP * scale))}
+        base["SWAV.FREEZE_ITERS"] = base["SOLVER.WARMUP_ITERS"]
+        base["SWAV.QUEUE_START_ITER"] = steps // 4
+    return [
+        _mechanisms(base, steps),
+        _momentum(base),
+        _shuffling(base),
+        _steps_to_v2(base),
+        _methods(base),
+        _detection(base, steps),
+    ]
+
+
+def _mechanisms(base: dict[str, Any], steps: int) -> Figure:
+    cells = [Cell(f"MoCo, K {k}", {**base, "MOCO.QUEUE_SIZE": k}, k, "MoCo") for k in NEGATIVES]
+    cells += [
+        Cell(
+            f"memory bank, K {k}",
+            {**base, "METHOD": "memory-bank", "BANK.NEGATIVES": k},
+            k,
+            "memory bank",
+        )
+        for k in NEGATIVES
+    ]
+    for batch in BATCHES:  # the batch is the dictionary; as many images in all
+        shorter = {
+            "SOLVER.BATCH_SIZE": batch,
+            "SOLVER.MAX_ITER": steps * BATCH // batch,
+            "SOLVER.WARMUP_ITERS": max(1, base.get("SOLVER.WARMUP_ITERS", WARMUP) * BATCH // batch),
+            "MODEL.BN_GROUPS": max(2, batch // 32),
+        }
+        cells.append(
+            Cell(
+                f"end-to-end, batch {batch}",
+                {**base, **shorter, "METHOD": "end-to-end"},
+                batch - 1,
+                "end-to-end",
+            )
+        )
+    return Figure(
+        "mechanisms",
+        "Three mechanisms against the number of negatives",
+        "He et al. 2020, Figure 3: one pretext task, three ways to keep a dictionary. The"
+        " dictionary of the end-to-end mechanism is its batch, so it ends where memory "
+        "ends; batches of other sizes see as many images, in fewer or more steps, at a "
+        "learning rate scaled linearly. The memory is the peak of the resident set of the"
+        " training process, of which some 500 MB are the interpreter and its libraries; "
+        "48-pixel crops and a quarter of the width keep the rest small.",
+        cells,
+        ("knn", "linear", "rss"),
+        (
+            Expectation("more negatives help MoCo", "MoCo, K 512", "MoCo, K 64"),
+            Expectation("more negatives help the bank", "memory bank, K 512", "memory bank, K 64"),
+            Expectation(
+                "a larger batch helps end-to-end", "end-to-end, batch 256", "end-to-end, batch 32"
+            ),
+            Expectation("MoCo is above the bank at K 512", "MoCo, K 512", "memory bank, K 512"),
+            Expectation(
+                "a queue goes where a batch cannot", "MoCo, K 2048", "end-to-end, batch 64"
+            ),
+            Expectation(
+                "end-to-end pays for negatives in memory",
+                "end-to-end, batch 256",
+                "MoCo, K 2048",
+                "rss",
+            ),
+        ),
+        x_label="negatives",
+        log_x=True,
+    )
+
+
+def _momentum(base: dict[str, Any]) -> Figure:
+    cells = [
+        Cell(f"m {m:g}", {**base, "MOCO.MOMENTUM": m})
+        for m in (0.0, 0.9, 0.98, 0.99, 0.999, 0.9999)
+    ]
+    return Figure(
+        "momentum",
+        "The momentum of the key encoder",
+        "He et al. 2020, Section 4.1, with K 4096 on ImageNet: m 0 fails, 0.9 gives 55.2,"
+        " 0.99 57.8, 0.999 59.0, 0.9999 58.9 %. There a run is hundreds of thousands of "
+        "steps long; here 0.999 averages over more steps than the run has, so its key "
+        "encoder remains mostly the untrained one.",
+        cells,
+        ("knn", "linear", "loss", "accuracy"),
+        (
+            Expectation("without momentum it is worse", "m 0.99", "m 0"),
+            Expectation("slow beats fast", "m 0.99", "m 0.9"),
+            Expectation("slower is better still", "m 0.999", "m 0.99"),
+        ),
+        x_label="momentum",
+    )
+
+
+def _shuffling(base: dict[str, Any]) -> Figure:
+    cells = [
+        Cell(
+            f"{word} shuffling, {groups} groups",
+            {**base, "MODEL.BN_GROUPS": groups, "MOCO.SHUFFLE_BN": word == "with"},
+        )
+        for groups in (2, 8)
+        for word in ("with", "without")
+    ]
+    return Figure(
+        "shuffling",
+        "Shuffling BN",
+        "He et al. 2020, Section 3.3 and Figure 5: if a query and its key are normalised "
+        "in the same company, their BN statistics tell which belong together. The "
+        "contrastive accuracy then rises and the features get worse. A BN group stands "
+        "for a GPU: the batch of 64 is split into 2 or 8. The accuracy is the mean over "
+        "the last fifth of the run.",
+        cells,
+        ("accuracy", "loss", "knn", "linear"),
+        tuple(
+            Expectation(text, f"{a} shuffling, {g} groups", f"{b} shuffling, {g} groups", metric)
+            for g in (8, 2)
+            for text, a, b, metric in (
+                (f"without it the task is easier ({g} groups)", "without", "with", "accuracy"),
+                (f"with it the features are better ({g} groups)", "with", "without", "knn"),
+            )
+        ),
+        best=False,
+    )
+
+
+def _steps_to_v2(base: dict[str, Any]) -> Figure:
+    v1 = {
+        **base,
+        "MOCO.MLP": False,
+        "MOCO.MLP_BN": False,
+        "MOCO.TEMPERATURE": 0.07,
+        "SOLVER.SCHEDULE": "step",
+    }
+    mlp = {**v1, "MOCO.MLP": True, "MOCO.TEMPERATURE": 0.2}
+    head = {**mlp, "MOCO.MLP_BN": True}
+    augmented = {**head, "INPUT.AUGMENTATION": "moco-v2"}
+    cells = [
+        Cell("v1", v1),
+        Cell("v1 + MLP, as published", mlp),
+        Cell("v1 + MLP with BN", head),
+        Cell("v1 + MLP with BN + aug", augmented),
+        Cell("v1 + MLP with BN + aug + cosine", {**augmented, "SOLVER.SCHEDULE": "cosine"}),
+        Cell("v1 + MLP with BN + cosine", {**head, "SOLVER.SCHEDULE": "cosine"}),
+    ]
+    return Figure(
+        "v2",
+        "From v1 to v2",
+        "Chen et al. 2020, Table 1: an MLP head (T 0.2), stronger augmentation with blur,"
+        " a cosine. The published head has no BN and stays on the plateau at log(K+1) "
+        "through a budget as short as this, so the later rows give it one.",
+        cells,
+        ("knn", "linear", "loss", "spread"),
+        (
+            Expectation("the MLP head helps", "v1 + MLP with BN", "v1"),
+            Expectation("stronger augmentation helps", cells[3].label, cells[2].label),
+            Expectation("the cosine helps", cells[4].label, cells[3].label),
+            Expectation("BN moves the MLP head off the plateau", cells[2].label, cells[1].label),
+        ),
+    )
+
+
+def _methods(base: dict[str, Any]) -> Figure:
+    cells = _each_method(base)
+    return Figure(
+        "methods",
+        "All methods at the same number of images seen",
+        "One data set, encoder, optimiser (SGD), learning rate, views and number of images; each"
+        " method has its own head and loss. This is no contest of methods, whose recipes were "
+        "made for batches of thousands, hundreds of epochs and views of their own (SwAV: "
+        "multi-crop), but a test whether each of them learns on one harness. Random weights have "
+        "their BN statistics fitted to the images.",
+        cells,
+        ("knn", "linear"),
+        _above_random(cells, ("knn", "linear")),
+        best=False,
+    )
+
+
+def _detection(base: dict[str, Any], steps: int) -> Figure:
+    # Detectron2 builds narrow ResNets from 50 layers on; these take more steps to learn.
+    deeper = {**base, "MODEL.DEPTH": 50, "MODEL.WIDTH": 0.25, "SOLVER.MAX_ITER": 3 * steps // 2}
+    cells = _each_method(deeper)
+    return Figure(
+        "detection",
+        "From each method to a detector",
+        "The same comparison with a quarter of ResNet-50's width and half as many steps again, "
+        "converted and fine-tuned as Faster R-CNN C4, every layer trained, each seed from a "
+        "pre-training of its own.",
+        cells,
+        ("AP", "AP50", "knn", "linear"),
+        _above_random(cells, ("AP", "AP50", "knn")),
+        best=False,
+        detection=True,
+    )
+
+
+def _each_method(base: dict[str, Any]) -> list[Cell]:
+    # Statistics over the whole batch, as the last three papers have them.
+    synchronised = {**base, "MODEL.SYNC_BN": True}
+    return [
+        Cell(RANDOM, base, trained=False),
+        Cell("MoCo", base),
+        Cell("end-to-end", {**base, "METHOD": "end-to-end"}),
+        Cell("memory bank", {**base, "METHOD": "memory-bank"}),
+        Cell("SimCLR", {**synchronised, "METHOD": "simclr"}),
+        Cell("BYOL", {**synchronised, "METHOD": "byol"}),
+        Cell("SwAV, two crops", {**synchronised, "METHOD": "swav"}),
+    ]
+
+
+def _above_random(cells: Sequence[Cell], metrics: Sequence[str]) -> tuple[Expectation, ...]:
+    return tuple(
+        Expectation("it has learnt something", cell.label, RANDOM, metric)
+        for metric in metrics
+        for cell in cells
+        if cell.trained
+    )

@@ -1,0 +1,85 @@
+"""BYOL (Grill et al. 2020, "Bootstrap Your Own Latent"), in the order of its Section 3.1."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from fvcore.common.config import CfgNode
+from torch import Tensor, nn
+
+from pretrain.encoders import ResNet
+from pretrain.errors import UserError
+from pretrain.losses_views import cosine_regression
+from pretrain.methods.base import Method, Run
+from pretrain.methods.moco import embedding_spread
+from pretrain.methods.networks import encoder_builder, mlp, unit
+
+
+def build_byol(cfg: CfgNode, run: Run) -> BYOL:
+    """BYOL, as the keys of ``BYOL`` say."""
+    hidden, dim = cfg.BYOL.HIDDEN, cfg.BYOL.DIM
+    return BYOL(
+        encoder_builder(cfg, run, lambda features: mlp(features, hidden, dim, run.bn_groups)),
+        mlp(dim, hidden, dim, run.bn_groups),
+        momentum=cfg.BYOL.MOMENTUM,
+    )
+
+
+class BYOL(Method):
+    """An online network that predicts, from one view, what its moving average makes of another.
+
+    Args:
+        build_encoder: makes f and g of the paper, the projector as the encoder's ``fc``; called
+            twice, for the online and the target network. Its output is (N, C).
+        predictor: q of the paper, (N, C) -> (N, C), of the online network alone.
+        momentum: tau at the first step; it rises to 1 by half a cosine.
+    """
+
+    def __init__(
+        self,
+        build_encoder: Callable[[], ResNet],
+        predictor: nn.Module,
+        *,
+        momentum: float = 0.996,
+    ) -> None:
+        super().__init__()
+        if not 0.0 <= momentum <= 1.0:
+            raise UserError(f"BYOL.MOMENTUM is {momentum}: it must lie in [0, 1].")
+        self.momentum = momentum
+        self.encoder_q = build_encoder()
+        self.predictor = predictor
+        self.target = build_encoder()
+        self.target.load_state_dict(self.encoder_q.state_dict())
+        self.target.requires_grad_(False)
+
+    @property
+    def chance_loss(self) -> None:
+        """There is none: the loss of an encoder that knows nothing may be anything, even 0."""
+        return None
+
+    def forward(self, views: Sequence[Tensor], step: int, index: Tensor) -> dict[str, Tensor]:
+        """Both views, each a batch with BN statistics of its own; the rest is not used."""
+        projections = [self.encoder_q(view) for view in views]  # NxC each
+        p1, p2 = (self.predictor(projection) for projection in projections)  # NxC
+        with torch.no_grad():
+            z1, z2 = (self.target(view) for view in views)  # NxC
+        # Eq. 2, symmetrised; in [0, 8].
+        loss = cosine_regression(p1, z2) + cosine_regression(p2, z1)
+        return {"loss": loss, "spread": embedding_spread(unit(projections[0].detach()))}
+
+    @torch.no_grad()
+    def after_update(self, step: int, total_steps: int) -> None:
+        """xi <- tau xi + (1 - tau) theta over parameters; BN buffers are not averaged."""
+        torch._foreach_lerp_(
+            list(self.target.parameters()),
+            list(self.encoder_q.parameters()),
+            1.0 - target_momentum(self.momentum, step, total_steps),
+        )
+
+
+def target_momentum(base: float, step: int, total_steps: int) -> float:
+    """tau = 1 - (1 - base) (cos(pi k / K) + 1) / 2: from ``base`` at step 0 to 1 at the end
+    (Section 3.2, "Optimization")."""
+    return 1.0 - (1.0 - base) * (math.cos(math.pi * step / total_steps) + 1.0) / 2.0

@@ -1,0 +1,50 @@
+"""What share of the test images a classifier names rightly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """In percent. ``top5`` is the share whose class is among the five named first; None where
+    there are not more than five classes, which would make it 100."""
+
+    top1: float
+    top5: float | None
+    per_class: dict[str, float]  # top-1 among the images of each class that has any
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return f"top-1 {self.top1:.2f} %" + (
+            "" if self.top5 is None else f"  top-5 {self.top5:.2f} %"
+        )
+
+
+def accuracy(predictions: Tensor, labels: Tensor, classes: Sequence[str]) -> Accuracy:
+    """Compare with the truth.
+
+    Args:
+        predictions: (M, P) int64, classes by falling confidence; -1 is never right.
+        labels: (M,) int64.
+        classes: names, in the order of the labels.
+    """
+    right = predictions == labels[:, None]  # MxP
+    count = torch.bincount(labels, minlength=len(classes))
+    hits = torch.bincount(labels[right[:, 0]], minlength=len(classes))
+    return Accuracy(
+        top1=100.0 * right[:, 0].double().mean().item(),
+        top5=100.0 * right[:, :5].any(1).double().mean().item() if len(classes) > 5 else None,
+        per_class={
+            name: 100.0 * int(h) / int(n)
+            for name, h, n in zip(classes, hits, count, strict=True)
+            if n
+        },
+    )

@@ -1,0 +1,158 @@
+"""Features of images under a frozen backbone: extracted once, in batches, kept on the disk."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pretrain.encoders import ResNet
+from pretrain.errors import UserError
+from pretrain.probe.backbone import frozen
+from pretrain.probe.cache import ArrayCache
+from pretrain.probe.images import LabelledImages, Preprocessing, read_batches
+from pretrain.progress import clock
+
+MAX_BAD_SHARE = 0.05  # of unreadable images, as in pre-training
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features and classes of the images that could be read.
+
+    Attributes:
+        values: (N, C) float32 on the CPU, as the backbone gives them; perhaps mapped from a file.
+        labels: (N,) int64.
+        classes: names.
+        skipped: a line for each image that could not be read.
+        cached: whether they came from the disk.
+    """
+
+    values: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+    skipped: tuple[str, ...] = ()
+    cached: bool = False
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def pick(self, rows: Tensor) -> Features:
+        return Features(self.values[rows], self.labels[rows], self.classes)
+
+
+@torch.no_grad()
+def stream_features(
+    backbone: ResNet,
+    images: LabelledImages,
+    preprocessing: Preprocessing,
+    *,
+    batch_size: int = 256,
+    threads: int = 1,
+    rows: np.ndarray | None = None,
+) -> Iterator[tuple[np.ndarray, Tensor, list[str]]]:
+    """Rows (n,), their features (n, C) float32 on the CPU, and what could not be read, a batch at
+    a time. The backbone is used as it is, so in evaluation mode if it was put there."""
+    device = next(backbone.parameters()).device
+    for read, pixels, bad in read_batches(
+        images, preprocessing, batch_size=batch_size, threads=threads, rows=rows
+    ):
+        if len(read) == 0:
+            yield read, torch.zeros(0, backbone.num_features), bad
+            continue
+        pixels = pixels.to(device).contiguous(memory_format=torch.channels_last)
+        yield read, backbone.forward_features(pixels).float().cpu(), bad
+
+
+def extract(
+    backbone: ResNet,
+    images: LabelledImages,
+    preprocessing: Preprocessing,
+    *,
+    name: str = "images",
+    cache: ArrayCache | None = None,
+    batch_size: int = 256,
+    threads: int = 1,
+    say: Say = print,
+) -> Features:
+    """Features of all images, from ``cache`` where they lie there and nothing has changed: neither
+    the weights, nor an image (path, size, time of change) or its class, nor the preprocessing.
+
+    Args:
+        name: of this set of images, in the cache and in messages.
+        cache: None to keep the features in memory.
+
+    Raises:
+        UserError: more than `MAX_BAD_SHARE` of the images cannot be read.
+        RuntimeError: the backbone changed meanwhile.
+    """
+    values = np.empty((0, 0), np.float32)
+    with frozen(backbone) as weights:
+        shape = (len(images), backbone.num_features)
+        if cache is None:
+            values = np.empty(shape, np.float32)
+            notes = _fill(values, backbone, images, preprocessing, name, batch_size, threads, say)
+            return _features(values, notes, images, cached=False)
+        key = {"weights": weights, "images": images.digest(), **asdict(preprocessing)}
+        kept, notes, changed = cache.find(name, key)
+        if kept is not None and kept.shape == shape:
+            return _features(kept, notes, images, cached=True)
+        if changed:
+            say(f"the stored features of {name} are stale ({', '.join(changed)}): extracted anew")
+        with cache.create(name, key, shape) as (values, kept_notes):
+            kept_notes |= _fill(
+                values, backbone, images, preprocessing, name, batch_size, threads, say
+            )
+    kept, notes, _ = cache.find(name, key)
+    assert kept is not None
+    return _features(kept, notes, images, cached=False)
+
+
+def _fill(
+    values: np.ndarray,
+    backbone: ResNet,
+    images: LabelledImages,
+    preprocessing: Preprocessing,
+    name: str,
+    batch_size: int,
+    threads: int,
+    say: Say,
+) -> dict[str, list]:
+    """Fills (N, C) values; returns the rows that could not be read, and why."""
+    unread = np.ones(len(images), bool)
+    skipped: list[str] = []
+    began = said = time.monotonic()
+    for rows, features, bad in stream_features(
+        backbone, images, preprocessing, batch_size=batch_size, threads=threads
+    ):
+        values[rows], unread[rows] = features.numpy(), False
+        skipped += bad
+        done, now = int(len(images) - unread.sum()) + len(skipped), time.monotonic()
+        if now - said >= 3:
+            said, rate = now, done / (now - began)
+            say(
+                f"features of {name}: {done}/{len(images)}  {rate:.0f} images/s  "
+                f"eta {clock((len(images) - done) / rate)}"
+            )
+    if len(skipped) > MAX_BAD_SHARE * len(images):
+        raise UserError(
+            f"{len(skipped)} of the {len(images)} {name} images cannot be read, the first is "
+            f"{skipped[0]}: mend or remove them."
+        )
+    return {"unread": np.flatnonzero(unread).tolist(), "skipped": skipped}
+
+
+def _features(
+    values: np.ndarray, notes: dict[str, list], images: LabelledImages, cached: bool
+) -> Features:
+    tensor, labels = torch.from_numpy(values), torch.from_numpy(images.labels)
+    if notes["unread"]:  # a copy in memory, only where some image is missing
+        read = torch.ones(len(labels), dtype=torch.bool)
+        read[notes["unread"]] = False
+        tensor, labels = tensor[read], labels[read]
+    return Features(tensor, labels, images.classes, tuple(notes["skipped"]), cached)

@@ -1,0 +1,252 @@
+"""Linear classification of frozen features: the paper's protocol, and a quick way.
+
+Source: He et al. 2020, section 4.1, "Linear Classification Protocol": features after the global
+average pooling, a supervised linear classifier for 100 epochs, initial learning rate 30, weight
+decay 0 (found by a grid search there); batch 256, x0.1 at epochs 60 and 80 as in its code.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pretrain import schedules
+from pretrain.encoders import ResNet
+from pretrain.errors import UserError
+from pretrain.loader import build_batches
+from pretrain.probe.backbone import frozen
+from pretrain.probe.features import Features, Say
+from pretrain.probe.images import LabelledImages, stratified_split
+from pretrain.progress import clock
+from pretrain.views import ViewRecipe
+
+RATES = (30.0,)
+PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+
+
+@dataclass(frozen=True)
+class LinearProtocol:
+    """The paper's, as it stands.
+
+    Attributes:
+        rates: learning rates; a classifier is trained with each, all on the same batches.
+        epochs, batch_size: length of the training.
+        milestones, gamma: the rate falls by gamma at these shares of it.
+        momentum, weight_decay: of SGD.
+        min_scale: smallest area of a random crop, as a share of the image.
+    """
+
+    rates: Sequence[float] = RATES
+    epochs: float = 100
+    batch_size: int = 256
+    milestones: Sequence[float] = (0.6, 0.8)
+    gamma: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    min_scale: float = 0.08
+
+    def rate(self, base: float, step: int, total: int) -> float:
+        """Learning rate of a step in [0, total)."""
+        return schedules.learning_rate(
+            step,
+            total,
+            base=base,
+            schedule="step",
+            milestones=self.milestones,
+            gamma=self.gamma,
+        )
+
+
+def train_linear(
+    backbone: ResNet,
+    images: LabelledImages,
+    protocol: LinearProtocol,
+    *,
+    crop_size: int,
+    seed: int = 0,
+    workers: int = 0,
+    say: Say = print,
+) -> list[nn.Linear]:
+    """Train one classifier a learning rate on random resized crops, flipped at random.
+
+    The backbone runs in evaluation mode and without gradient; that it did not change is proved.
+
+    Args:
+        workers: processes that decode; the classifiers are the same, bit for bit.
+
+    Returns:
+        a ``Linear(C, classes)`` for each of ``protocol.rates``, on the backbone's device.
+
+    Raises:
+        UserError: no positive learning rate, or too many images cannot be read.
+        RuntimeError: the backbone changed meanwhile.
+    """
+    if not protocol.rates or min(protocol.rates) <= 0:
+        raise UserError(f"--lr is {list(protocol.rates)}: give rates above 0, such as 30.")
+    device = next(backbone.parameters()).device
+    total = math.ceil(protocol.epochs * len(images) / protocol.batch_size)
+    heads = [
+        head.to(device)
+        for head in _classifiers(
+            backbone.num_features, len(images.classes), len(protocol.rates), seed
+        )
+    ]
+    optimizer = torch.optim.SGD(
+        [{"params": head.parameters()} for head in heads],
+        lr=protocol.rates[0],
+        momentum=protocol.momentum,
+        weight_decay=protocol.weight_decay,
+    )
+    view = ViewRecipe(crop_size=crop_size, scale=(protocol.min_scale, 1.0))
+    labels = torch.from_numpy(images.labels)
+    with frozen(backbone):
+        batches = build_batches(
+            images,
+            [view],
+            batch_size=protocol.batch_size,
+            seed=seed,
+            stop_step=total,
+            num_workers=workers,
+            pin_memory=device.type == "cuda",
+        )
+        began = said = time.monotonic()
+        for step, batch in enumerate(batches):
+            with torch.no_grad():
+                features = backbone.forward_features(batch.to(device)[0])  # NxC
+            target = labels[batch.index].to(device)
+            # Each loss reaches its own classifier only, so this trains them side by side.
+            losses = [F.cross_entropy(head(features), target) for head in heads]
+            optimizer.zero_grad(set_to_none=True)
+            torch.stack(losses).sum().backward()
+            for group, base in zip(optimizer.param_groups, protocol.rates, strict=True):
+                group["lr"] = protocol.rate(base, step, total)
+            optimizer.step()
+            now = time.monotonic()
+            if now - said >= 3:
+                said = now
+                eta = clock((now - began) / (step + 1) * (total - step - 1))
+                epoch = (step + 1) * protocol.batch_size / len(images)
+                text = " ".join(f"{loss.item():.3f}" for loss in losses)
+                say(f"linear: epoch {epoch:.1f}/{protocol.epochs:g}  loss {text}  eta {eta}")
+    return heads
+
+
+def _classifiers(features: int, classes: int, count: int, seed: int) -> list[nn.Linear]:
+    """Weights from N(0, 0.01), biases 0, as in the paper's code; the same for every rate."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(classes, features, generator=generator) * 0.01
+    heads = []
+    for _ in range(count):
+        head = nn.utils.skip_init(nn.Linear, features, classes)
+        nn.init.zeros_(head.bias)
+        head.weight.data.copy_(weight)
+        heads.append(head)
+    return heads
+
+
+@torch.no_grad()
+def rank_classes(
+    classifier: nn.Linear, features: Tensor, *, top: int = 5, chunk: int = 8192
+) -> Tensor:
+    """Classes by falling logit: int64 (M, min(top, classes)), on the CPU."""
+    device = classifier.weight.device
+    top = min(top, classifier.out_features)
+    return torch.cat(
+        [classifier(x.to(device)).topk(top, dim=1)[1].cpu() for x in features.split(chunk)]
+    )
+
+
+def quick_linear(
+    train: Features, *, device: torch.device | None = None, seed: int = 0, say: Say = print
+) -> tuple[nn.Linear, float]:
+    """Logistic regression on stored features, standardised, by L-BFGS: minutes become seconds.
+
+    The penalty is chosen from `PENALTIES` on a fifth of the training images, held out from every
+    class; no test image is looked at. It is not the paper's protocol: there are no crops, so the
+    numbers are near but not equal.
+
+    Returns:
+        the classifier, on features as they are (the standardisation is folded into it), and the
+        penalty.
+    """
+    kept, held = stratified_split(train.labels.numpy(), 0.2, seed)
+    inner, outer = train.pick(torch.from_numpy(kept)), train.pick(torch.from_numpy(held))
+    best = (-1.0, PENALTIES[0])
+    start = None
+    for penalty in PENALTIES:  # from strong to weak, each from the one before
+        start = logistic_regression(inner, penalty, start=start, device=device)
+        right = (rank_classes(start, outer.values, top=1)[:, 0] == outer.labels).float().mean()
+        say(f"quick linear: penalty {penalty:g}  held-out top-1 {100 * right.item():.2f} %")
+        best = max(best, (right.item(), penalty))  # of equals the stronger penalty
+    return logistic_regression(train, best[1], device=device), best[1]
+
+
+@torch.no_grad()
+def logistic_regression(
+    train: Features,
+    penalty: float,
+    *,
+    start: nn.Linear | None = None,
+    device: torch.device | None = None,
+    max_iter: int = 200,
+    chunk: int = 65536,
+) -> nn.Linear:
+    """Minimise mean cross-entropy + penalty/2 |W|^2 over weights W of standardised features and
+    biases (not penalised), by L-BFGS with exact gradients over all images.
+
+    Args:
+        start: where to begin; default: zero.
+
+    Returns:
+        a ``Linear`` on features as they are.
+    """
+    device = device or torch.device("cpu")
+    x, y = train.values, train.labels
+    mean, scale = _moments(x, chunk)
+    mean, scale = mean.to(device), scale.to(device)
+    classes = len(train.classes)
+    weight = torch.zeros(classes, x.shape[1], device=device, requires_grad=True)
+    bias = torch.zeros(classes, device=device, requires_grad=True)
+    if start is not None:
+        weight.copy_(start.weight / scale)
+        bias.copy_(start.bias + start.weight @ mean)
+    optimizer = torch.optim.LBFGS(
+        [weight, bias],
+        max_iter=max_iter,
+        tolerance_grad=1e-6,
+        tolerance_change=1e-9,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> Tensor:
+        loss = 0.5 * penalty * weight.square().sum()
+        gradient, shift = penalty * weight, torch.zeros_like(bias)
+        for rows, labels in zip(x.split(chunk), y.split(chunk), strict=True):
+            inputs, target = (rows.to(device) - mean) * scale, labels.to(device)  # NxC, N
+            logits = inputs @ weight.T + bias  # NxK
+            loss = loss + F.cross_entropy(logits, target, reduction="sum") / len(x)
+            error = (logits.softmax(1) - F.one_hot(target, classes)) / len(x)  # NxK
+            gradient = gradient + error.T @ inputs
+            shift += error.sum(0)
+        weight.grad, bias.grad = gradient, shift
+        return loss
+
+    optimizer.step(closure)  # type: ignore[arg-type]  # its stub takes floats only
+    result = nn.utils.skip_init(nn.Linear, x.shape[1], classes, device=device)
+    result.weight.copy_(weight * scale)
+    result.bias.copy_(bias - (weight * scale) @ mean)
+    return result.requires_grad_(False)
+
+
+def _moments(x: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    """Mean and reciprocal of the standard deviation of each column; 1 for a constant one."""
+    mean = torch.stack([part.double().sum(0) for part in x.split(chunk)]).sum(0) / len(x)
+    parts = [(part.double() - mean).square().sum(0) for part in x.split(chunk)]
+    std = (torch.stack(parts).sum(0) / len(x)).sqrt()
+    return mean.float(), torch.where(std > 1e-6, 1 / std, 1.0).float()

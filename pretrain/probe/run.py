@@ -1,0 +1,249 @@
+"""One probe from checkpoint to report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from fvcore.common.config import CfgNode
+
+from pretrain import distributed
+from pretrain.encoders import ResNet
+from pretrain.errors import UserError
+from pretrain.files import replace_text
+from pretrain.probe.accuracy import Accuracy, accuracy
+from pretrain.probe.backbone import (
+    RANDOM,
+    architecture,
+    digest,
+    fit_batch_norm,
+    load_backbone,
+    random_backbone,
+)
+from pretrain.probe.cache import ArrayCache
+from pretrain.probe.features import Features, Say, extract
+from pretrain.probe.images import (
+    LabelledImages,
+    Preprocessing,
+    open_train_and_test,
+    read_batches,
+)
+from pretrain.probe.knn import TEMPERATURE, K, weighted_knn
+from pretrain.probe.linear import LinearProtocol, quick_linear, rank_classes, train_linear
+from pretrain.version import __version__
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure, and how.
+
+    Attributes:
+        checkpoint: a file, see `load_backbone`, or "random".
+        train, test: class folders; without ``test`` a share ``holdout`` of ``train``.
+        crop_size: None for that of the checkpoint's pre-training, else 224.
+        resize: None for 8/7 of it.
+        fit_bn: set the BN statistics from the training images; None: only of random weights.
+        k, temperature: of kNN.
+        quick: whether to fit the logistic regression on stored features.
+        linear: the paper's protocol; None to leave it out.
+        cache: folder of the stored features; None to store none.
+        seed: of holdout, random weights, classifiers, crops.
+    """
+
+    checkpoint: str
+    train: str
+    test: str | None = None
+    holdout: float = 0.2
+    crop_size: int | None = None
+    resize: int | None = None
+    fit_bn: bool | None = None
+    k: int = K
+    temperature: float = TEMPERATURE
+    quick: bool = False
+    linear: LinearProtocol | None = None
+    cache: Path | None = None
+    batch_size: int = 256
+    workers: int = 1
+    seed: int = 0
+
+
+def probe(settings: Settings, cfg: CfgNode | None = None, say: Say = print) -> dict[str, Any]:
+    """Measure a backbone; what is returned is also what the JSON file holds.
+
+    Args:
+        cfg: architecture and crop size of random weights.
+
+    Raises:
+        UserError: whatever is wrong with checkpoint, images or settings.
+    """
+    if settings.k < 1 or settings.temperature <= 0:
+        raise UserError(
+            f"-k is {settings.k} and --temperature {settings.temperature}: both must be above 0."
+        )
+    backbone, crop_size = _open(settings, cfg)
+    preprocessing = Preprocessing.of(settings.crop_size or crop_size, settings.resize)
+    train, test = open_train_and_test(
+        settings.train, settings.test, holdout=settings.holdout, seed=settings.seed
+    )
+    device = distributed.device()
+    backbone = backbone.to(device).to(memory_format=torch.channels_last)
+    fit_bn = settings.checkpoint == RANDOM if settings.fit_bn is None else settings.fit_bn
+    if fit_bn:
+        fit_on(backbone, train, preprocessing, settings.batch_size, settings.workers, settings.seed)
+    say(
+        f"{settings.checkpoint}: {backbone.num_features} features, {len(train)} training and "
+        f"{len(test)} test images of {len(train.classes)} classes, "
+        f"{preprocessing.crop_size} of {preprocessing.resize} px"
+    )
+    cache = ArrayCache(settings.cache) if settings.cache else None
+    bank, tests = (
+        extract(
+            backbone,
+            images,
+            preprocessing,
+            name=name,
+            cache=cache,
+            batch_size=settings.batch_size,
+            threads=settings.workers,
+            say=say,
+        )
+        for name, images in (("train", train), ("test", test))
+    )
+    result: dict[str, Any] = {
+        "checkpoint": settings.checkpoint,
+        "weights_sha256": digest(backbone),
+        "architecture": architecture(backbone.state_dict()),
+        "bn_fitted": fit_bn,
+        "train": {"spec": settings.train, "images": len(bank), "skipped": list(bank.skipped)},
+        "test": {
+            "spec": settings.test or f"{settings.holdout:g} of {settings.train}, held out",
+            "images": len(tests),
+            "skipped": list(tests.skipped),
+        },
+        "classes": list(train.classes),
+        "preprocessing": asdict(preprocessing),
+        "seed": settings.seed,
+        "version": __version__,
+    }
+    named = weighted_knn(
+        bank.values,
+        bank.labels,
+        tests.values,
+        num_classes=len(train.classes),
+        k=settings.k,
+        temperature=settings.temperature,
+        device=device,
+    )
+    result["knn"] = _measured(named, tests, k=min(settings.k, len(bank)), T=settings.temperature)
+    if settings.quick:
+        classifier, penalty = quick_linear(bank, device=device, seed=settings.seed, say=say)
+        result["quick_linear"] = _measured(
+            rank_classes(classifier, tests.values), tests, penalty=penalty
+        )
+    if settings.linear is not None:
+        heads = train_linear(
+            backbone,
+            train,
+            settings.linear,
+            crop_size=preprocessing.crop_size,
+            seed=settings.seed,
+            workers=settings.workers,
+            say=say,
+        )
+        result["linear"] = [
+            _measured(
+                rank_classes(head, tests.values), tests, **asdict(settings.linear) | {"rates": rate}
+            )
+            for head, rate in zip(heads, settings.linear.rates, strict=True)
+        ]
+    return result
+
+
+def fit_on(
+    backbone: ResNet,
+    images: LabelledImages,
+    preprocessing: Preprocessing,
+    batch_size: int = 256,
+    threads: int = 1,
+    seed: int = 0,
+) -> None:
+    """`fit_batch_norm` on up to 50 batches of images, drawn at random (they come in the order of
+    their classes)."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).numpy()
+    batches = read_batches(
+        images,
+        preprocessing,
+        batch_size=batch_size,
+        threads=threads,
+        rows=order[: 50 * batch_size],
+    )
+    fit_batch_norm(backbone, (pixels for _, pixels, _ in batches if len(pixels) > 1))
+
+
+def _open(settings: Settings, cfg: CfgNode | None) -> tuple[ResNet, int]:
+    """The backbone and the crop size that it was trained with."""
+    if settings.checkpoint != RANDOM:
+        backbone, config = load_backbone(settings.checkpoint)
+        return backbone, config["INPUT"]["CROP_SIZE"] if config else 224
+    if cfg is None:
+        raise UserError(
+            f"{RANDOM} weights need an architecture: give --config NAME, or --config FILE of "
+            f"the run to compare with (its config.yaml)."
+        )
+    backbone = random_backbone(
+        settings.seed,
+        depth=cfg.MODEL.DEPTH,
+        width=cfg.MODEL.WIDTH,
+        groups=cfg.MODEL.GROUPS,
+        width_per_group=cfg.MODEL.WIDTH_PER_GROUP,
+    )
+    return backbone, cfg.INPUT.CROP_SIZE
+
+
+def _measured(named: torch.Tensor, tests: Features, **how: Any) -> dict[str, Any]:
+    return {**how, **accuracy(named, tests.labels, tests.classes).as_dict()}
+
+
+def summary(result: dict[str, Any]) -> str:
+    """A few lines, and a table of the classes."""
+    columns = {f"kNN (k {result['knn']['k']}, T {result['knn']['T']:g})": result["knn"]}
+    if "quick_linear" in result:
+        quick = result["quick_linear"]
+        columns[f"linear, quick (penalty {quick['penalty']:g})"] = quick
+    for linear in result.get("linear", ()):
+        columns[f"linear, {linear['epochs']:g} epochs, lr {linear['rates']:g}"] = linear
+    width = max(map(len, columns))
+    lines = [f"{name:<{width}}  {_accuracy(m)}" for name, m in columns.items()]
+    rates: Sequence[dict] = result.get("linear", ())
+    if len(rates) > 1:
+        best = max(rates, key=lambda m: m["top1"])
+        lines.append(
+            f"of {len(rates)} learning rates {best['rates']:g} is the best on the test images, "
+            f"which chose it: {best['top1']:.2f} % is a little too good."
+        )
+    names = list(result["knn"]["per_class"])
+    widest = max(map(len, names))
+    heads = ["kNN", *(["quick"] if "quick_linear" in result else [])]
+    heads += [f"lr {m['rates']:g}" for m in rates]
+    lines += ["", f"{'top-1 of each class':<{max(widest, 19)}}" + "".join(f"{h:>8}" for h in heads)]
+    for name in names:
+        values = "".join(f"{m['per_class'][name]:8.1f}" for m in columns.values())
+        lines.append(f"{name:<{max(widest, 19)}}{values}")
+    skipped = [*result["train"]["skipped"], *result["test"]["skipped"]]
+    if skipped:
+        lines += ["", f"{len(skipped)} images could not be read and were left out:", *skipped[:5]]
+    return "\n".join(lines)
+
+
+def _accuracy(measured: dict[str, Any]) -> str:
+    return str(Accuracy(measured["top1"], measured["top5"], {}))
+
+
+def write(result: dict[str, Any], path: Path) -> None:
+    """The result as JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(path, json.dumps(result, indent=1) + "\n")

@@ -1,0 +1,205 @@
+"""The evidence's machinery: what is run, what is not run again, what the page may say."""
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from benchmarks import evidence, evidence_cell
+from benchmarks.evidence_document import Measured, best_sentence, table, verdict, write_document
+from benchmarks.evidence_figures import (
+    BATCH,
+    METRICS,
+    STEPS,
+    WARMUP,
+    Cell,
+    Expectation,
+    Figure,
+    figures,
+)
+from pretrain.probe.images import open_labelled, open_train_and_test
+from tests.pretrain.probe_data import write_classes
+
+HOW = {"pool": "a.txt", "train": "a", "test": None, "holdout": 0.2, "probe_size": 32}
+
+
+def measured(**values):
+    """A figure whose cells a, b, ... have these kNN accuracies, one a seed."""
+    cells = [Cell(label, {}, series="") for label in values]
+    figure = Figure("tiny", "A title", "About.", cells, ("knn",), [Expectation("b wins", "b", "a")])
+    return Measured(figure, {k: [{"knn": v} for v in vs] for k, vs in values.items()})
+
+
+def test_a_difference_is_called_one_only_by_its_interval():
+    low, high = [50.0, 50.2, 49.8], [52.0, 52.2, 51.8]
+    assert verdict(high, low) == ("yes", "+2.0 [+1.5, +2.5]")  # 2.776 * sqrt(2 * 0.04 / 3)
+    assert verdict(low, high)[0] == "no, the reverse"
+    assert verdict([50.0, 54.0, 46.0], low)[0] == "not told apart"
+    assert verdict([50.0], [1.0]) == ("no interval (n = 1)", "+49.0")
+    assert verdict([50.0, 50.0], [50.0, 50.0])[0] == "not told apart"
+
+
+def test_the_sentence_about_the_best_cell_follows_the_data():
+    part = measured(a=[50.0, 50.2, 49.8], b=[52.0, 52.2, 51.8], c=[51.0, 53.0, 50.9])
+    assert best_sentence(part, "knn") == (
+        "The best mean is that of b (52.0 ± 0.2); it is above a by the interval; "
+        "not told apart from c."
+    )
+    part = measured(a=[53.0, 53.2, 52.8], b=[52.0, 52.2, 51.8])
+    assert best_sentence(part, "knn") == (
+        "The best mean is that of a (53.0 ± 0.2); it is above b by the interval."
+    )
+    assert best_sentence(measured(a=[1.0]), "knn") == ""
+
+
+def test_remarks_survive_and_the_rest_is_made_anew(tmp_path):
+    page = tmp_path / "evidence.md"
+    write_document([measured(a=[1.0, 2.0], b=[5.0, 5.5])], page, {"seeds": "2"})
+    text = page.read_text()
+    assert "| a | 2 | 1.5 ± 0.7 |" in text
+    assert (tmp_path / "evidence" / "tiny.png").read_bytes().startswith(b"\x89PNG")
+    mark = next(line for line in text.splitlines() if line.startswith("<!-- remarks: tiny"))
+    page.write_text(text.replace(mark, f"{mark}\nSeen by eye: **nothing**.\n"))
+    write_document([measured(a=[3.0, 4.0], b=[5.0, 5.5])], page, {"seeds": "2"})
+    again = page.read_text()
+    assert "Seen by eye: **nothing**." in again
+    assert "| a | 2 | 3.5 ± 0.7 |" in again
+    assert "1.5 ± 0.7" not in again
+    write_document([measured(a=[3.0, 4.0], b=[5.0, 5.5])], page, {"seeds": "2"})
+    assert page.read_text() == again
+
+
+def test_a_table_leaves_out_what_was_not_measured():
+    part = measured(a=[1.0], b=[])
+    assert table(part).splitlines() == [
+        f"| | n | {METRICS['knn']} |",
+        "|---|---|---|",
+        "| a | 1 | 1.0 |",
+    ]
+
+
+def test_every_figure_names_cells_and_metrics_that_are_there():
+    for figure in figures():
+        labels = [cell.label for cell in figure.cells]
+        assert len(labels) == len(set(labels))
+        assert set(figure.metrics) <= set(METRICS)
+        for e in figure.expectations:
+            assert {e.better, e.worse} <= set(labels), e
+            assert e.metric in figure.metrics
+        for cell in figure.cells:
+            evidence_cell.config(dict(cell.overrides), seed=0)  # no unknown key
+
+
+@pytest.mark.parametrize("steps", [400, 37])
+def test_all_cells_see_as_many_images(steps):
+    base = evidence_cell.config({}, seed=0).SOLVER
+    assert (base.MAX_ITER, base.BATCH_SIZE, base.WARMUP_ITERS) == (STEPS, BATCH, WARMUP)
+    for figure in figures(steps):
+        whole = 3 * steps // 2 if figure.name == "detection" else steps
+        for cell in figure.cells:
+            solver = evidence_cell.config(dict(cell.overrides), seed=0).SOLVER
+            assert abs(solver.MAX_ITER * solver.BATCH_SIZE - 64 * whole) < solver.BATCH_SIZE
+            assert pytest.approx(base.BASE_LR / 64) == solver.BASE_LR / solver.BATCH_SIZE
+            assert solver.WARMUP_ITERS < 0.15 * solver.MAX_ITER + 1
+
+
+def test_equal_cells_of_different_figures_share_a_folder_and_others_do_not(tmp_path):
+    def folder(cell, seed=0, **how):
+        return evidence.cell_folder(tmp_path, cell, seed, {**HOW, **how})
+
+    base = folder(Cell("MoCo"))
+    assert folder(Cell("K 512", {"MOCO.QUEUE_SIZE": 512})) == base
+    others = [
+        folder(Cell("m 0.9", {"MOCO.MOMENTUM": 0.9})),
+        folder(Cell("MoCo"), seed=1),
+        folder(Cell("MoCo"), train="b"),
+        folder(Cell("MoCo"), probe_size=64),
+        folder(Cell("random weights", trained=False)),
+    ]
+    assert len({base, *others}) == 6
+
+
+def test_a_pool_is_of_every_class_and_without_a_test_image(tmp_path):
+    data = write_classes(tmp_path / "train", 20)
+    train, test = open_train_and_test(str(data))  # 16 and 4 of each class
+    path = evidence.write_pool(train, 24, tmp_path / "out")
+    names = Path(path).read_text().splitlines()
+    assert path.endswith("pool-24.txt")
+    assert Counter(Path(name).parent.name for name in names) == dict.fromkeys(train.classes, 8)
+    assert not set(names) & {test.name(i) for i in range(len(test))}
+    assert evidence.write_pool(train, 10**6, tmp_path / "out").endswith("pool-48.txt")
+
+
+def test_finished_jobs_are_not_repeated_and_failures_are_named_without_stopping_the_rest(
+    tmp_path, capsys
+):
+    def job(name, code):
+        (tmp_path / name).mkdir()
+        done = tmp_path / name / "result.json"
+        script = f"from pathlib import Path; p = Path({str(done)!r}); {code}"
+        return evidence.Job(name, tmp_path / name, [[sys.executable, "-c", script]], done)
+
+    jobs = [
+        job("good", "p.write_text(str(int(p.exists())))"),
+        job("bad", "raise SystemExit('out of luck')"),
+        job("silent", "pass"),  # ends well and leaves nothing
+    ]
+    for _ in range(2):
+        failures = evidence.run_jobs(jobs, 2, "cells")
+        assert len(failures) == 2
+        assert "out of luck" in " ".join(failures)
+    assert (tmp_path / "good" / "result.json").read_text() == "0"
+    said = capsys.readouterr().out
+    assert "cells: 3 in all, 0 of them done" in said
+    assert "cells: 3 in all, 1 of them done" in said
+    assert "3/3" in said
+
+
+def test_a_cell_trains_probes_and_writes_what_the_page_needs(tmp_path):
+    data = write_classes(tmp_path / "train", 12)
+    tiny = {
+        "MODEL.WIDTH": 0.0625,
+        "MOCO.QUEUE_SIZE": 16,
+        "MOCO.DIM": 8,
+        "SOLVER.BATCH_SIZE": 8,
+        "SOLVER.MAX_ITER": 10,
+        "INPUT.CROP_SIZE": 32,
+        "LOG.PERIOD": 1,
+    }
+    pool = evidence.write_pool(open_labelled(str(data)), 12, tmp_path)
+    for trained in (True, False):
+        folder = tmp_path / f"cell-{trained}"
+        how = {**HOW, "train": str(data), "pool": pool}
+        evidence.cell_job(folder, Cell("tiny", tiny, trained=trained), 0, how)
+        result = evidence_cell.run(folder)
+        assert 0 <= result["knn"] <= 100
+        assert result["images"] == [30, 6]  # a fifth of 12 held out of each class
+        assert (folder / "run" / "checkpoint_last.pth").exists()
+        assert ("loss" in result) == trained
+        if trained:
+            lines = (folder / "run" / "metrics.json").read_text().splitlines()
+            last = [json.loads(line)["loss"] for line in lines][8:]
+            assert result["loss"] == pytest.approx(sum(last) / 2)
+            assert 100 < result["rss_before"] <= result["rss"] < 20_000  # MB
+
+
+def test_a_page_is_written_from_what_has_been_run_so_far(tmp_path, capsys):
+    data = write_classes(tmp_path / "train", 5)
+    words = ["--data", str(data), "--output", str(tmp_path / "runs"), "--seeds", "2"]
+    words += ["--document", str(tmp_path / "page.md"), "--document-only"]
+    assert evidence.main(words) == 0
+    assert "## " not in (tmp_path / "page.md").read_text()
+    pool = str(tmp_path / "runs" / "pool-12.txt")  # all but the fifth that is held out
+    how = {"pool": pool, "train": str(data), "test": None, "holdout": 0.2, "probe_size": 64}
+    for seed in range(2):
+        folder = evidence.cell_folder(tmp_path / "runs", Cell("MoCo"), seed, how)
+        folder.mkdir(parents=True)
+        (folder / "result.json").write_text(json.dumps({"knn": 50.0 + seed, "linear": 60.0}))
+    assert evidence.main(words) == 0
+    text = (tmp_path / "page.md").read_text()
+    assert "| MoCo | 2 | 50.5 ± 0.7 | 60.0 ± 0.0 |" in text
+    assert "| MoCo, K 512 | 2 | 50.5 ± 0.7 | 60.0 ± 0.0 |" in text
+    assert evidence.main(["--data", str(tmp_path / "none")]) == 1
+    assert capsys.readouterr().err.count("error:") == 1

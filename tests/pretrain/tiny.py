@@ -1,0 +1,118 @@
+"""The smallest run of each method: its configuration, its views, some of its steps."""
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from pretrain import checkpoint, distributed
+from pretrain.config import get_defaults, load_config
+from pretrain.methods import METHODS, build_method
+from pretrain.optimizers import build_optimizer
+from pretrain.step import TrainStep
+from pretrain.train import train
+
+BATCH, IMAGES, STEPS = 16, 40, 3
+
+
+def config(method, *overrides):
+    """A ResNet-18 a sixteenth as wide; every part of the method at work within three steps."""
+    cfg = get_defaults()
+    cfg.METHOD = method
+    cfg.MODEL.DEPTH, cfg.MODEL.WIDTH, cfg.MODEL.BN_GROUPS = 18, 1 / 16, 1
+    cfg.MOCO.DIM, cfg.MOCO.TEMPERATURE = 8, 0.2
+    cfg.BANK.NEGATIVES = 20
+    cfg.SIMCLR.DIM = 8
+    cfg.BYOL.HIDDEN, cfg.BYOL.DIM, cfg.BYOL.MOMENTUM = 16, 8, 0.9
+    cfg.SWAV.HIDDEN, cfg.SWAV.DIM, cfg.SWAV.PROTOTYPES = 16, 8, 12
+    cfg.SWAV.FREEZE_ITERS, cfg.SWAV.QUEUE_SIZE = 1, 21
+    cfg.SOLVER.BATCH_SIZE, cfg.SOLVER.BASE_LR = BATCH, 0.05
+    cfg.merge_from_list(list(overrides))
+    return cfg
+
+
+def views(method, step):
+    """Views of a global batch, normalised floats (the encoder takes both); small ones for SwAV."""
+    generator = torch.Generator().manual_seed(100 + step)
+    sizes = (32, 32, 16, 16) if method == "swav" else (32, 32)
+    return [
+        torch.randn(BATCH, 3, size, size, generator=generator, dtype=torch.float64)
+        for size in sizes
+    ]
+
+
+def index(step):
+    """Which image each row shows: some again in the next step, one twice in a step."""
+    result = torch.arange(step * 10, step * 10 + BATCH) % IMAGES
+    result[3] = result[12]
+    return result
+
+
+def build(method, *overrides):
+    torch.manual_seed(3)
+    cfg = config(method, *overrides)
+    built = build_method(cfg, num_images=IMAGES, total_steps=STEPS).double()
+    return built.train(), cfg
+
+
+def steps(method, *overrides):
+    """`STEPS` steps on this rank's share; what must not depend on the number of ranks."""
+    built, cfg = build(method, *overrides)
+    take = TrainStep(built, build_optimizer(cfg, built), total_steps=STEPS)
+    share = BATCH // distributed.world_size()
+    mine = slice(distributed.rank() * share, (distributed.rank() + 1) * share)
+    scalars = []
+    for step in range(STEPS):
+        rows = [view[mine] for view in views(method, step)]
+        outputs = take(rows, index(step)[mine], step, cfg.SOLVER.BASE_LR)
+        scalars += [outputs[name].double() for name in ("loss", "accuracy") if name in outputs]
+    distributed.all_reduce_mean(scalars)
+    distributed.average_batch_norm(built)
+    built.before_save()
+    return {
+        "scalars": torch.stack(scalars),
+        "gradients": {n: p.grad for n, p in built.named_parameters() if p.grad is not None},
+        "state": built.state_dict() if distributed.rank() == 0 else {},
+    }
+
+
+def settings(world):
+    """Method and overrides: BN over the share of each rank, or over all ranks."""
+    apart, together = ("MODEL.BN_GROUPS", world), ("MODEL.SYNC_BN", True)
+    if world == 4:
+        return [("memory-bank", *apart), ("swav", *together)]
+    synchronised = [(method, *together) for method in ("simclr", "byol", "swav")]
+    return [*((method, *apart) for method in METHODS if method != "moco"), *synchronised]
+
+
+def steps_of_all(world):
+    """The steps of all `settings`, in one start of the ranks."""
+    return [steps(*words) for words in settings(world)]
+
+
+def recipe(method, photographs, out, *overrides):
+    """The method's own recipe, made tiny: six steps, a checkpoint after three."""
+    small = (
+        "MODEL.DEPTH 18 MODEL.WIDTH 0.0625 MODEL.BN_GROUPS 2 INPUT.CROP_SIZE 32 "
+        "INPUT.SMALL_CROP_SIZE 16 MOCO.DIM 8 BANK.NEGATIVES 5 BYOL.HIDDEN 16 BYOL.DIM 8 "
+        "SWAV.HIDDEN 16 SWAV.DIM 8 SWAV.PROTOTYPES 12 SWAV.FREEZE_ITERS 2 SWAV.QUEUE_SIZE 20 "
+        "SOLVER.WARMUP_ITERS 2 SOLVER.BATCH_SIZE 8 SOLVER.BASE_LR 0.2 SOLVER.MAX_ITER 6 "
+        "CHECKPOINT.PERIOD 3 CHECKPOINT.KEEP 9 LOG.PERIOD 1 DATALOADER.NUM_WORKERS 0"
+    )
+    cfg = load_config(method, [*small.split(), *overrides])
+    cfg.DATA, cfg.OUTPUT_DIR = [str(photographs)], str(out)
+    return cfg
+
+
+def whole_and_resumed(methods, photographs, folder):
+    """Each method's `recipe` from start to end, and again from the checkpoint after three steps."""
+    for method in methods:
+        whole, broken = Path(folder, method, "whole"), Path(folder, method, "broken")
+        train(recipe(method, photographs, whole), quiet=True)
+        if distributed.rank() == 0:
+            broken.mkdir()
+            for name in ("checkpoint_00000003.pth", checkpoint.LAST):
+                shutil.copy(whole / "checkpoint_00000003.pth", broken / name)
+        distributed.barrier()
+        train(recipe(method, photographs, broken), resume=True, quiet=True)
+    return True

@@ -1,0 +1,42 @@
+#!/usr/bin/env python3
+"""Look at this machine: is everything here that the road needs, and how fast is it?"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __name__ == "__main__":  # run as a file: import from the checkout, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from pretrain.doctor import examine, report
+from pretrain.machine import FAILURE, WARNING
+
+MARKS = {"ok": "ok  ", WARNING: "warn", FAILURE: "FAIL"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="moco-doctor", description=__doc__)
+    parser.add_argument(
+        "--output-dir", default=".", metavar="DIR", help="where runs will be written (default: .)"
+    )
+    parser.add_argument(
+        "--report", action="store_true", help="print everything in Markdown, for a bug report"
+    )
+    args = parser.parse_args(argv)
+    findings = []
+    for finding in examine(Path(args.output_dir).resolve()):
+        findings.append(finding)
+        if not args.report:
+            print(f"{MARKS[finding.state]}  {finding.what:<22} {finding.found}", flush=True)
+            if finding.advice:
+                print(f"      {'':<22} {finding.advice}")
+    if args.report:
+        print(report(findings))
+    return 1 if any(finding.state == FAILURE for finding in findings) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
