@@ -27,8 +27,10 @@ with warnings.catch_warnings():
             "repository after installing torch, with `pip install --no-build-isolation`).",
             name="detectron2",
         ) from None
+    # Heads and backbone register themselves by name.
+    from . import necks, semantic  # noqa: F401
     from .convert import Converted, convert, load_detectron2_weights
-    from .heads import Res5ROIHeadsExtraNorm  # registers the head
+    from .heads import Res5ROIHeadsExtraNorm
     from .protocols import add_moco_det_config, get_protocol, load_config, protocol_names
 
 __all__ = [

@@ -1,5 +1,6 @@
 """A run's own checkpoints: written whole or not at all, read without executing anything."""
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from fvcore.common.checkpoint import Checkpointer
 from .errors import UserError
 from .files import replace_file, replace_text
 from .weights import load_detector, read_detector
+
+log = logging.getLogger(__name__)
 
 
 class RunCheckpointer(Checkpointer):
@@ -45,15 +48,54 @@ class RunCheckpointer(Checkpointer):
         Raises:
             UserError: another detector's checkpoint, or one without what is asked for.
         """
-        checkpoint = read_detector(path)
-        load_detector(self.model, checkpoint.pop("model"), source=str(path))
-        for key in self.checkpointables if checkpointables is None else checkpointables:
+        return self._take(read_detector(path), path, checkpointables)
+
+    def load_newest(self) -> dict[str, Any] | None:
+        """Load the run's newest checkpoint that can be read; None where there is none at all.
+
+        A file that is damaged (a full disk, a machine that went down) is passed over, and said.
+
+        Raises:
+            UserError: none can be read, or what is read is another detector's.
+        """
+        refused = None
+        for path in newest_checkpoints(self.save_dir):
+            try:
+                checkpoint = read_detector(path)
+            except UserError as error:
+                refused = refused or error
+                log.warning("warning: passed over: %s", error)
+            else:
+                return self._take(checkpoint, str(path), None)
+        if refused:
+            raise refused
+        return None
+
+    def _take(
+        self, checkpoint: dict[str, Any], path: str, checkpointables: Iterable[str] | None
+    ) -> dict[str, Any]:
+        wanted = list(self.checkpointables if checkpointables is None else checkpointables)
+        for key in wanted:
             if key not in checkpoint:
                 raise UserError(
                     f"{path} holds weights only: without its {key} state no run goes on."
                 )
+        load_detector(self.model, checkpoint.pop("model"), source=path)
+        for key in wanted:
             self.checkpointables[key].load_state_dict(_owned(checkpoint.pop(key)))
         return checkpoint
+
+
+def newest_checkpoints(folder: str | Path) -> list[Path]:
+    """The checkpoints of a run, the newest first: what ``last_checkpoint`` names, then the others
+    by iteration."""
+    folder = Path(folder)
+    paths = sorted(folder.glob("model_*.pth"), key=lambda p: p.name, reverse=True)  # final first
+    tag = folder / "last_checkpoint"
+    if not tag.is_file():
+        return paths
+    named = folder / tag.read_text(encoding="utf-8").strip()
+    return [named, *(path for path in paths if path != named)]
 
 
 def _owned(tree: Any) -> Any:

@@ -11,11 +11,11 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from detectron2.structures import BoxMode
-
-from .checks import DatasetReport, Frame, ImageHeader, find_frame, mend_box, read_headers
+from .checks import DatasetReport, find_frame
+from .coco_objects import are_numbers, read_object, unify_masks
 from .errors import UserError
-from .masks import Mask, MaskError, mask_area, mask_box, read_mask, to_rle
+from .headers import ImageHeader, read_headers
+from .keypoints import Skeleton, read_skeleton
 
 Json = dict[str, Any]
 
@@ -28,7 +28,8 @@ def read_coco(
     Returns:
         Detectron2's dataset dicts, with class *names* under ``category_id``, and ``area`` (square
         pixels) in each annotation; the class names by category id; and the metadata
-        ``has_masks``, ``mask_format`` and ``category_ids`` (class name -> id in the file).
+        ``has_masks``, ``mask_format``, ``category_ids`` (class name -> id in the file) and, of
+        keypoints, ``keypoint_names``, ``keypoint_flip_map`` and ``keypoint_connection_rules``.
 
     Raises:
         UserError: if the file is no COCO annotation file or the folder is not there.
@@ -40,15 +41,18 @@ def read_coco(
     names, category_ids = _read_categories(content["categories"], json_file, report)
     images = _read_images(content["images"], file, image_folder, report)
     objects = _objects_by_image(content["annotations"], images, names, file, report)
+    skeleton = read_skeleton(content["categories"], content["annotations"], file, report)
 
     headers = read_headers([image["path"] for image in images.values()])
     records = []
     for (image_id, image), header in zip(images.items(), headers, strict=True):
-        record = _read_record(image_id, image, header, objects[image_id], names, report)
+        record = _read_record(image_id, image, header, objects[image_id], names, skeleton, report)
         if record is not None:
             records.append(record)
     classes = list(dict.fromkeys(names[key] for key in sorted(names)))
-    metadata = _unify_masks(records, report) | {"category_ids": category_ids}
+    metadata = unify_masks(records, report) | {"category_ids": category_ids}
+    if skeleton is not None:
+        metadata |= skeleton.metadata()
     return records, classes, metadata
 
 
@@ -180,33 +184,27 @@ def _size(entry: Json) -> tuple[int, int] | None:
     return None
 
 
-def _numbers(value: Any, count: int) -> bool:
-    if not isinstance(value, list) or len(value) != count:
-        return False
-    for number in value:  # a plain loop: this is called for every object
-        if not isinstance(number, (int, float)) or not abs(number) < 1e9:  # also if NaN
-            return False
-    return True
-
-
 def _read_record(
     image_id: int | str,
     image: Json,
     header: ImageHeader | str,
     objects: list[tuple[str, Json]],
     names: dict[int, str],
+    skeleton: Skeleton | None,
     report: DatasetReport,
 ) -> Json | None:
     file = image["file_name"]
     if isinstance(header, str):
         report.add(header, file, action="image skipped")
         return None
-    boxes = [entry["bbox"] for _, entry in objects if _numbers(entry.get("bbox"), 4)]
+    boxes = [entry["bbox"] for _, entry in objects if are_numbers(entry.get("bbox"), 4)]
     corners = [(x, y, x + w, y + h) for x, y, w, h in boxes]
     frame = find_frame(header, _size(image), corners, report, file)
     if frame is None:
         return None
-    annotations = [_read_object(obj, entry, frame, names, report, file) for obj, entry in objects]
+    annotations = [
+        read_object(obj, entry, frame, names, skeleton, report, file) for obj, entry in objects
+    ]
     return {
         "file_name": str(image["path"]),
         "image_id": image_id,
@@ -214,83 +212,3 @@ def _read_record(
         "height": frame.height,
         "annotations": [annotation for annotation in annotations if annotation is not None],
     }
-
-
-def _read_object(
-    obj: str, entry: Json, frame: Frame, names: dict[int, str], report: DatasetReport, file: str
-) -> Json | None:
-    mask: Mask | None = None
-    if entry.get("segmentation"):
-        try:
-            mask, dropped = read_mask(entry["segmentation"], frame)
-        except MaskError as error:
-            report.add(f"mask unreadable: {error}", file, obj, action="object skipped")
-            return None
-        if dropped:
-            kind = "polygon of fewer than three points"
-            report.add(kind, file, obj, action="left out of the object's mask")
-    if _numbers(entry.get("bbox"), 4):
-        x, y, w, h = entry["bbox"]
-        box = mend_box(frame.box([x, y, x + w, y + h]), frame, report, file, obj)
-    elif mask is not None and not entry.get("bbox"):
-        report.add("box missing", file, obj, action="taken from its mask")
-        box = mend_box(mask_box(mask, frame), frame, report, file, obj)
-    else:
-        report.add("box unreadable", file, obj, action="object skipped")
-        return None
-    if box is None:
-        return None
-    crowd = entry.get("iscrowd", 0) in (1, True)
-    if entry.get("ignore") and not crowd:
-        report.add("object marked 'ignore'", file, obj, action="treated as a crowd: not counted")
-        crowd = True
-    annotation: Json = {
-        "category_id": names[entry["category_id"]],
-        "bbox": box,
-        "bbox_mode": BoxMode.XYXY_ABS,
-        "iscrowd": int(crowd),
-    }
-    if mask is not None:
-        annotation["segmentation"] = mask
-    # The file's own area decides between small, medium and large, unless the object was scaled.
-    if frame.matrix is None and _numbers([entry.get("area")], 1) and entry["area"] > 0:
-        annotation["area"] = float(entry["area"])
-    elif mask is not None:
-        annotation["area"] = mask_area(mask)
-    else:
-        annotation["area"] = (box[2] - box[0]) * (box[3] - box[1])
-    return annotation
-
-
-def _unify_masks(records: list[Json], report: DatasetReport) -> Json:
-    """Make all masks of one kind; objects without one among masks, or masks among boxes, go."""
-    annotations = [item for record in records for item in record["annotations"]]
-    masked = sum("segmentation" in item for item in annotations)
-    has_masks = masked > 0 and 2 * masked >= len(annotations)
-    for record in records:
-        if not has_masks:
-            for item in record["annotations"]:
-                if item.pop("segmentation", None) is not None:
-                    action = "mask ignored"
-                    report.add("mask in a data set of boxes", record["file_name"], action=action)
-            continue
-        complete = [item for item in record["annotations"] if "segmentation" in item]
-        for item in record["annotations"]:
-            if "segmentation" not in item:
-                obj = f"{item['category_id']} at {[round(v) for v in item['bbox']]}"
-                kind = "object without a mask in a data set of masks"
-                report.add(kind, record["file_name"], obj, action="object skipped")
-        record["annotations"] = complete
-    # Crowds are RLE in COCO itself and never trained on: they do not decide.
-    kinds = {
-        type(item["segmentation"])
-        for record in records
-        for item in record["annotations"]
-        if has_masks and not item["iscrowd"]
-    }
-    if dict not in kinds:
-        return {"has_masks": has_masks, "mask_format": "polygon"}
-    for record in records:
-        for item in record["annotations"]:
-            item["segmentation"] = to_rle(item["segmentation"], record["height"], record["width"])
-    return {"has_masks": True, "mask_format": "bitmask"}

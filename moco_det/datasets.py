@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import os
 import pickle
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from .checks import DatasetReport
+from .checks import DatasetReport, collector_paused, write_json_atomically
 from .coco import read_coco
 from .errors import UserError
 from .voc import read_voc
 
-__all__ = ["DatasetReport", "dataset_report", "register"]
+__all__ = ["DatasetReport", "dataset_report", "register", "write_findings"]
 
 FORMS = "voc:DIR:SPLIT, coco:JSON:IMAGES or a name that Detectron2 knows"
 
@@ -44,9 +45,10 @@ def register(spec: str, classes: Sequence[str] | None = None, *, strict: bool = 
     Returns:
         The name in ``DatasetCatalog`` and ``MetadataCatalog``, safe in file names. Annotations
         hold ``bbox``, ``bbox_mode`` (XYXY_ABS), ``category_id`` (contiguous), ``iscrowd`` and, by
-        format, ``difficult`` or ``area`` and ``segmentation``. Metadata: ``thing_classes``,
-        ``evaluator_type`` ("voc" | "coco"), ``has_masks``, ``mask_format`` ("polygon" |
-        "bitmask"), ``thing_dataset_id_to_contiguous_id`` (COCO), ``spec``.
+        format, ``difficult`` or ``area``, ``segmentation`` and ``keypoints``. Metadata:
+        ``thing_classes``, ``evaluator_type`` ("voc" | "coco"), ``has_masks``, ``mask_format``
+        ("polygon" | "bitmask"), ``spec`` and, for COCO, ``thing_dataset_id_to_contiguous_id``
+        and the ``keypoint_*`` that Detectron2 looks up, where the data have keypoints.
 
     Raises:
         UserError: if the data set cannot be read, has no usable image, or has a class that
@@ -56,19 +58,8 @@ def register(spec: str, classes: Sequence[str] | None = None, *, strict: bool = 
     if kind not in ("voc", "coco") or not rest:
         return _known_to_detectron2(spec, classes)
     report = DatasetReport(spec)
-    metadata: dict[str, Any] = {"evaluator_type": kind, "spec": spec}
-    if kind == "voc":
-        folder, split = _two_parts(spec, *rest.rpartition(":")[::2])
-        records, found = read_voc(Path(folder).expanduser(), split, report)
-        metadata |= {"has_masks": False, "mask_format": "polygon", "split": split}
-        title = f"{Path(folder).absolute().name}_{split}"
-    else:
-        json_file, images = _two_parts(spec, *_split_at_json(rest))
-        records, found, more = read_coco(
-            Path(json_file).expanduser(), Path(images).expanduser(), report
-        )
-        metadata |= more
-        title = Path(json_file).stem
+    with collector_paused():
+        records, found, metadata, title = _read(kind, spec, rest, report)
     if not records:
         raise UserError(f"{spec} has no usable image{_commonest(report)}")
 
@@ -99,9 +90,44 @@ def register(spec: str, classes: Sequence[str] | None = None, *, strict: bool = 
     return name
 
 
+def _read(
+    kind: str, spec: str, rest: str, report: DatasetReport
+) -> tuple[list[dict[str, Any]], list[str], dict[str, Any], str]:
+    """Records with class names, the class names, metadata and a title."""
+    metadata: dict[str, Any] = {"evaluator_type": kind, "spec": spec}
+    if kind == "voc":
+        folder, split = _two_parts(spec, *rest.rpartition(":")[::2])
+        records, found = read_voc(Path(folder).expanduser(), split, report)
+        metadata |= {"has_masks": False, "mask_format": "polygon", "split": split}
+        return records, found, metadata, f"{Path(folder).absolute().name}_{split}"
+    json_file, images = _two_parts(spec, *_split_at_json(rest))
+    records, found, more = read_coco(
+        Path(json_file).expanduser(), Path(images).expanduser(), report
+    )
+    return records, found, metadata | more, Path(json_file).stem
+
+
 def dataset_report(name: str) -> DatasetReport | None:
     """The report of a data set registered by :func:`register`; None for Detectron2's own."""
     return MetadataCatalog.get(name).get("report") if name in MetadataCatalog else None
+
+
+def write_findings(names: Iterable[str], path: str | os.PathLike[str]) -> int:
+    """Write everything wrong in some registered data sets into one JSON file, atomically.
+
+    Args:
+        names: what :func:`register` returned; Detectron2's own data sets are left out.
+
+    Returns:
+        The number of findings. Each holds ``kind``, ``file``, ``object`` and ``action``.
+    """
+    reports = [report for name in names if (report := dataset_report(name)) is not None]
+    content = {
+        "format": "moco-det/findings/1",
+        "datasets": [report.as_dict() for report in reports],
+    }
+    write_json_atomically(path, content)
+    return sum(len(report.findings) for report in reports)
 
 
 def _two_parts(spec: str, first: str, second: str) -> tuple[str, str]:

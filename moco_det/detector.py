@@ -20,7 +20,7 @@ from .weights import (
 
 log = logging.getLogger(__name__)
 
-NORM_KEYS = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")
+NORM_KEYS = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD", "SEM_SEG_HEAD")
 SYNCHRONISED = ("SyncBN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
 
 
@@ -48,10 +48,10 @@ def assert_all_trained(model: nn.Module, freeze_at: int) -> None:
 
 
 def fit_norms(cfg: CfgNode, world_size: int) -> tuple[CfgNode, str | None]:
-    """Replace synchronised BN by what this machine can do; the protocol's config stays as it is.
+    """Replace synchronised BN by plain BN where one process sees the whole batch.
 
-    One process: plain BN, which sees the whole batch. Several processes on CPUs: torch's SyncBN
-    works on GPUs only, Detectron2's naiveSyncBN everywhere.
+    The protocol's config stays as it is. (Several processes on CPUs, where torch's SyncBN does not
+    run, get this project's own when the trainer is built: :func:`batch_norm.replace_sync_bn`.)
 
     Returns:
         A copy of the config for building the model, and a sentence saying what was replaced.
@@ -61,16 +61,11 @@ def fit_norms(cfg: CfgNode, world_size: int) -> tuple[CfgNode, str | None]:
     replaced: dict[str, str] = {}
     for section in NORM_KEYS:
         norm = fitted.MODEL[section].NORM
-        if norm not in SYNCHRONISED:
-            continue
-        if world_size == 1:
+        if world_size == 1 and norm in SYNCHRONISED:
             replaced[norm] = fitted.MODEL[section].NORM = "BN"
-        elif norm in ("SyncBN", "nnSyncBN") and cfg.MODEL.DEVICE == "cpu":
-            replaced[norm] = fitted.MODEL[section].NORM = "naiveSyncBN"
     if not replaced:
         return fitted, None
-    why = "one process" if world_size == 1 else "several processes on CPUs"
-    return fitted, f"{', '.join(f'{a} -> {b}' for a, b in replaced.items())} ({why})"
+    return fitted, f"{', '.join(replaced)} -> BN (one process)"
 
 
 def build_detector(cfg: CfgNode) -> nn.Module:

@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from numpy.typing import NDArray
 from pycocotools import mask as mask_codec
 
+from moco_det.datasets import register
 from moco_det.errors import UserError
 
 MATCH_IOU = 0.5
+
+Predictions = dict[str, list[dict[str, Any]]]  # COCO's results by image id as text
 
 
 @dataclass
@@ -46,33 +50,46 @@ class Objects:
         """(N,) scores; zeros for annotations."""
         return np.zeros(len(self)) if self.scores is None else self.scores
 
+    def ignored_or_none(self) -> NDArray[np.bool_]:
+        """(N,) bool; False where nothing is ignored."""
+        return np.zeros(len(self), dtype=bool) if self.ignored is None else self.ignored
+
     def select(self, chosen: NDArray[Any]) -> "Objects":
         """Those at the indices (or where the mask is true)."""
         more = (p if p is None else p[chosen] for p in (self.scores, self.masks, self.ignored))
         return Objects(self.boxes[chosen], self.classes[chosen], *more)
 
 
-def match(detections: Objects, truth: Objects, iou: float = MATCH_IOU) -> NDArray[np.bool_]:
-    """Which detections are right: (N,) bool.
+def assign(
+    detections: Objects, truth: Objects, iou: float = MATCH_IOU, any_class: bool = False
+) -> NDArray[np.int64]:
+    """Which annotation each detection takes: (N,) indices, -1 for none.
 
-    By falling score each takes the free annotation of its class with the largest IoU of at least
-    `iou`. Ignored annotations can be taken any number of times, after the others.
+    By falling score each takes the free annotation of its class (of any, with `any_class`) with
+    the largest IoU of at least `iou`. Ignored annotations can be taken any number of times, after
+    the others.
     """
-    right = np.zeros(len(detections), dtype=bool)
+    taken = np.full(len(detections), -1)
     if not len(truth) or not len(detections):
-        return right
-    ignored = np.zeros(len(truth), bool) if truth.ignored is None else truth.ignored
+        return taken
+    ignored = truth.ignored_or_none()
     overlaps = box_iou(detections.boxes, truth.boxes)
-    overlaps[detections.classes[:, None] != truth.classes] = 0
+    if not any_class:
+        overlaps[detections.classes[:, None] != truth.classes] = 0
     free = np.ones(len(truth), dtype=bool)
     for index in np.argsort(-detections.scores_or_zero(), kind="stable"):
         for candidates in (free & ~ignored, ignored):
             best = int(np.argmax(np.where(candidates, overlaps[index], -1.0)))
             if candidates[best] and overlaps[index, best] >= iou:
-                right[index] = True
+                taken[index] = best
                 free[best] = False
                 break
-    return right
+    return taken
+
+
+def match(detections: Objects, truth: Objects, iou: float = MATCH_IOU) -> NDArray[np.bool_]:
+    """Which detections are right, as :func:`assign` pairs them: (N,) bool."""
+    return assign(detections, truth, iou) >= 0
 
 
 def box_iou(a: NDArray[np.floating], b: NDArray[np.floating]) -> NDArray[np.floating]:
@@ -93,7 +110,14 @@ def best_threshold(pairs: Iterable[tuple[Objects, Objects]]) -> float:
     for detections, truth in pairs:
         scores.append(detections.scores_or_zero())
         right.append(match(detections, truth))
-        wanted += len(truth) if truth.ignored is None else int((~truth.ignored).sum())
+        wanted += int((~truth.ignored_or_none()).sum())
+    return threshold_of_best_f1(scores, right, wanted)
+
+
+def threshold_of_best_f1(
+    scores: Sequence[NDArray[np.floating]], right: Sequence[NDArray[np.bool_]], wanted: int
+) -> float:
+    """:func:`best_threshold` of detections that are matched already, image by image."""
     flat = np.concatenate(scores) if scores else np.zeros(0)
     order = np.argsort(-flat, kind="stable")
     hits = np.cumsum(np.concatenate(right)[order]) if scores else np.zeros(0)
@@ -113,7 +137,7 @@ def has_predictions(run: str | Path) -> bool:
     return predictions_file(run).is_file()
 
 
-def read_predictions(run: str | Path) -> dict[str, list[dict[str, Any]]]:
+def read_predictions(run: str | Path) -> Predictions:
     """The predictions that an evaluated run kept, by image id (as text).
 
     Raises:
@@ -122,7 +146,7 @@ def read_predictions(run: str | Path) -> dict[str, list[dict[str, Any]]]:
     file = predictions_file(run)
     try:
         results = json.loads(file.read_text(encoding="utf-8"))
-        by_image: dict[str, list[dict[str, Any]]] = {}
+        by_image: Predictions = {}
         for result in results:
             by_image.setdefault(str(result["image_id"]), []).append(result)
     except OSError as error:
@@ -130,6 +154,49 @@ def read_predictions(run: str | Path) -> dict[str, list[dict[str, Any]]]:
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{file} is not a list of COCO results: evaluate the run again") from error
     return by_image
+
+
+@dataclass
+class OpenDataset:
+    """A data set as reports and pictures read it.
+
+    Attributes:
+        records: Detectron2's dataset dicts.
+        class_names: C of them.
+        ids: category id of the predictions -> class index; None where they are one.
+    """
+
+    records: Sequence[Mapping[str, Any]]
+    class_names: Sequence[str]
+    ids: Mapping[int, int] | None = None
+
+    def detections(self, record: Mapping[str, Any], predictions: Predictions) -> Objects:
+        """What a run found in one image."""
+        return detected_objects(predictions.get(str(record["image_id"]), []), self.ids)
+
+
+def open_dataset(
+    dataset: str | Sequence[Mapping[str, Any]], class_names: Sequence[str] | None = None
+) -> OpenDataset:
+    """Open a registered name, a `voc:` or `coco:` text, or Detectron2's dataset dicts.
+
+    Args:
+        class_names: in the order of the classifier; by default the data set's own.
+
+    Raises:
+        UserError: the data set cannot be read.
+    """
+    if isinstance(dataset, str):
+        name = register(dataset, class_names)
+        metadata = MetadataCatalog.get(name)
+        ids = metadata.get("thing_dataset_id_to_contiguous_id")
+        names = metadata.get("thing_classes", class_names)
+        return OpenDataset(DatasetCatalog.get(name), list(names or []), ids)
+    records = list(dataset)
+    if class_names is None:
+        most = max((a["category_id"] for r in records for a in r.get("annotations", ())), default=0)
+        class_names = [f"class {index}" for index in range(most + 1)]
+    return OpenDataset(records, class_names)
 
 
 def annotated_objects(record: Mapping[str, Any], masks: bool = False) -> Objects:

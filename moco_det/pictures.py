@@ -6,7 +6,6 @@ from typing import Any
 
 import cv2
 import numpy as np
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -15,14 +14,15 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
-from moco_det.datasets import register
 from moco_det.errors import UserError
 from moco_det.objects import (
     Objects,
+    OpenDataset,
     annotated_objects,
     best_threshold,
     detected_objects,
     match,
+    open_dataset,
     read_predictions,
 )
 from moco_det.plots import save_figure
@@ -190,55 +190,56 @@ def compare_runs(
     Raises:
         UserError: a run has no predictions, or no image of the data set has annotations.
     """
-    class_names = class_names or _classes_of_runs(runs.values())
-    records, ids, names = _open_dataset(dataset, class_names)
+    opened = open_dataset(dataset, class_names or classes_of_runs(runs.values()))
+    records = opened.records
     annotated = [record for record in records if record.get("annotations")]
     if not annotated:
         raise UserError(f"no pictures: none of the {len(records)} images has annotations")
     count = min(num_images, len(annotated))
     step = len(annotated) / count
     chosen = [annotated[(int((i + 0.5) * step) + seed) % len(annotated)] for i in range(count)]
-
-    columns = {}
+    thresholds = {}
     for heading, run in runs.items():
         found = read_predictions(run)
-        least = threshold
-        if least is None:
-            least = best_threshold(
-                (detected_objects(found.get(str(r["image_id"]), []), ids), annotated_objects(r))
-                for r in records
-            )
+        pairs = ((opened.detections(r, found), annotated_objects(r)) for r in records)
+        thresholds[heading] = best_threshold(pairs) if threshold is None else threshold
+    return draw_images(opened, chosen, runs, thresholds, path)
+
+
+def draw_images(
+    dataset: OpenDataset,
+    records: Sequence[Mapping[str, Any]],
+    runs: Mapping[str, str | Path],
+    thresholds: Mapping[str, float],
+    path: str | Path,
+    notes: Sequence[str] | None = None,
+) -> Path:
+    """Write the detections of several runs in the images of `records`, beside the ground truth.
+
+    Args:
+        runs: heading -> run directory; `thresholds` holds the least score of each.
+        path: .png, or .jpg for a much smaller file.
+        notes: a few words for each image, behind its file's name.
+    """
+    columns = {}
+    for heading, run in runs.items():
+        found, least = read_predictions(run), thresholds[heading]
         shown = []
-        for record in chosen:
-            objects = detected_objects(found.get(str(record["image_id"]), []), ids, masks=True)
+        for record in records:
+            results = found.get(str(record["image_id"]), [])
+            objects = detected_objects(results, dataset.ids, masks=True)
             shown.append(objects.select(objects.scores_or_zero() >= least))
         columns[f"{heading}\nscore ≥ {least:.2f}"] = shown
-    images = [read_image(record["file_name"], "RGB") for record in chosen]
-    truth = [annotated_objects(record, masks=True) for record in chosen]
-    row_names = [Path(record["file_name"]).name for record in chosen]
-    return detections_grid(images, truth, columns, names, path, row_names)
+    images = [read_image(record["file_name"], "RGB") for record in records]
+    truth = [annotated_objects(record, masks=True) for record in records]
+    names = [Path(record["file_name"]).name for record in records]
+    if notes is not None:
+        names = [f"{name}  {note}" for name, note in zip(names, notes, strict=True)]
+    return detections_grid(images, truth, columns, dataset.class_names, path, names)
 
 
-def _open_dataset(
-    dataset: str | Sequence[Mapping[str, Any]], class_names: Sequence[str] | None
-) -> tuple[Sequence[Mapping[str, Any]], Mapping[int, int] | None, Sequence[str]]:
-    """Dataset dicts, category id -> class index (None where they are one), and class names."""
-    ids = None
-    if isinstance(dataset, str):
-        name = register(dataset, class_names)
-        metadata = MetadataCatalog.get(name)
-        records = DatasetCatalog.get(name)
-        ids = metadata.get("thing_dataset_id_to_contiguous_id")
-        class_names = metadata.get("thing_classes", class_names)
-    else:
-        records = list(dataset)
-    if class_names is None:
-        most = max((a["category_id"] for r in records for a in r.get("annotations", ())), default=0)
-        class_names = [f"class {index}" for index in range(most + 1)]
-    return records, ids, class_names
-
-
-def _classes_of_runs(runs: Iterable[str | Path]) -> list[str] | None:
+def classes_of_runs(runs: Iterable[str | Path]) -> list[str] | None:
+    """The classes that the first run to name them was trained for."""
     named = (read_run(run).config.get("DATASETS.CLASSES") for run in runs)
     return next((list(names) for names in named if names), None)
 

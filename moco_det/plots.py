@@ -1,4 +1,4 @@
-"""Training curves, drawn without a display (matplotlib's Agg canvas, no global state)."""
+"""Curves of training and of precision, drawn without a display (Agg canvas, no global state)."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -64,7 +64,7 @@ def training_curves(runs: Runs, path: str | Path, keys: Sequence[str] | None = N
     rows = math.ceil(len(shown) / columns)
     figure = Figure(figsize=(5.2 * columns, 3.4 * rows + 0.8), dpi=110, layout="constrained")
     axes = list(np.atleast_1d(figure.subplots(rows, columns)).flat)
-    colors = colormaps["tab10" if len(members) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
+    colors = _colors(len(members))
     lines: dict[str, Line2D] = {}
     for axis, key in zip(axes, shown, strict=False):
         for index, (label, group) in enumerate(members.items()):
@@ -90,6 +90,67 @@ def training_curves(runs: Runs, path: str | Path, keys: Sequence[str] | None = N
     return save_figure(figure, path)
 
 
+def precision_recall_curves(
+    curves: Mapping[str, Sequence[np.ndarray]],
+    class_names: Sequence[str],
+    path: str | Path,
+    most_classes: int = 10,
+) -> Path | None:
+    """Draw precision over recall: the mean over classes at IoU 0.50 and 0.75, then each class.
+
+    Thick lines are the mean over a label's runs, thin ones the runs. Of many classes those are
+    shown in which the labels differ most at IoU 0.50 (the figure says so).
+
+    Args:
+        curves: label -> (2, R, C) of each run: precision in [0, 1] at IoU 0.50 and 0.75 and R
+            recalls from 0 to 1; NaN for a class without objects.
+        path: the picture to write (.png).
+
+    Returns:
+        ``path``, or None where no class has objects.
+    """
+    runs = {label: np.stack(items) for label, items in curves.items()}  # runs x 2 x R x C
+    means = np.stack([items.mean(axis=0) for items in runs.values()])  # labels x 2 x R x C
+    usable = np.flatnonzero(np.isfinite(means).all(axis=(0, 1, 2)))
+    if not len(usable):
+        return None
+    contrast = np.ptp(means[:, 0].mean(axis=1), axis=0)[usable]
+    chosen = usable[np.argsort(-contrast, kind="stable")][:most_classes]
+    several = len(usable) > 1
+    whole = f"mean of {len(usable)} classes" if several else str(class_names[usable[0]])
+    panels = [(f"{whole}, IoU {iou}", index, usable) for index, iou in enumerate(("0.50", "0.75"))]
+    if several:
+        panels += [(f"{class_names[c]}, IoU 0.50", 0, np.array([c])) for c in sorted(chosen)]
+    columns = min(3 if len(panels) <= 6 else 4, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(3.6 * columns, 2.9 * rows + 0.8), dpi=110, layout="constrained")
+    axes = list(np.atleast_1d(figure.subplots(rows, columns, sharex=True, sharey=True)).flat)
+    recall = np.linspace(0, 1, means.shape[2])
+    lines = {}
+    for axis, (title, iou, classes) in zip(axes, panels, strict=False):
+        for (label, items), color in zip(runs.items(), _colors(len(runs)), strict=False):
+            values = items[:, iou][:, :, classes].mean(axis=2)  # runs x R
+            if len(values) > 1:
+                axis.plot(recall, values.T, color=color, linewidth=0.6, alpha=0.4)
+            lines[label] = axis.plot(recall, values.mean(axis=0), color=color, linewidth=1.8)[0]
+        axis.set_title(title, fontsize=10)
+        axis.tick_params(labelbottom=True)  # also above an empty place
+        axis.set_xlim(0, 1)
+        axis.set_ylim(0, 1.02)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    figure.legend(
+        list(lines.values()), list(lines), loc="outside upper center", ncols=4, frameon=False
+    )
+    note = "recall (horizontal), precision (vertical); thick: mean over the runs; thin: each run"
+    if len(chosen) < len(usable):
+        note += f"; the {len(chosen)} classes in which the groups differ most"
+    figure.supxlabel(note, fontsize=8)
+    return save_figure(figure, path)
+
+
 def smooth(values: Sequence[float], window: int) -> np.ndarray:
     """Centred moving average; the window shrinks evenly at both ends, so that none is shifted."""
     series = np.asarray(values, dtype=float)
@@ -100,9 +161,17 @@ def smooth(values: Sequence[float], window: int) -> np.ndarray:
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:
-    """Write a figure as PNG, whole or not at all."""
+    """Write a figure as PNG or, by the path's suffix, JPEG; whole or not at all."""
     FigureCanvasAgg(figure)
-    return replace_file(path, lambda file: figure.savefig(file, format="png"))
+    jpeg = Path(path).suffix == ".jpg"
+    options = {"format": "jpg", "pil_kwargs": {"quality": 88}} if jpeg else {"format": "png"}
+    return replace_file(path, lambda file: figure.savefig(file, **options))
+
+
+def _colors(count: int) -> Sequence[tuple[float, ...]]:
+    colors: Sequence[tuple[float, ...]]
+    colors = colormaps["tab10" if count <= 10 else "tab20"].colors  # type: ignore[attr-defined]
+    return [colors[index % len(colors)] for index in range(count)]
 
 
 def _as_runs(value: Run | str | Path | Sequence[Run | str | Path]) -> list[Run]:

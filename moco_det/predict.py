@@ -1,7 +1,7 @@
-"""A trained detector on images of one's own: boxes, masks, pictures and one JSON file."""
+"""A trained detector on one's own images and videos: boxes, masks, pictures and one JSON file."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,18 @@ from moco_det.files import replace_text
 from moco_det.objects import Objects
 from moco_det.pictures import save_picture
 from moco_det.protocols import load_config
+from moco_det.video import (
+    VIDEO_SUFFIXES,
+    VideoFile,
+    draw_on_frame,
+    is_video,
+    read_frames,
+    video_facts,
+)
 from moco_det.voc import IMAGE_SUFFIXES
 from moco_det.weights import load_detector, read_detector
+
+SUFFIXES = IMAGE_SUFFIXES | VIDEO_SUFFIXES
 
 
 class Detector:
@@ -102,17 +112,22 @@ def build_predictor(cfg: CfgNode, weights: str | Path, threshold: float = 0.5) -
 
 
 def predictor_of_run(run: str | Path, threshold: float = 0.5) -> Detector:
-    """The detector of a fine-tuning run: its config.yaml and model_final.pth.
+    """The detector of a fine-tuning run: its config.yaml and its last checkpoint.
+
+    That is model_final.pth or, of a run that is not finished, the one that it would go on from.
 
     Raises:
         UserError: one of the files is missing or unreadable.
     """
     config, weights = Path(run) / "config.yaml", Path(run) / "model_final.pth"
+    pointer = Path(run) / "last_checkpoint"
+    if not weights.is_file() and pointer.is_file():
+        weights = Path(run) / Path(pointer.read_text(encoding="utf-8").strip()).name
     for file in (config, weights):
         if not file.is_file():
             raise UserError(
-                f"{run} has no {file.name}: is it the directory of a fine-tuning run that has "
-                "finished? Other checkpoints go with --config and --weights"
+                f"{run} has no {file.name}: is it the directory of a fine-tuning run? Other "
+                "checkpoints go with --config and --weights"
             )
     return build_predictor(load_config(str(config)), weights, threshold)
 
@@ -130,7 +145,7 @@ def class_names(cfg: CfgNode) -> list[str]:
 
 
 def find_images(paths: Sequence[str | Path]) -> list[tuple[Path, Path]]:
-    """Images by (file, name of its picture): files as they are, folders with all below them.
+    """Images and videos by (file, name of its picture): files, and all that is below folders.
 
     Names are relative to the folder given and unique; a file that is no image is tried all the
     same, so that the user hears of it.
@@ -141,68 +156,112 @@ def find_images(paths: Sequence[str | Path]) -> list[tuple[Path, Path]]:
     found: list[tuple[Path, Path]] = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
             found += [(p, p.relative_to(path)) for p in inside if p.is_file()]
         elif path.exists():
             found.append((path, Path(path.name)))
         else:
-            raise UserError(f"there is no image or folder {path}")
+            raise UserError(f"there is no image, video or folder {path}")
     if not found:
-        kinds = ", ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
-        raise UserError(f"no image in {', '.join(map(str, paths))} (looked for {kinds})")
+        kinds = ", ".join(sorted(suffix[1:] for suffix in SUFFIXES))
+        raise UserError(f"no image or video in {', '.join(map(str, paths))} (looked for {kinds})")
     taken: set[Path] = set()
     named = []
     for file, name in dict(found).items():
-        picture, number = name.with_suffix(".png"), 2
+        suffix, number = ".mp4" if is_video(file) else ".png", 2
+        picture = name.with_suffix(suffix)
         while picture in taken:
-            picture = name.with_name(f"{name.stem}-{number}.png")
+            picture = name.with_name(f"{name.stem}-{number}{suffix}")
             number += 1
         taken.add(picture)
         named.append((file, picture))
     return named
 
 
+def count_pictures(images: Sequence[tuple[Path, Path]]) -> int:
+    """How many images and frames :func:`predict` will see, as far as the videos' headers tell."""
+    return sum(video_facts(file)[1] if is_video(file) else 1 for file, _ in images)
+
+
 def predict(
     detector: Detector, images: Sequence[tuple[Path, Path]], folder: str | Path
 ) -> Iterator[tuple[Path, int | None, str | None]]:
-    """Detect in each image, draw it into `folder`, and write predictions.json at the end.
+    """Detect in each image and frame, draw it into `folder`, and write predictions.json at the end.
 
-    predictions.json is COCO's layout: `images`, `categories` and `annotations` (with `score`,
-    `category_name`, box as x y width height, masks as run lengths), and `failed`.
+    predictions.json is COCO's layout: `images` (frames have a `frame` number and a `time` in
+    seconds), `categories` and `annotations` (with `score`, `category_name`, box as x y width
+    height, masks as run lengths), and `failed`.
 
     Yields:
-        (file, number of objects, None), or (file, None, what is wrong with it).
+        (file, number of objects, None) for each image and frame, or (file, None, what is wrong).
     """
     folder = Path(folder)
-    listed: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    failed: list[dict[str, str]] = []
+    found = _Predictions(detector.class_names)
     for file, picture in images:
         try:
+            if is_video(file):
+                yield from _predict_video(detector, file, picture, folder, found)
+                continue
             image = load_image(file)
         except UserError as error:
-            failed.append({"file_name": str(file), "error": str(error)})
+            found.fail(file, error)
             yield file, None, str(error)
             continue
         objects = detector(image)
         save_picture(image, objects, detector.class_names, folder / picture)
-        height, width = image.shape[:2]
-        listed.append(
-            {"id": len(listed) + 1, "file_name": str(file), "picture": str(picture),
-             "width": width, "height": height}
-        )  # fmt: skip
-        for annotation in _annotations(objects, detector.class_names):
-            number = {"id": len(annotations) + 1, "image_id": len(listed)}
-            annotations.append({**number, **annotation})
+        found.add(file, picture, image, objects)
         yield file, len(objects), None
-    names = enumerate(detector.class_names)
-    content = {
-        "images": listed,
-        "categories": [{"id": index, "name": name} for index, name in names],
-        "annotations": annotations,
-        "failed": failed,
-    }
-    replace_text(folder / "predictions.json", json.dumps(content) + "\n")
+    replace_text(folder / "predictions.json", json.dumps(found.content()) + "\n")
+
+
+def _predict_video(
+    detector: Detector, file: Path, picture: Path, folder: Path, found: "_Predictions"
+) -> Iterator[tuple[Path, int | None, str | None]]:
+    rate, _ = video_facts(file)
+    with VideoFile(folder / picture, rate) as drawn:
+        for number, frame in enumerate(read_frames(file)):
+            objects = detector(frame)
+            drawn.add(draw_on_frame(frame, objects, detector.class_names))
+            place = {"frame": number, "time": round(number / rate, 4)}
+            found.add(file, picture, frame, objects, place)
+            yield file, len(objects), None
+
+
+class _Predictions:
+    """What goes into predictions.json."""
+
+    def __init__(self, class_names: Sequence[str]) -> None:
+        self.class_names = class_names
+        self.images: list[dict[str, Any]] = []
+        self.annotations: list[dict[str, Any]] = []
+        self.failed: list[dict[str, str]] = []
+
+    def add(
+        self,
+        file: Path,
+        picture: Path,
+        image: NDArray[np.uint8],
+        objects: Objects,
+        more: Mapping[str, Any] | None = None,
+    ) -> None:
+        height, width = image.shape[:2]
+        entry = {"id": len(self.images) + 1, "file_name": str(file), "picture": str(picture)}
+        self.images.append({**entry, "width": width, "height": height, **(more or {})})
+        for annotation in _annotations(objects, self.class_names):
+            number = {"id": len(self.annotations) + 1, "image_id": len(self.images)}
+            self.annotations.append({**number, **annotation})
+
+    def fail(self, file: Path, error: UserError) -> None:
+        self.failed.append({"file_name": str(file), "error": str(error)})
+
+    def content(self) -> dict[str, Any]:
+        categories = [{"id": index, "name": name} for index, name in enumerate(self.class_names)]
+        return {
+            "images": self.images,
+            "categories": categories,
+            "annotations": self.annotations,
+            "failed": self.failed,
+        }
 
 
 def load_image(file: str | Path) -> NDArray[np.uint8]:

@@ -22,17 +22,21 @@ HOUSEKEEPING = frozenset(
     {
         "VERSION",
         "PROTOCOL",
+        "SOURCE",
         "OUTPUT_DIR",
         "SEED",
         "LOG_PERIOD",
         "VIS_PERIOD",
         "CUDNN_BENCHMARK",
+        "PREFLIGHT",
         "MODEL.DEVICE",
         "MODEL.WEIGHTS",
         "MODEL.ARCHITECTURE_FROM",
         "DATASETS.CLASSES",
+        "DATASETS.STRICT",
         "DATALOADER.NUM_WORKERS",
         "SOLVER.CHECKPOINT_PERIOD",
+        "SOLVER.CHANNELS_LAST",
         "SOLVER.REFERENCE_WORLD_SIZE",
         "TEST.EVAL_PERIOD",
     }
@@ -43,11 +47,37 @@ def add_moco_det_config(cfg: CfgNode) -> None:
     """Add this project's keys to a Detectron2 config, in place."""
     # Name of the protocol that the run follows ("VOC", "COCO-FPN-1x-random"); set by load_config.
     cfg.PROTOCOL = ""
+    # Where a protocol comes from (paper, section), and what in it is not confirmed.
+    cfg.SOURCE = ""
     # Converted file whose architecture and pixel statistics the model takes, but not its weights:
     # the way to compare random weights in the very network that given weights have.
     cfg.MODEL.ARCHITECTURE_FROM = ""
     # Class names of own data, in the order of the classifier; empty for Detectron2's data sets.
     cfg.DATASETS.CLASSES = []
+    # Share of the training images that is used, in (0, 1]: stratified by class, the smaller inside
+    # the larger, and the same for every run's SEED.
+    cfg.DATASETS.LABEL_SHARE = 1.0
+    # Which of the possible subsets of that share.
+    cfg.DATASETS.LABEL_SEED = 0
+    # Whether anything wrong in own data is an error instead of an entry in the report.
+    cfg.DATASETS.STRICT = False
+    # Range of the random scale, relative to the image, before INPUT.CROP: semantic segmentation.
+    cfg.INPUT.SCALE_TRAIN = []
+    # Channels of the 3x3 convolution behind a dilated res5 (build_resnet_dc5_backbone).
+    cfg.MODEL.DC5_CHANNELS = 512
+    # FCNHead: 3x3 convolutions before the classifier, and their dilation.
+    cfg.MODEL.SEM_SEG_HEAD.NUM_CONV = 2
+    cfg.MODEL.SEM_SEG_HEAD.DILATION = 6
+    # Forward and backward passes of one optimisation step: each sees IMS_PER_BATCH / (processes *
+    # ACCUMULATION_STEPS) images. Equal to as many more processes, but BN sees one pass only.
+    cfg.SOLVER.ACCUMULATION_STEPS = 1
+    # With SOLVER.AMP.ENABLED: "float16" (GPU only, Detectron2's) or "bfloat16".
+    cfg.SOLVER.AMP.PRECISION = "float16"
+    # Keep weights and activations channels last in memory: the same numbers, often faster.
+    cfg.SOLVER.CHANNELS_LAST = False
+    # Whether the worst batch is tried before training: "auto" (on a GPU), "always", "only" (then
+    # stop) or "never".
+    cfg.PREFLIGHT = "auto"
     # Iterations between two lines of progress (and two lines of metrics.json).
     cfg.LOG_PERIOD = 20
     # Every run is repeatable: a negative seed (Detectron2's default) would draw one from the clock.
@@ -142,7 +172,7 @@ def apply_overrides(cfg: CfgNode, overrides: Sequence[str]) -> list[str]:
             f"'{' '.join(overrides)}'."
         )
     keys = list(overrides[::2])
-    _check_keys(keys, where="the command line")
+    check_keys(keys, where="the command line")
     for key, value in zip(keys, overrides[1::2], strict=True):
         was = flatten(cfg)[key]
         if isinstance(was, float) and value.lstrip("+-").isdigit():
@@ -226,7 +256,7 @@ def _read_yaml(path: Path, inside: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(own, dict):
         raise UserError(f"{path} must hold KEY: VALUE pairs, not a {type(own).__name__}.")
     bases = own.pop("_BASE_", [])
-    _check_keys(flatten(own), where=str(path))
+    check_keys(flatten(own), where=str(path))
     merged: dict[str, Any] = {}
     for base in [bases] if isinstance(bases, str) else bases:
         beside = path.parent / Path(base).expanduser()
@@ -245,7 +275,8 @@ def _update(base: dict[str, Any], other: Mapping[str, Any]) -> None:
             base[key] = value
 
 
-def _check_keys(keys: Iterable[str], where: str) -> None:
+def check_keys(keys: Iterable[str], where: str) -> None:
+    """Refuse a key that no config has (``UserError``), naming the nearest."""
     known = flatten(default_config())
     for key in keys:
         if key not in known:

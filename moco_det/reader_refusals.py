@@ -57,6 +57,7 @@ def refusal(path: Path, kind: str, what: str) -> CheckpointError:
 
 
 def truncated(path: Path, size: int) -> CheckpointError:
+    """The error for a file that was cut off after ``size`` bytes."""
     return refusal(
         path, "truncated", f"is truncated: it ends after {size} bytes; download it again"
     )

@@ -1,8 +1,9 @@
 """Runs -> one report: means and spreads, differences, published numbers, curves; one HTML page.
 
 report = build_report(read_runs(paths))
+report.analyse("out")
 print(report.text())
-report.write("out")  # report.md, report.json, report.html, curves.png
+report.write("out")  # report.md, report.json, report.html and the pictures on it
 """
 
 import json
@@ -14,19 +15,18 @@ from typing import Any
 
 from tabulate import tabulate
 
+from moco_det.details import analysis_dict, details, deviations
 from moco_det.errors import UserError
+from moco_det.figures import analyse_tables, training_figure
 from moco_det.files import replace_text
-from moco_det.objects import has_predictions
-from moco_det.pictures import compare_runs
-from moco_det.plots import training_curves
+from moco_det.groups import group_runs
 from moco_det.report_page import render_page
-from moco_det.runs import Run, group_runs
+from moco_det.runs import Run
 from moco_det.tables import (
     COLUMNS,
     Table,
     build_tables,
     comparison_lines,
-    detail_tables,
     provenance_lines,
     table_dict,
 )
@@ -46,6 +46,15 @@ class Report:
     runs: list[Run]
     notes: list[str]
 
+    def analyse(self, folder: str | Path, num_images: int = 4) -> None:
+        """Add what the kept predictions show: curves, sizes, confusions, best and worst images.
+
+        Args:
+            folder: where the pictures go.
+            num_images: how many images of each kind to draw; 0 for none.
+        """
+        self.notes += analyse_tables(self.tables, folder, num_images)
+
     def content(self) -> dict[str, Any]:
         """What the page and the Markdown show, as plain values: one wording for both."""
         tables = [
@@ -56,7 +65,9 @@ class Report:
                 "note": table.reference_note,
                 "comparisons": comparison_lines(table),
                 "provenance": provenance_lines(table),
-                "details": detail_tables(table),
+                "deviations": deviations(table),
+                "details": details(table),
+                "figures": table.figures,
             }
             for table in self.tables
         ]
@@ -73,19 +84,32 @@ class Report:
             parts += [f"## {table['title']}", _grid(*table["scores"])]
             parts += [f"Published numbers: {source}." for source in table["sources"]]
             parts += [table["note"], _bullets(table["comparisons"]), _bullets(table["provenance"])]
-            for title, detail in table["details"].items():
-                parts += [f"### {title}", _grid(*detail)]
+            for detail in table["details"]:
+                parts += [f"### {detail.title}", detail.note, _grid(detail.head, detail.rows)]
+            for heading, lines in table["deviations"]:
+                parts += [f"### {heading}", _bullets(lines)]
         if content["pretraining"]:
             parts += ["## Pre-training", _grid(*content["pretraining"])]
         if self.notes:
             parts += ["## Notes", _bullets(self.notes)]
         return "\n\n".join(part for part in parts if part) + "\n"
 
+    def summary(self) -> str:
+        """The main tables and the differences, for a terminal."""
+        parts = []
+        for table in self.content()["tables"]:
+            parts += [table["title"], _grid(*table["scores"]), table["note"]]
+            parts += [_bullets(table["comparisons"]), _bullets(table["provenance"])]
+        if self.pretraining:
+            parts += ["Pre-training", _grid(*pretraining_rows(self.pretraining))]
+        parts += [_bullets(self.notes)]
+        return "\n\n".join(part for part in parts if part)
+
     def as_dict(self) -> dict[str, Any]:
         """The report as plain values (JSON without NaN)."""
         return {
             "format": "moco-det/report/1",
-            "tables": [table_dict(table) for table in self.tables],
+            "tables": [{**table_dict(t), "analysis": analysis_dict(t)} for t in self.tables],
             "pretraining": [_pretraining_dict(run) for run in self.pretraining],
             "notes": self.notes,
         }
@@ -95,21 +119,13 @@ class Report:
 
         Args:
             folder: made if missing; earlier reports in it are replaced.
-            pictures: caption -> PNG to show on the page as well.
+            pictures: caption -> picture to show on the page as well.
 
         Returns:
             the path of the HTML page, which holds all its pictures and needs nothing else.
         """
         folder = Path(folder)
-        shown = dict(pictures or {})
-        if any(len(run.records) > 1 for run in self.runs):
-            labels = {run.path: run.label for run in self.runs}
-            labels |= {run.path: g.label for t in self.tables for g in t.groups for run in g.runs}
-            curves: dict[str, list[Run]] = {}
-            for run in self.runs:
-                curves.setdefault(labels[run.path], []).append(run)
-            training_curves(curves, folder / "curves.png")
-            shown = {"Training curves": folder / "curves.png", **shown}
+        shown = {**training_figure(self.runs, self.tables, folder), **(pictures or {})}
         replace_text(folder / "report.md", self.text())
         values = json.dumps(self.as_dict(), indent=1, allow_nan=False)
         replace_text(folder / "report.json", values + "\n")
@@ -129,35 +145,7 @@ def build_report(runs: Sequence[Run]) -> Report:
     notes += [f"{run.path} is not evaluated: it appears in the curves only" for run in silent]
     if not groups and not any(len(run.records) > 1 for run in runs):
         raise UserError("nothing to report: " + "; ".join(notes))
-
     return Report(build_tables(groups), pretraining, list(runs), notes)
-
-
-def draw_detections(
-    report: Report, folder: str | Path, num_images: int = 4, most_groups: int = 4
-) -> dict[str, Path]:
-    """Caption -> PNG for each table: detections of its groups' first runs beside the truth.
-
-    Groups whose runs kept no predictions are left out; where the data set cannot be read, a note
-    in the report says so.
-    """
-    pictures = {}
-    for number, table in enumerate(report.tables):
-        runs = {g.label: g.runs[0].path for g in table.groups if has_predictions(g.runs[0].path)}
-        shown = dict(list(runs.items())[:most_groups])
-        if not shown:
-            continue
-        file = Path(folder) / f"detections-{number}.png"
-        try:
-            compare_runs(table.dataset, shown, file, num_images)
-        except (UserError, OSError) as error:
-            report.notes.append(f"no pictures of {table.dataset}: {error}")
-            continue
-        pictures[
-            f"Detections on {table.dataset}, first run of each group, at the score that gives its "
-            "best F1 over the data set"
-        ] = file
-    return pictures
 
 
 def pretraining_rows(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:

@@ -3,6 +3,7 @@
 import json
 import math
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,21 @@ from .protocols import deviations, split_name
 
 
 def write_results(
-    cfg: CfgNode, results: dict[str, Any], dataset: str, iteration: int | None
+    cfg: CfgNode,
+    results: dict[str, Any],
+    dataset: str,
+    iteration: int | None,
+    explanation: Sequence[str] = (),
 ) -> Path:
-    """Write ``OUTPUT_DIR/results.json``: what was run, and its scores."""
+    """Write ``OUTPUT_DIR/results.json``: what was run, and its scores.
+
+    Args:
+        cfg: the config that is recorded.
+        results: scores by task, in percent.
+        dataset: the test set as the user named it.
+        iteration: how long the model was trained.
+        explanation: sentences on what the run was and what its deviations do.
+    """
     protocol, initialisation = split_name(cfg.PROTOCOL)
     record = {
         "protocol": protocol or None,
@@ -26,6 +39,7 @@ def write_results(
         "iteration": iteration,
         "weights": cfg.MODEL.WEIGHTS,
         "deviations": deviations(cfg),
+        "explanation": list(explanation),
         **results,
     }
     text = json.dumps(_finite(record), indent=2, allow_nan=False)

@@ -3,16 +3,23 @@
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
+from moco_det.analysis import RunAnalysis
+from moco_det.groups import Group, differing_keys
 from moco_det.protocols import split_name
 from moco_det.published import Published, published
-from moco_det.runs import Group, differing_keys
 from moco_det.statistics import Difference, Summary, summarize, welch_difference
 
-COLUMNS = {"bbox/AP": "AP", "bbox/AP50": "AP50", "bbox/AP75": "AP75", "segm/AP": "mask AP"}
-SIZES = {f"{task}/AP{s}": f"{name} AP{s}" for task, name in (("bbox", "box"), ("segm", "mask"))
-         for s in "sml"}  # fmt: skip
+COLUMNS = {
+    "bbox/AP": "AP",
+    "bbox/AP50": "AP50",
+    "bbox/AP75": "AP75",
+    "segm/AP": "mask AP",
+    "keypoints/AP": "keypoint AP",
+    "sem_seg/mIoU": "mIoU",
+}
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,9 @@ class Table:
 
     `reference` holds published rows, and only where some group follows the protocol without
     deviations; `reference_note` says in a sentence why there are none, if there could be.
+    The rest is filled by :func:`moco_det.figures.analyse_tables`, where the predictions were kept:
+    an analysis for each run of a group, by its label; `images`, the file names of the best and
+    worst images; `figures`, caption -> picture.
     """
 
     protocol: str
@@ -39,6 +49,10 @@ class Table:
     comparisons: list[Comparison] = field(default_factory=list)
     reference: list[Published] = field(default_factory=list)
     reference_note: str | None = None
+    class_names: Sequence[str] = ()
+    analyses: dict[str, list[RunAnalysis]] = field(default_factory=dict)
+    images: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    figures: dict[str, Path] = field(default_factory=dict)
 
     def summaries(self, group: Group) -> dict[str, Summary]:
         return {metric: summarize(group.values(metric)) for metric in group.metrics()}
@@ -55,16 +69,6 @@ class Table:
             cells = (f"{row.metrics[m]:.1f}" if m in row.metrics else "-" for m in used)
             rows.append([f"published: {row.weights}", str(row.n or "-"), *cells])
         return ["group", "n", *used.values()], rows
-
-    def class_rows(self) -> tuple[list[str], list[list[str]]]:
-        """Per-class box AP: one row a class, one column a group."""
-        per_run = {g.label: [run.per_class() for run in g.runs] for g in self.groups}
-        names = dict.fromkeys(n for runs in per_run.values() for scores in runs for n in scores)
-        rows = []
-        for name in names:
-            samples = ([s[name] for s in runs if name in s] for runs in per_run.values())
-            rows.append([name, *(spread(summarize(v)) if v else "-" for v in samples)])
-        return ["class", *per_run], rows
 
 
 def build_tables(groups: Sequence[Group]) -> list[Table]:
@@ -115,29 +119,18 @@ def provenance_lines(table: Table) -> list[str]:
         facts.append(f"seed {', '.join(seeds)}")
         for key in ("iteration", "commit", "hardware"):
             values = _distinct((run.results or {}).get(key) for run in group.runs)
+            values = [value[:10] for value in values] if key == "commit" else values
             facts += [f"{key} {' and '.join(values)}"] if values else []
         if not table.protocol:
             facts.append("follows no protocol")
         elif group.deviations is None:
             facts.append("deviations not recorded")
         elif group.deviations:
-            facts.append(f"deviates from {table.protocol}: {'; '.join(group.deviations)}")
+            facts.append(f"deviates from {table.protocol} in {len(group.deviations)} keys")
         else:
             facts.append(f"exactly {table.protocol}")
         lines.append(f"{group.label}: {'; '.join(facts)}.")
     return lines
-
-
-def detail_tables(table: Table) -> dict[str, tuple[list[str], list[list[str]]]]:
-    """Title -> header and rows of what the main table leaves out, where there is any."""
-    details = {}
-    sizes = table.rows(SIZES)
-    if len(sizes[0]) > 2:
-        details["By object size"] = sizes
-    classes = table.class_rows()
-    if classes[1]:
-        details["Box AP by class"] = classes
-    return details
 
 
 def table_dict(table: Table) -> dict[str, Any]:
@@ -150,6 +143,7 @@ def table_dict(table: Table) -> dict[str, Any]:
             "seeds": [run.seed for run in group.runs],
             "weights": _distinct(run.weights for run in group.runs),
             "deviations": group.deviations,
+            "explanation": group.results.get("explanation"),
             "metrics": {
                 metric: {**asdict(summary), "values": group.values(metric)}
                 for metric, summary in table.summaries(group).items()

@@ -14,7 +14,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
-from .checks import PREDICTIONS_FILE, check_images, write_json_atomically
+from .checks import PREDICTIONS_FILE, images_once, write_json_atomically
 from .errors import UserError
 from .voc_eval import (
     METRICS,
@@ -101,20 +101,20 @@ class VOCEvaluator(DatasetEvaluator):
         if self._truth is None:
             self._truth = _ground_truth(self._name, self._classes)
         ids, truth = self._truth
-        check_images(self._name, (name for share in shares for name in share.images), ids)
-
-        # The data set's order decides among equal scores, whatever the ranks' shares were.
-        position = {name: index for index, name in enumerate(ids)}
-        counts = [count for share in shares for count in share.counts]
-        images = [position[name] for share in shares for name in share.images]
-        image = np.repeat(np.asarray(images, dtype=np.int64), counts)
-        order = np.argsort(image, kind="stable")
+        names = [name for share in shares for name in share.images]
+        chosen = images_once(self._name, names, ids)  # in the data set's order, whatever the shares
+        counts = np.array([count for share in shares for count in share.counts], dtype=np.int64)
+        starts = counts.cumsum() - counts
+        order = np.concatenate(
+            [np.arange(starts[i], starts[i] + counts[i]) for i in chosen] or [np.zeros(0, int)]
+        )
+        image = np.repeat(np.arange(len(ids)), counts[chosen])
         boxes = np.concatenate([share.boxes for share in shares])[order]
         scores = np.concatenate([share.scores for share in shares])[order]
         labels = np.concatenate([share.labels for share in shares])[order].astype(np.int64)
         if self._output_dir is not None:
-            self._write_predictions(ids, image[order], boxes, scores, labels)
-        found = Detections(image[order], labels, to_voc_corners(boxes), as_printed(scores, 3))
+            self._write_predictions(ids, image, boxes, scores, labels)
+        found = Detections(image, labels, to_voc_corners(boxes), as_printed(scores, 3))
         precisions = average_precisions(truth, found, len(self._classes), metric=self.metric)
         return self._results(precisions * 100, truth)
 

@@ -11,19 +11,26 @@ if __name__ == "__main__":  # run as a file: import from the checkout, not from 
 from tqdm import tqdm
 
 from moco_det.errors import UserError
-from moco_det.predict import build_predictor, find_images, predict, predictor_of_run
+from moco_det.predict import (
+    build_predictor,
+    count_pictures,
+    find_images,
+    predict,
+    predictor_of_run,
+)
 from moco_det.progress import silence_detectron2
 from moco_det.protocols import load_config
+from moco_det.video import is_video
 
 
 def parser() -> argparse.ArgumentParser:
     arguments = argparse.ArgumentParser(
         prog="moco-predict",
-        description="Draw boxes and masks on images (or all images of folders) and write "
-        "predictions.json beside the pictures. The detector is a finished run (--run), or a "
-        "config with weights.",
+        description="Draw boxes and masks on images and videos (or all in folders) and write "
+        "predictions.json beside the pictures. The detector is that of a fine-tuning run (--run), "
+        "or a config with weights.",
     )
-    arguments.add_argument("images", nargs="+", metavar="IMAGE", help="image or folder")
+    arguments.add_argument("images", nargs="+", metavar="IMAGE", help="image, video or folder")
     arguments.add_argument("-o", "--output-dir", required=True, metavar="DIR", type=Path)
     arguments.add_argument("--run", metavar="RUN_DIR", help="directory of a fine-tuning run")
     arguments.add_argument("--config", metavar="NAME|FILE", help="protocol or config file")
@@ -39,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if by_run == (arguments.config is not None) or by_run == (arguments.weights is not None):
         parsing.error("give either --run RUN_DIR, or --config and --weights")
     silence_detectron2()
-    failures = objects = 0
+    failures = objects = pictures = 0
     try:
         images = find_images(arguments.images)
         if by_run:
@@ -47,20 +54,21 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         else:
             config = load_config(arguments.config)
             detector = build_predictor(config, arguments.weights, arguments.threshold)
-        done = tqdm(
-            predict(detector, images, arguments.output_dir), total=len(images), unit="image"
-        )
+        total, found = count_pictures(images), predict(detector, images, arguments.output_dir)
+        done = tqdm(found, total=total, unit="image")
         for _, count, problem in done:
             objects += count or 0
+            pictures += count is not None
             if problem is not None:
                 failures += 1
                 tqdm.write(f"error: {problem}", file=sys.stderr)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    frames = "images and frames" if any(map(is_video, (file for file, _ in images))) else "images"
     print(
-        f"{objects} objects in {len(images) - failures} images: pictures and predictions.json are "
-        f"in {arguments.output_dir}" + (f"; {failures} images unreadable" if failures else "")
+        f"{objects} objects in {pictures} {frames}: pictures and predictions.json are in "
+        f"{arguments.output_dir}" + (f"; {failures} files unreadable" if failures else "")
     )
     return 1 if failures else None
 

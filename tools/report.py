@@ -9,7 +9,7 @@ if __name__ == "__main__":  # run as a file: import from the checkout, not from 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from moco_det.errors import UserError
-from moco_det.report import build_report, draw_detections
+from moco_det.report import build_report
 from moco_det.runs import read_runs
 
 
@@ -18,8 +18,10 @@ def parser() -> argparse.ArgumentParser:
         prog="moco-report",
         description="Print one table of finished runs (mean and spread over the seeds, published "
         "numbers of the same protocol, differences with Welch's interval) and write report.md, "
-        "report.json, report.html and curves.png. Runs whose directories differ in the seed or "
-        "trial only (out/moco-seed0, out/moco-seed1, out/moco/trial_0) are one group.",
+        "report.json and report.html. Where the runs kept their predictions, these also hold "
+        "precision-recall curves, AP by size, confusions, and the best and worst images. Runs "
+        "whose directories differ in the seed or trial only (out/moco-seed0, out/moco-seed1, "
+        "out/moco/trial_0) are one group.",
     )
     arguments.add_argument(
         "runs", nargs="+", metavar="RUN_DIR", help="a run directory, or one that holds trial_K"
@@ -30,7 +32,8 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         default=4,
         metavar="N",
-        help="images to show with the runs' detections, 0 for none (default 4)",
+        help="images of each kind (best, worst, most different) to show with the runs' "
+        "detections, 0 for none (default 4)",
     )
     return arguments
 
@@ -39,13 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     arguments = parser().parse_args(argv)
     try:
         report = build_report(read_runs(arguments.runs))
-        folder, count = arguments.output_dir, arguments.pictures
-        pictures = draw_detections(report, folder, count) if count > 0 else {}
-        page = report.write(folder, pictures)
+        report.analyse(arguments.output_dir, arguments.pictures)
+        page = report.write(arguments.output_dir)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(report.text())
+    print(report.summary())
     print(f"written: {page} (one page with everything), report.md, report.json")
     return None
 

@@ -9,13 +9,14 @@ from pathlib import Path
 if __name__ == "__main__":  # run as a file: import from the checkout, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from moco_det.errors import UserError
+from moco_det.errors import run_tool
 
 EPILOG = """examples:
   train_net.py --config VOC --output-dir runs/voc-moco MODEL.WEIGHTS moco.pkl
   train_net.py --config VOC-random --train-data voc:DATA:trainval --test-data voc:DATA:test \\
       --output-dir runs/own-random SOLVER.IMS_PER_BATCH 4 MODEL.ARCHITECTURE_FROM moco.pkl
   train_net.py --eval-only --output-dir runs/voc-moco
+  train_net.py --config VOC --explain SOLVER.IMS_PER_BATCH 4
 """
 
 
@@ -25,24 +26,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--config", metavar="NAME|FILE", help="protocol (VOC, COCO-FPN-1x, ...) or YAML file")
-    add(
-        "--train-data",
-        nargs="+",
-        default=(),
-        metavar="SPEC",
-        help="voc:DIR:SPLIT, coco:JSON:IMAGES, or a name that Detectron2 knows",
-    )
+    specs = "voc:DIR:SPLIT, coco:JSON:IMAGES, semseg:IMAGES:LABELS, or a name of Detectron2's"
+    add("--train-data", nargs="+", default=(), metavar="SPEC", help=specs)
     add("--test-data", metavar="SPEC", help="the same, for evaluation")
-    add(
-        "--num-gpus",
-        type=int,
-        default=1,
-        metavar="N",
-        help="processes: one a GPU, or N on the CPU (default 1; not with torchrun)",
-    )
+    ranks = "processes: one a GPU, or N on the CPU (default 1; not with torchrun)"
+    add("--num-gpus", type=int, default=1, metavar="N", help=ranks)
     add("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS or the run's checkpoint")
     add("--resume", action="store_true", help="go on from the run's newest checkpoint")
     add("--trials", type=int, metavar="N", help="N runs, seeds SEED, SEED + 1, ...")
+    add("--trial", type=int, metavar="K", help="run K of them alone (from 0), into DIR/trial_K")
+    add("--strict", action="store_true", help="anything wrong in own data is an error")
+    what = "print what would be run, from which source, deviating how (or all about KEY), and stop"
+    add("--explain", nargs="?", const="", metavar="KEY", help=what)
+    add("--preflight", action="store_true", help="try the worst batch, say what fits, and stop")
     add("--output-dir", metavar="DIR", help="run directory (default: OUTPUT_DIR of the config)")
     add("overrides", nargs="*", metavar="KEY VALUE", help="config overrides")
     args = parser.parse_intermixed_args(argv)
@@ -51,22 +47,25 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             args.overrides = [*args.train_data[at:], *args.overrides]
             args.train_data = args.train_data[:at]
             break
+    if args.explain and len(args.overrides) % 2:  # --explain KEY VALUE: an override, not a KEY
+        args.overrides = [args.explain, *args.overrides]
+        args.explain = ""
+    args.overrides += ["PREFLIGHT", "only"] if args.preflight else []
+    del args.preflight
     return args
+
+
+def work(args: argparse.Namespace) -> int | None:
+    from moco_det.explain import explain
+    from moco_det.launch import Options, train_net
+
+    options = Options(**vars(args))
+    return explain(options) if args.explain is not None else train_net(options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    try:
-        from moco_det.launch import Options, train_net
-
-        train_net(Options(**vars(args)))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted: go on with --resume", file=sys.stderr)
-        return 130
-    return 0
+    return run_tool(lambda: work(args), interrupted="interrupted: go on with --resume")
 
 
 if __name__ == "__main__":

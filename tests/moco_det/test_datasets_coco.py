@@ -1,7 +1,6 @@
 """The COCO reader: against Detectron2's on clean data, and by name on what is wrong."""
 
 import json
-import random
 
 import numpy as np
 import pytest
@@ -13,10 +12,14 @@ import moco_det  # noqa: F401
 # isort: split
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.coco import load_coco_json
-from detectron2.data.detection_utils import annotations_to_instances, read_image
+from detectron2.data.detection_utils import (
+    annotations_to_instances,
+    create_keypoint_hflip_indices,
+    read_image,
+)
 from detectron2.structures import BoxMode
 
-from moco_det.datasets import dataset_report, register
+from moco_det.datasets import dataset_report, register, write_findings
 from moco_det.errors import UserError
 
 WIDTH, HEIGHT = 64, 48
@@ -289,34 +292,111 @@ def test_mistakes_are_one_clear_sentence(file, tmp_path):
         register(f"coco:{path}")
 
 
-def test_mutated_files_never_give_a_traceback_or_a_box_outside(file):
-    file.add(1, {"bbox": [10, 20, 20, 20], "segmentation": [SQUARE], "area": 400, "iscrowd": 0})
-    file.add(2, {"bbox": [5, 5, 10, 10], "segmentation": rle((5, 5, 15, 15))})
-    file.add(3, {"bbox": [5, 5, 10, 10], "segmentation": rle((5, 5, 15, 15), False)})
-    file.register()
-    path = file.root / "own.json"
-    clean = path.read_bytes()
-    draw = random.Random(0)
-    values = [b"", b"-", b"9", b"1e99", b"NaN", b"null", b"[]", b'"', b"{}", b"0", b",", b"Z"]
-    read = 0
-    for _ in range(400):
-        data = bytearray(clean)
-        for _ in range(draw.randint(1, 3)):
-            at = draw.randrange(len(data))
-            data[at : at + draw.randint(0, 2)] = draw.choice(values)
-        path.write_bytes(data)
-        try:
-            name = register(file.spec)
-        except UserError:
-            continue
-        read += 1
-        has_masks = MetadataCatalog.get(name).has_masks
-        for record in DatasetCatalog.get(name):
-            for item in record["annotations"]:
-                x0, y0, x1, y1 = item["bbox"]
-                assert 0 <= x0 < x1 <= record["width"]
-                assert 0 <= y0 < y1 <= record["height"]
-                assert ("segmentation" in item) == has_masks
-                if has_masks:
-                    pixels_of(item, record["height"], record["width"])
-    assert read > 50
+def person(file, names=("nose", "left_eye", "right_eye"), **more):
+    file.content["categories"] = [{"id": 3, "name": "person", "keypoints": list(names), **more}]
+    return file
+
+
+def points_of(item):
+    return np.reshape(item["keypoints"], (-1, 3)).tolist()
+
+
+def test_clean_keypoints_are_read_as_detectron2_reads_them(file):
+    person(file, skeleton=[[1, 2], [1, 3]])
+    box = {"bbox": [5, 5, 30, 30]}
+    file.add(
+        1,
+        {**box, "keypoints": [7, 8, 2, 20, 21, 1, 0, 0, 0], "num_keypoints": 2},
+        {**box, "keypoints": [0] * 9, "num_keypoints": 0},
+    )
+    records, report, metadata = file.read()
+    json_file, images = str(file.root / "own.json"), str(file.root / "images")
+    (expected,) = load_coco_json(json_file, images)
+    for item, other in zip(records[1]["annotations"], expected["annotations"], strict=True):
+        assert item["keypoints"] == other["keypoints"]
+    assert report.findings == []
+    assert metadata.keypoint_names == ("nose", "left_eye", "right_eye")
+    assert metadata.keypoint_flip_map == (("left_eye", "right_eye"),)
+    assert [rule[:2] for rule in metadata.keypoint_connection_rules] == [
+        ("nose", "left_eye"), ("nose", "right_eye"),
+    ]  # fmt: skip
+    # What Detectron2 makes of it when it flips an image.
+    metadata = MetadataCatalog.get(file.register())
+    assert create_keypoint_hflip_indices([metadata.name]) == [0, 2, 1]
+
+
+def test_keypoints_follow_the_pixels_that_detectron2_shows(file):
+    """One white pixel in an image with an EXIF rotation: its keypoint is the pixel's centre."""
+    pixels = np.zeros((HEIGHT, WIDTH), np.uint8)
+    pixels[25, 13] = 255
+    exif = Image.Exif()
+    exif[274] = 6
+    item = {"bbox": [10, 20, 20, 20], "keypoints": [13, 25, 2, 0, 0, 0, 0, 0, 0]}
+    person(file).add(1, item, image=Image.fromarray(pixels), exif=exif)
+    records, _, _ = file.read()
+    seen = read_image(records[1]["file_name"], "L")[..., 0]
+    ((y, x),) = np.argwhere(seen > 0).tolist()
+    assert points_of(records[1]["annotations"][0])[0] == [x + 0.5, y + 0.5, 2]
+
+
+def test_keypoints_are_mended_by_name_and_their_objects_kept(file):
+    good = {"bbox": [5, 5, 30, 30], "keypoints": [7, 8, 2, 20, 21, 1, 0, 0, 0]}
+    person(file).add(
+        1,
+        good,
+        {**good, "keypoints": [7, 8, 2, 20, 210, 1, 0, 0, 0]},
+        {**good, "keypoints": [7, 8, 2]},
+        {**good, "keypoints": [7, 8, 5, 20, 21, 1, 0, 0, 0]},
+        {**good, "num_keypoints": 3},
+        {**good, "num_keypoints": []},
+        {"bbox": [5, 5, 30, 30]},
+    )
+    records, report, _ = file.read()
+    labelled = [[v for _, _, v in points_of(a)] for a in records[1]["annotations"]]
+    assert labelled == [[2, 1, 0], [2, 0, 0], [0, 0, 0], [0, 0, 0], [2, 1, 0], [2, 1, 0], [0, 0, 0]]
+    assert kinds(report) == {
+        ("keypoint outside the image", "taken as not labelled"): 1,
+        ("keypoints unreadable", "taken as not labelled"): 2,
+        ("num_keypoints differs from the keypoints", "counted anew"): 2,
+    }
+    assert report.findings[0].object == "annotation 2 (person), keypoint 2"
+
+
+@pytest.mark.parametrize(
+    ("categories", "kind"),
+    [
+        ([{"id": 3, "name": "person"}], "keypoint names missing"),
+        ([{"id": 3, "name": "person", "keypoints": ["a", "b"]},
+          {"id": 4, "name": "cat", "keypoints": ["b", "a"]}], "several kinds of keypoints"),
+        ([{"id": 3, "name": "person", "keypoints": ["a", "a"]}], "keypoint names unreadable"),
+    ],
+)  # fmt: skip
+def test_unusable_names_of_keypoints_are_named(file, categories, kind):
+    file.content["categories"] = categories
+    file.add(1, {"bbox": [5, 5, 30, 30], "keypoints": [7, 8, 2, 9, 9, 2]})
+    records, report, metadata = file.read()
+    assert [finding.kind for finding in report.findings] == [kind]
+    if kind == "keypoint names missing":
+        assert metadata.keypoint_names == ("keypoint 1", "keypoint 2")
+        assert points_of(records[1]["annotations"][0]) == [[7.5, 8.5, 2], [9.5, 9.5, 2]]
+    else:
+        assert metadata.get("keypoint_names") is None
+        assert "keypoints" not in records[1]["annotations"][0]
+
+
+def test_findings_of_several_data_sets_go_into_one_file(file, tmp_path):
+    file.add(1, {"bbox": [1, 1, 90, 9]}, {"bbox": [1, 1, 0, 9]})
+    name = file.register()
+    other = File(tmp_path / "other")
+    other.add(2, {"bbox": [1, 1, 9, 9]})
+    count = write_findings([name, other.register()], tmp_path / "run" / "findings.json")
+    content = json.loads((tmp_path / "run" / "findings.json").read_text())
+    assert count == 2
+    assert [d["spec"] for d in content["datasets"]] == [file.spec, other.spec]
+    assert content["datasets"][0]["findings"][1] == {
+        "kind": "box empty", "file": "1.png", "object": "annotation 2 (cat)",
+        "action": "object skipped",
+    }  # fmt: skip
+    assert content["datasets"][1]["findings"] == []
+    with pytest.raises(UserError, match="2 things are wrong"):
+        file.register(strict=True)

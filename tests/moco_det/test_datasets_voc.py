@@ -1,7 +1,6 @@
 """The VOC reader: against Detectron2's on clean data, and by name on what is wrong."""
 
 import json
-import random
 
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ import moco_det  # noqa: F401
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.pascal_voc import load_voc_instances
 from detectron2.data.detection_utils import read_image
-from detectron2.structures import BoxMode
 
 from moco_det.datasets import dataset_report, register
 from moco_det.errors import UserError
@@ -281,30 +279,3 @@ def test_the_report_is_written_with_every_finding(folder, tmp_path):
     ]
     assert written["counts"][0]["count"] == 2
     assert len(report.summary().splitlines()) == 2
-
-
-def test_mutated_files_never_give_a_traceback_or_a_box_outside(folder):
-    folder.add("1", *(box_xml("cat", (2 + n, 3, 20 + n, 30)) for n in range(3)))
-    folder.read("train")
-    path = folder.root / "Annotations/1.xml"
-    clean = path.read_bytes()
-    draw = random.Random(0)
-    for _ in range(150):
-        data = bytearray(clean)
-        for _ in range(draw.randint(1, 4)):
-            at = draw.randrange(len(data))
-            new = draw.choice(
-                [b"", b"-", b"9", b"e", b"<", b"0", b".", bytes([draw.randrange(256)])]
-            )
-            data[at : at + draw.randint(0, 2)] = new
-        path.write_bytes(data)
-        try:
-            name = register(f"voc:{folder.root}:train")
-        except UserError:
-            continue
-        for record in DatasetCatalog.get(name):
-            for item in record["annotations"]:
-                x0, y0, x1, y1 = item["bbox"]
-                assert 0 <= x0 < x1 <= record["width"]
-                assert 0 <= y0 < y1 <= record["height"]
-                assert item["bbox_mode"] == BoxMode.XYXY_ABS

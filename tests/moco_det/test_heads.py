@@ -1,4 +1,4 @@
-"""The C4 head with the extra norm, against Detectron2's own head and a hand-written forward."""
+"""The C4 heads and the dilated C5, against Detectron2's own parts and torchvision's ResNets."""
 
 import subprocess
 import sys
@@ -11,7 +11,8 @@ from detectron2.modeling.roi_heads import Res5ROIHeads
 from detectron2.structures import Boxes, ImageList, Instances
 from torch.nn import functional as F
 
-from moco_det.heads import Res5ROIHeadsExtraNorm
+from moco_det.heads import Res5ROIHeadsAnyDepth, Res5ROIHeadsExtraNorm
+from moco_det.necks import build_resnet_dc5_backbone
 from moco_det.protocols import load_config
 from tests.conftest import NARROW
 
@@ -75,8 +76,9 @@ def test_box_and_mask_branches_see_res5_after_the_extra_norm():
     torch.testing.assert_close(seen["mask"], x)
 
 
+@pytest.mark.parametrize("head", [Res5ROIHeadsExtraNorm, Res5ROIHeadsAnyDepth])
 @pytest.mark.parametrize(("depth", "blocks"), [(18, 2), (34, 3)])
-def test_res5_of_a_shallow_resnet_is_made_of_basic_blocks(depth, blocks):
+def test_res5_of_a_shallow_resnet_is_made_of_basic_blocks(depth, blocks, head):
     """torchvision's layer4 is the oracle for names and shapes."""
     import torchvision
 
@@ -84,7 +86,7 @@ def test_res5_of_a_shallow_resnet_is_made_of_basic_blocks(depth, blocks):
         *("MODEL.RESNETS.DEPTH", str(depth), "MODEL.RESNETS.RES2_OUT_CHANNELS", "64"),
         *("MODEL.RESNETS.STEM_OUT_CHANNELS", "64", "MODEL.RESNETS.WIDTH_PER_GROUP", "64"),
     ]
-    heads, _ = build(Res5ROIHeadsExtraNorm, *overrides)
+    heads, _ = build(head, *overrides)
     layer4 = getattr(torchvision.models, f"resnet{depth}")().layer4
     shapes = {}
     for name, tensor in layer4.state_dict().items():
@@ -96,6 +98,34 @@ def test_res5_of_a_shallow_resnet_is_made_of_basic_blocks(depth, blocks):
     assert len(layer4) == blocks
     x = torch.randn(2, 256, 14, 14)
     assert heads.res5(x).shape == (2, 512, 7, 7)
+
+
+def test_without_the_extra_norm_the_head_of_a_deep_resnet_is_detectron2s():
+    ours, theirs = (build(head)[0].state_dict() for head in (Res5ROIHeadsAnyDepth, Res5ROIHeads))
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+    assert ROI_HEADS_REGISTRY.get("Res5ROIHeadsAnyDepth") is Res5ROIHeadsAnyDepth
+
+
+def test_dilated_c5_is_res5_at_stride_16_then_a_normalised_convolution():
+    """Oracle: Detectron2's own dilated ResNet, and the convolution written out."""
+    torch.manual_seed(0)
+    overrides = [*NARROW, "MODEL.RESNETS.NORM", "BN", "MODEL.DC5_CHANNELS", "6"]
+    cfg = load_config("VOC-DC5", overrides)
+    neck = build_resnet_dc5_backbone(cfg, ShapeSpec(channels=3)).eval()
+    norm = neck.conv.norm
+    norm.running_mean.fill_(0.2)
+    norm.bias.data.fill_(0.1)
+    images = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        (found,) = neck(images).values()
+        res5 = neck.bottom_up(images)["res5"]
+        x = F.conv2d(res5, neck.conv.weight, padding=1)
+        scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+        x = (x - norm.running_mean[:, None, None]) * scale[:, None, None] + 0.1
+    torch.testing.assert_close(found, x.clamp(min=0))
+    assert res5.shape == (2, 128, 4, 6)
+    assert neck.output_shape() == {"dc5": ShapeSpec(channels=6, stride=16)}
+    assert {block.conv2.dilation for block in neck.bottom_up.res5} == {(2, 2)}
 
 
 def test_without_a_norm_the_head_is_detectron2s():

@@ -13,8 +13,15 @@ from pycocotools import mask as mask_codec
 
 from moco_det.detector import fit_norms
 from moco_det.errors import UserError
-from moco_det.predict import build_predictor, class_names, find_images, load_image
+from moco_det.predict import (
+    build_predictor,
+    class_names,
+    find_images,
+    load_image,
+    predictor_of_run,
+)
 from moco_det.protocols import get_protocol
+from moco_det.video import VideoFile, read_frames
 from tools.predict import main
 
 NARROW = [
@@ -181,9 +188,9 @@ def test_class_names_fall_back_to_the_data_set_then_to_numbers():
 
 def test_nothing_found_is_one_clear_error(tmp_path):
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(UserError, match="no image in"):
+    with pytest.raises(UserError, match="no image or video in"):
         find_images([tmp_path])
-    with pytest.raises(UserError, match="no image or folder"):
+    with pytest.raises(UserError, match="no image, video or folder"):
         find_images([tmp_path / "missing"])
 
 
@@ -214,3 +221,73 @@ def test_command_needs_a_run_or_a_config_with_weights(given, photo, capsys):
     with pytest.raises(SystemExit):
         main([*given, str(photo), "-o", "out"])
     assert "either --run" in capsys.readouterr().err
+
+
+def write_video(path, frames, rate=10.0):
+    height, width = frames[0].shape[:2]
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), rate, (width, height))
+    for frame in frames:
+        writer.write(frame[:, :, ::-1].copy())
+    writer.release()
+    return path
+
+
+def test_a_video_gives_a_drawn_video_and_one_entry_a_frame(box_run, tmp_path, capsys):
+    folder, cfg, _ = box_run
+    rng = np.random.default_rng(0)
+    noise = cv2.resize(rng.integers(0, 256, (8, 12, 3), dtype=np.uint8), (96, 64))
+    frames = [np.roll(noise, 8 * k, axis=1) for k in range(5)]
+    (tmp_path / "in").mkdir()
+    video = write_video(tmp_path / "in" / "clip.mp4", frames)
+    out = tmp_path / "out"
+    given = [str(tmp_path / "in"), "-o", str(out), "--run", str(folder), "--threshold", "0.05"]
+    assert main(given) is None
+    assert "in 5 images and frames" in capsys.readouterr().out
+    content = json.loads((out / "predictions.json").read_text())
+    assert [image["frame"] for image in content["images"]] == [0, 1, 2, 3, 4]
+    assert content["images"][3]["time"] == pytest.approx(0.3)
+    assert content["images"][0]["picture"] == "clip.mp4"
+    seen = next(read_frames(video)).astype(int)  # lossy, but RGB: not with two channels swapped
+    assert np.abs(seen - frames[0]).mean() < 0.5 * np.abs(seen[:, :, ::-1] - frames[0]).mean()
+    # Each frame's objects are those of the frame as an image.
+    detector = build_predictor(cfg, folder / "model_final.pth", threshold=0.05)
+    for number, frame in enumerate(read_frames(video)):
+        boxes = [a["bbox"] for a in content["annotations"] if a["image_id"] == number + 1]
+        expected = detector(frame).boxes
+        expected[:, 2:] -= expected[:, :2]
+        np.testing.assert_allclose(np.reshape(boxes, (-1, 4)), expected, atol=0.01)
+    drawn = list(read_frames(out / "clip.mp4"))
+    assert [frame.shape for frame in drawn] == [(64, 96, 3)] * 5
+    assert np.abs(drawn[0] - seen).max() > 60  # boxes are on it
+    with VideoFile(tmp_path / "copy.mp4", 10.0) as copy:
+        copy.add(frames[0])
+    again = next(read_frames(tmp_path / "copy.mp4")).astype(int)
+    assert np.abs(again - frames[0]).mean() < 0.5 * np.abs(again[:, :, ::-1] - frames[0]).mean()
+    assert sorted(p.name for p in out.iterdir()) == ["clip.mp4", "predictions.json"]
+
+
+def test_a_video_that_breaks_off_is_named_and_its_frames_are_kept(box_run, tmp_path, monkeypatch):
+    folder, _, _ = box_run
+    video = write_video(tmp_path / "clip.mp4", [np.zeros((64, 96, 3), np.uint8)] * 4)
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    monkeypatch.setattr("moco_det.video.video_facts", lambda path: (10.0, 40))
+    out = tmp_path / "out"
+    given = [str(video), str(tmp_path / "broken.mp4"), "-o", str(out), "--run", str(folder)]
+    assert main(given) == 1
+    content = json.loads((out / "predictions.json").read_text())
+    assert len(content["images"]) == 4
+    assert "breaks off after 4 of 40 frames" in content["failed"][0]["error"]
+    assert "not readable as a video" in content["failed"][1]["error"]
+    assert sorted(p.name for p in out.iterdir()) == ["clip.mp4", "predictions.json"]
+
+
+def test_a_run_that_is_not_finished_is_loaded_from_its_last_checkpoint(box_run, photo, tmp_path):
+    folder, _, _ = box_run
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_bytes((folder / "config.yaml").read_bytes())
+    (run / "model_0000099.pth").write_bytes((folder / "model_final.pth").read_bytes())
+    (run / "last_checkpoint").write_text("model_0000099.pth\n")
+    image = load_image(photo)
+    found, expected = (predictor_of_run(path, 0.05)(image) for path in (run, folder))
+    assert found.boxes.tolist() == expected.boxes.tolist()

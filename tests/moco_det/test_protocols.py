@@ -7,17 +7,20 @@ from pathlib import Path
 
 import pytest
 from detectron2 import model_zoo
+from detectron2.config import get_cfg
 
 from moco_det.errors import UserError
 from moco_det.protocols import (
     apply_overrides,
     configs_dir,
+    default_config,
     deviations,
     differences,
     flatten,
     get_protocol,
     load_config,
     protocol_names,
+    split_name,
 )
 
 SHARED = {
@@ -66,22 +69,122 @@ COCO = {
 }
 ONE = {"SOLVER.MAX_ITER": 90_000, "SOLVER.STEPS": (60_000, 80_000)}
 TWO = {"SOLVER.MAX_ITER": 180_000, "SOLVER.STEPS": (120_000, 160_000)}
+TWELVE = {"SOLVER.MAX_ITER": 12_000, "SOLVER.STEPS": (9_000, 11_000)}
+NORMED_HEADS = {
+    "MODEL.ROI_BOX_HEAD.NUM_CONV": 4,
+    "MODEL.ROI_BOX_HEAD.NUM_FC": 1,
+    "MODEL.ROI_BOX_HEAD.NORM": "SyncBN",
+    "MODEL.ROI_MASK_HEAD.NORM": "SyncBN",
+}
+VOC = {
+    "MODEL.MASK_ON": False,
+    "MODEL.ROI_HEADS.NUM_CLASSES": 20,
+    "DATASETS.TRAIN": ("voc_2007_trainval", "voc_2012_trainval"),
+    "DATASETS.TEST": ("voc_2007_test",),
+    "INPUT.MIN_SIZE_TRAIN": tuple(range(480, 801, 32)),
+    "SOLVER.MAX_ITER": 24_000,
+    "SOLVER.STEPS": (18_000, 22_000),
+    "SOLVER.WARMUP_ITERS": 100,
+}
+DC5 = {
+    "MODEL.BACKBONE.NAME": "build_resnet_dc5_backbone",
+    "MODEL.RESNETS.RES5_DILATION": 2,
+    "MODEL.DC5_CHANNELS": 512,
+    "MODEL.RESNETS.NORM": "naiveSyncBN",
+    "MODEL.ROI_HEADS.NAME": "StandardROIHeads",
+    "MODEL.ROI_BOX_HEAD.NUM_FC": 2,
+    "MODEL.ROI_BOX_HEAD.NORM": "",
+}
+FCN = {
+    "MODEL.META_ARCHITECTURE": "SemanticSegmentor",
+    "MODEL.RESNETS.NORM": "SyncBN",
+    "MODEL.RESNETS.RES5_DILATION": 2,
+    "MODEL.RESNETS.OUT_FEATURES": ["res5"],
+    "MODEL.SEM_SEG_HEAD.NAME": "FCNHead",
+    "MODEL.SEM_SEG_HEAD.IN_FEATURES": ["res5"],
+    "MODEL.SEM_SEG_HEAD.CONVS_DIM": 256,
+    "MODEL.SEM_SEG_HEAD.NUM_CONV": 2,
+    "MODEL.SEM_SEG_HEAD.DILATION": 6,
+    "MODEL.SEM_SEG_HEAD.NORM": "SyncBN",
+    "MODEL.SEM_SEG_HEAD.IGNORE_VALUE": 255,
+    "INPUT.SCALE_TRAIN": [0.5, 2.0],
+    "INPUT.RANDOM_FLIP": "horizontal",
+    "INPUT.MIN_SIZE_TEST": 0,
+    "SOLVER.WARMUP_ITERS": 0,
+}
+PREVIEW_VOC = {"SOLVER.MAX_ITER": 2_400, "SOLVER.STEPS": (1_800, 2_200)}
 TABLE = {
-    "VOC": C4
+    "VOC": C4 | VOC,
+    "VOC-DC5": DC5 | VOC,
+    "VOC07": C4
+    | VOC
     | {
-        "MODEL.MASK_ON": False,
-        "MODEL.ROI_HEADS.NUM_CLASSES": 20,
-        "DATASETS.TRAIN": ("voc_2007_trainval", "voc_2012_trainval"),
-        "DATASETS.TEST": ("voc_2007_test",),
-        "INPUT.MIN_SIZE_TRAIN": tuple(range(480, 801, 32)),
-        "SOLVER.MAX_ITER": 24_000,
-        "SOLVER.STEPS": (18_000, 22_000),
-        "SOLVER.WARMUP_ITERS": 100,
+        "DATASETS.TRAIN": ("voc_2007_trainval",),
+        "SOLVER.MAX_ITER": 9_000,
+        "SOLVER.STEPS": (6_750, 8_250),
     },
+    "VOC-1pct": C4 | VOC | PREVIEW_VOC | {"DATASETS.LABEL_SHARE": 0.01},
+    "VOC-10pct": C4 | VOC | PREVIEW_VOC | {"DATASETS.LABEL_SHARE": 0.1},
     "COCO-C4-1x": C4 | COCO | ONE,
     "COCO-C4-2x": C4 | COCO | TWO,
+    "COCO-FPN-12k": FPN | COCO | TWELVE,
+    "COCO-FPN-12k-1pct": FPN | COCO | TWELVE | {"DATASETS.LABEL_SHARE": 0.01},
+    "COCO-FPN-12k-10pct": FPN | COCO | TWELVE | {"DATASETS.LABEL_SHARE": 0.1},
     "COCO-FPN-1x": FPN | COCO | ONE,
     "COCO-FPN-2x": FPN | COCO | TWO,
+    "COCO-FPN-12k-4conv1fc": FPN | COCO | TWELVE | NORMED_HEADS,
+    "COCO-FPN-1x-4conv1fc": FPN | COCO | ONE | NORMED_HEADS,
+    "COCO-FPN-2x-4conv1fc": FPN | COCO | TWO | NORMED_HEADS,
+    "COCO-keypoints-2x": FPN
+    | COCO
+    | TWO
+    | {
+        "MODEL.MASK_ON": False,
+        "MODEL.KEYPOINT_ON": True,
+        "MODEL.ROI_HEADS.NUM_CLASSES": 1,
+        "DATASETS.TRAIN": ("keypoints_coco_2017_train",),
+        "DATASETS.TEST": ("keypoints_coco_2017_val",),
+    },
+    "LVIS-FPN-2x": FPN
+    | COCO
+    | TWO
+    | {
+        "MODEL.ROI_HEADS.NUM_CLASSES": 1230,
+        "DATASETS.TRAIN": ("lvis_v0.5_train",),
+        "DATASETS.TEST": ("lvis_v0.5_val",),
+        "TEST.DETECTIONS_PER_IMAGE": 300,
+    },
+    "Cityscapes-instance": FPN
+    | {
+        "MODEL.MASK_ON": True,
+        "MODEL.ROI_HEADS.NUM_CLASSES": 8,
+        "DATASETS.TRAIN": ("cityscapes_fine_instance_seg_train",),
+        "DATASETS.TEST": ("cityscapes_fine_instance_seg_val",),
+        "INPUT.MIN_SIZE_TEST": 1024,
+        "INPUT.MAX_SIZE_TRAIN": 2048,
+        "SOLVER.IMS_PER_BATCH": 8,
+        "SOLVER.BASE_LR": 0.01,
+    },
+    "VOC-semseg": FCN
+    | {
+        "MODEL.SEM_SEG_HEAD.NUM_CLASSES": 21,
+        "DATASETS.TRAIN": ("voc_2012_sem_seg_train_aug",),
+        "DATASETS.TEST": ("voc_2012_sem_seg_val",),
+        "INPUT.CROP.SIZE": [513, 513],
+        "SOLVER.BASE_LR": 0.003,
+        "SOLVER.MAX_ITER": 30_000,
+        "SOLVER.STEPS": (21_000, 27_000),
+    },
+    "Cityscapes-semseg": FCN
+    | {
+        "MODEL.SEM_SEG_HEAD.NUM_CLASSES": 19,
+        "DATASETS.TRAIN": ("cityscapes_fine_sem_seg_train",),
+        "DATASETS.TEST": ("cityscapes_fine_sem_seg_val",),
+        "INPUT.CROP.SIZE": [769, 769],
+        "SOLVER.BASE_LR": 0.01,
+        "SOLVER.MAX_ITER": 90_000,
+        "SOLVER.STEPS": (63_000, 81_000),
+    },
 }
 LAYOUT = {
     "MODEL.WEIGHTS",
@@ -91,7 +194,7 @@ LAYOUT = {
     "MODEL.RESNETS.STRIDE_IN_1X1",
     "PROTOCOL",
 }
-OWN = {"PROTOCOL", "MODEL.ARCHITECTURE_FROM", "DATASETS.CLASSES", "LOG_PERIOD"}
+OWN = set(flatten(default_config())) - set(flatten(get_cfg()))
 
 
 def changed(a, b):
@@ -129,6 +232,21 @@ def test_resolved_config_is_the_published_protocol(name):
             "PascalVOC-Detection/faster_rcnn_R_50_C4.yaml",
             {"SOLVER.MAX_ITER", "SOLVER.STEPS"},
         ),
+        (
+            "COCO-keypoints-2x",
+            "COCO-Keypoints/keypoint_rcnn_R_50_FPN_3x.yaml",
+            {"SOLVER.MAX_ITER", "SOLVER.STEPS", "MODEL.FPN.NORM"},
+        ),
+        (
+            "LVIS-FPN-2x",
+            "LVISv0.5-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml",
+            {"SOLVER.MAX_ITER", "SOLVER.STEPS", "MODEL.FPN.NORM"},
+        ),
+        (
+            "Cityscapes-instance",
+            "Cityscapes/mask_rcnn_R_50_FPN.yaml",
+            {"MODEL.FPN.NORM", "TEST.EVAL_PERIOD"},
+        ),
     ],
 )
 def test_protocol_differs_from_the_model_zoo_only_in_what_the_paper_changes(name, zoo, differing):
@@ -140,7 +258,7 @@ def test_protocol_differs_from_the_model_zoo_only_in_what_the_paper_changes(name
         "SEED",
         "DATALOADER.NUM_WORKERS",
     }
-    extra_norm = set() if "FPN" in name else {"MODEL.ROI_HEADS.NAME"}
+    extra_norm = {"MODEL.ROI_HEADS.NAME"} if "C4" in zoo else set()
     found = changed(get_protocol(name), model_zoo.get_config(zoo))
     assert found - OWN - LAYOUT == paper | extra_norm | differing
 
@@ -157,6 +275,33 @@ def test_siblings_differ_only_in_what_the_layout_of_the_weights_requires(name):
     assert supervised.INPUT.FORMAT == "BGR"
     assert supervised.MODEL.RESNETS.STRIDE_IN_1X1 is True
     assert supervised.MODEL.WEIGHTS == "detectron2://ImageNetPretrained/MSRA/R-50.pkl"
+
+
+@pytest.mark.parametrize("name", sorted(TABLE))
+def test_a_protocol_says_where_it_comes_from(name):
+    source = get_protocol(name).SOURCE
+    assert "arXiv:" in source or "this project's own" in source
+    unconfirmed = {"VOC-DC5", "VOC07", "COCO-keypoints-2x", "LVIS-FPN-2x", "Cityscapes-instance"}
+    if name in unconfirmed | {"Cityscapes-semseg"}:
+        assert "from memory" in source or "not confirmed" in source
+
+
+@pytest.mark.parametrize(
+    ("name", "like", "keys"),
+    [
+        ("COCO-FPN-12k-1pct", "COCO-FPN-12k", {"DATASETS.LABEL_SHARE"}),
+        ("COCO-FPN-12k-10pct", "COCO-FPN-12k", {"DATASETS.LABEL_SHARE"}),
+        ("COCO-FPN-1x-4conv1fc", "COCO-FPN-1x", set(NORMED_HEADS)),
+        ("VOC07", "VOC", {"DATASETS.TRAIN", "SOLVER.MAX_ITER", "SOLVER.STEPS"}),
+    ],
+)
+def test_a_variant_differs_from_its_protocol_in_what_its_name_says(name, like, keys):
+    assert changed(get_protocol(name), get_protocol(like)) == keys | {"PROTOCOL", "SOURCE"}
+
+
+def test_a_name_with_dashes_and_a_start_is_taken_apart():
+    assert split_name("COCO-FPN-1x-4conv1fc-random") == ("COCO-FPN-1x-4conv1fc", "random")
+    assert split_name("COCO-FPN-12k-1pct") == ("COCO-FPN-12k-1pct", "moco")
 
 
 def test_unknown_name_lists_the_names_and_the_nearest():

@@ -11,54 +11,13 @@ import pytest
 import yaml
 
 from moco_det.files import replace_file, replace_text
+from moco_det.groups import group_runs
 from moco_det.published import TABLE, published
 from moco_det.report import build_report
-from moco_det.runs import group_runs, read_run, read_runs, strip_trial
+from moco_det.runs import read_run, read_runs, strip_trial
 from tools.report import main
 
-
-def write_run(path, ap=40.0, seed=0, weights="moco.pkl", config=None, steps=30, **results):
-    """A fine-tuning run directory; `results` replaces entries of results.json."""
-    path.mkdir(parents=True)
-    tree = {"SEED": seed, "OUTPUT_DIR": str(path), "MODEL": {"WEIGHTS": weights}}
-    tree["SOLVER"] = {"MAX_ITER": 20 * steps, **(config or {})}
-    (path / "config.yaml").write_text(yaml.safe_dump(tree))
-    lines = [
-        {"iteration": 20 * i + 19, "total_loss": 3 / (i + 1), "loss_cls": 1 / (i + 1), "lr": 0.02}
-        for i in range(steps)
-    ]
-    (path / "metrics.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    record = {
-        "protocol": "VOC",
-        "init": "moco" if weights else "random",
-        "dataset": "voc_2007_test",
-        "seed": seed,
-        "commit": "abc",
-        "iteration": 20 * steps,
-        "weights": weights,
-        "deviations": [],
-        "bbox": {
-            "AP": ap, "AP50": ap + 20, "AP75": ap - 2, "APs": None, "APl": ap + 5,
-            "per_class": {"cat": ap + 1, "<b>dog|": ap - 1},
-        },
-    }  # fmt: skip
-    (path / "results.json").write_text(json.dumps(record | results))
-    return path
-
-
-def write_pretraining(path, queue=1024, steps=200):
-    path.mkdir(parents=True)
-    (path / "config.yaml").write_text(yaml.safe_dump({"SEED": 0, "MOCO": {"QUEUE_SIZE": queue}}))
-    lines = [{"iteration": i, "loss": 7 - i / 100, "accuracy": i / 400} for i in range(steps)]
-    (path / "metrics.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
-
-
-def two_groups(root):
-    for seed in range(3):
-        write_run(root / f"moco-seed{seed}", 55 + 0.3 * seed, seed)
-        write_run(root / f"random-seed{seed}", 33 + 0.5 * seed, seed, weights="")
-    return sorted(root.iterdir())
+from .report_cases import two_groups, write_pretraining, write_run
 
 
 def labels(paths):

@@ -139,6 +139,35 @@ def test_the_same_seed_gives_the_same_run_and_trials_differ(voc_args, tmp_path):
     assert seeds == [5, 6]
 
 
+def test_one_trial_alone_is_that_trial_of_all(voc_args, tmp_path, capsys):
+    """As a cluster runs them; oracle: the same trial among all trials."""
+    args = ["--config", "VOC-random", *voc_args, *NARROW, *QUICK, "SOLVER.MAX_ITER", "1"]
+    assert main([*args, "--output-dir", str(tmp_path / "all"), "--trials", "2", "SEED", "5"]) == 0
+    assert main([*args, "--output-dir", str(tmp_path / "one"), "--trial", "1", "SEED", "5"]) == 0
+    assert [p.name for p in (tmp_path / "one").iterdir()] == ["trial_1"]
+    assert losses(tmp_path / "one/trial_1") == losses(tmp_path / "all/trial_1")
+    results = json.loads((tmp_path / "one/trial_1/results.json").read_text())
+    assert results["seed"] == 6
+    # Its own config holds its seed: going on with it adds nothing.
+    capsys.readouterr()
+    assert main(["--eval-only", "--output-dir", str(tmp_path / "one"), "--trial", "1"]) == 0
+    assert json.loads((tmp_path / "one/trial_1/results.json").read_text())["seed"] == 6
+
+
+def test_strict_refuses_what_is_otherwise_mended(voc_dir, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(voc_dir, other)
+    file = other / "Annotations/000000.xml"
+    file.write_text(file.read_text().replace("<xmax>50</xmax>", "<xmax>500</xmax>"))
+    args = ["--config", "VOC-random", "--train-data", f"voc:{other}:trainval", "--explain"]
+    assert main(args) == 0
+    assert "1 x box partly outside the image: clipped" in capsys.readouterr().out
+    assert main([*args, "--strict"]) == 1
+    error = capsys.readouterr().err
+    assert "wrong in" in error
+    assert "000000.xml" in error
+
+
 def test_resume_goes_on_where_the_run_stopped(voc_args, tmp_path, capsys):
     """Oracle: iterations, learning rates and momentum of a run that was never interrupted."""
     schedule = [
@@ -181,7 +210,7 @@ def test_two_processes_on_the_cpu_train_and_evaluate(voc_args, tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert "SyncBN -> naiveSyncBN (several processes on CPUs)" in done.stdout
+    assert "SyncBN by this project's own" in done.stdout
     assert done.stdout.count("iter 2/2") == 1
     assert (run / "results.json").is_file()
     assert (run / "log.txt.rank1").is_file()
@@ -212,6 +241,10 @@ def test_two_processes_on_the_cpu_train_and_evaluate(voc_args, tmp_path):
             "MODEL.BACKBONE.FREEZE_AT is 2",
         ),
         (["--config", "VOC-random", "--trials", "0"], "--trials must be at least 1"),
+        (["--config", "VOC-random", "--trials", "2", "--trial", "0"], "give one of the two"),
+        (["--config", "VOC-random", "--trial", "-1"], "--trial counts from 0"),
+        (["--config", "VOC-semseg-random"], "is no data set of pixel labels"),
+        (["--config", "COCO-keypoints-2x-random"], "the training data have no keypoints"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_1(args, message, voc_args, tmp_path, capsys, monkeypatch):

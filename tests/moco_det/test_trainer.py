@@ -1,10 +1,10 @@
-"""The trainer's promises: everything trained, true statistics on every rank, safe checkpoints."""
+"""The trainer's promises: everything trained, safe checkpoints, a full record."""
 
 import json
 
 import pytest
 import torch
-from detectron2.layers import FrozenBatchNorm2d, NaiveSyncBatchNorm
+from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from torch import nn
 
@@ -13,7 +13,6 @@ from moco_det.detector import assert_all_trained, fit_norms
 from moco_det.errors import UserError
 from moco_det.protocols import load_config
 from moco_det.results import write_results
-from moco_det.trainer import PreciseBN
 from tests.conftest import NARROW, QUICK
 
 
@@ -59,7 +58,7 @@ def test_a_frozen_parameter_is_refused_by_name():
         ("VOC", 2, "cpu", "naiveSyncBN", ""),
         ("VOC", 8, "cuda", "naiveSyncBN", ""),
         ("COCO-FPN-1x", 1, "cpu", "BN", "BN"),
-        ("COCO-FPN-1x", 2, "cpu", "naiveSyncBN", "naiveSyncBN"),
+        ("COCO-FPN-1x", 2, "cpu", "SyncBN", "SyncBN"),
         ("COCO-FPN-1x", 8, "cuda", "SyncBN", "SyncBN"),
     ],
 )
@@ -71,39 +70,6 @@ def test_synchronised_norms_are_fitted_to_the_machine_and_said(
     assert (resnet, fpn) == (fitted.MODEL.RESNETS.NORM, fitted.MODEL.FPN.NORM)
     assert (said is None) == (resnet == cfg.MODEL.RESNETS.NORM)
     assert cfg == load_config(protocol, ["MODEL.DEVICE", device])  # the protocol stays as it is
-
-
-def _precise_bn_on_a_rank(rank, out):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{out}/rendezvous", rank=rank, world_size=2
-    )
-    model = nn.Sequential(NaiveSyncBatchNorm(3), nn.Conv2d(3, 2, 1, bias=False), nn.BatchNorm2d(2))
-    nn.init.constant_(model[1].weight, 0.5)
-    generator = torch.Generator().manual_seed(rank)
-    batches = [torch.randn(2 + rank, 3, 4, 4, generator=generator) + rank for _ in range(3)]
-
-    class Owner:
-        pass
-
-    hook = PreciseBN(0, model, batches, 3)
-    hook.trainer = Owner()
-    hook.trainer.model = model
-    hook.update_stats()
-    torch.save((model.state_dict(), batches), f"{out}/{rank}.pth")
-    torch.distributed.destroy_process_group()
-
-
-def test_precise_bn_leaves_the_same_statistics_on_every_rank(tmp_path):
-    """Oracle for a plain BN on ranks of their own: the moments of each rank, averaged."""
-    torch.multiprocessing.spawn(_precise_bn_on_a_rank, (str(tmp_path),), nprocs=2)
-    (first, batches_0), (second, batches_1) = (
-        torch.load(tmp_path / f"{rank}.pth", weights_only=True) for rank in (0, 1)
-    )
-    for name in first:
-        if "running" in name:
-            torch.testing.assert_close(first[name], second[name], rtol=0, atol=0)
-    means = [torch.cat(b).mean(dim=(0, 2, 3)) for b in (batches_0, batches_1)]
-    torch.testing.assert_close(first["0.running_mean"], sum(means) / 2, rtol=1e-4, atol=1e-4)
 
 
 def test_a_checkpoint_is_written_whole_and_read_back_exactly(tmp_path):
@@ -141,6 +107,34 @@ def test_an_interrupted_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last_checkpoint", "model_final.pth"]
 
 
+def test_the_newest_checkpoint_that_can_be_read_is_taken(tmp_path, caplog):
+    model = nn.Linear(3, 2)
+    checkpointer = RunCheckpointer(model, str(tmp_path))
+    assert checkpointer.load_newest() is None
+    for iteration, name in enumerate(["model_0000000", "model_0000001", "model_final"]):
+        nn.init.constant_(model.weight, iteration)
+        checkpointer.save(name, iteration=iteration)
+    assert checkpointer.load_newest() == {"iteration": 2}
+    (tmp_path / "last_checkpoint").write_text("model_0000000.pth")  # what a person may do
+    assert checkpointer.load_newest() == {"iteration": 0}
+    (tmp_path / "last_checkpoint").write_text("model_0000009.pth")
+    (tmp_path / "model_final.pth").write_bytes(b"PK\x03\x04 cut off")
+    assert checkpointer.load_newest() == {"iteration": 1}
+    assert model.weight[0, 0] == 1
+    assert caplog.text.count("passed over") == 2
+    for path in tmp_path.glob("*.pth"):
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="model_0000009"):
+        checkpointer.load_newest()
+
+
+def test_another_detectors_checkpoint_is_refused_not_passed_over(tmp_path):
+    RunCheckpointer(nn.Linear(3, 2), str(tmp_path)).save("model_0000000", iteration=0)
+    RunCheckpointer(nn.Linear(3, 5), str(tmp_path)).save("model_final", iteration=1)
+    with pytest.raises(UserError, match="of another detector"):
+        RunCheckpointer(nn.Linear(3, 2), str(tmp_path)).load_newest()
+
+
 def test_weights_alone_cannot_be_resumed_from(tmp_path):
     model = nn.Linear(3, 2)
     RunCheckpointer(model, str(tmp_path)).save("weights")
@@ -152,9 +146,10 @@ def test_weights_alone_cannot_be_resumed_from(tmp_path):
 def test_results_are_json_with_null_for_what_cannot_be_measured(tmp_path):
     cfg = config("VOC-random", "OUTPUT_DIR", str(tmp_path), "SEED", "7")
     scores = {"bbox": {"AP": 12.5, "APs": float("nan"), "per_class": {"nut": float("nan")}}}
-    write_results(cfg, scores, "voc:DATA:test", iteration=2)
+    write_results(cfg, scores, "voc:DATA:test", iteration=2, explanation=["It is short."])
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["bbox"] == {"AP": 12.5, "APs": None, "per_class": {"nut": None}}
     assert (results["protocol"], results["init"], results["seed"]) == ("VOC", "random", 7)
     assert (results["dataset"], results["iteration"]) == ("voc:DATA:test", 2)
     assert "SOLVER.MAX_ITER 24000 -> 2" in results["deviations"]
+    assert results["explanation"] == ["It is short."]

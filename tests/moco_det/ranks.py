@@ -1,0 +1,41 @@
+"""Run a function on gloo ranks and collect what each returns.
+
+The ranks are forked from a server that has imported the libraries once: importing them anew in
+every rank would take most of a test's time.
+"""
+
+import multiprocessing
+import tempfile
+from pathlib import Path
+
+import torch
+from torch.multiprocessing import start_processes
+
+PRELOADED = ["moco_det.launch", "tests.conftest"]
+
+
+def preload():
+    """Before the server starts: what it imports."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
+
+
+def on_ranks(processes, function, *args):
+    """``[function(rank, *args) of rank 0, of rank 1, ...]``; the function must be importable."""
+    preload()
+    with tempfile.TemporaryDirectory() as folder:
+        start_processes(
+            _as_rank, (processes, folder, function, args), processes, start_method="forkserver"
+        )
+        files = [Path(folder, f"{rank}.pt") for rank in range(processes)]
+        return [torch.load(file, weights_only=True) for file in files]
+
+
+def _as_rank(rank, processes, folder, function, args):
+    from detectron2.utils import comm
+
+    torch.set_num_threads(1)
+    where = f"file://{folder}/rendezvous"
+    torch.distributed.init_process_group("gloo", where, rank=rank, world_size=processes)
+    comm.create_local_process_group(processes)
+    torch.save(function(rank, *args), Path(folder, f"{rank}.pt"))
+    torch.distributed.destroy_process_group()

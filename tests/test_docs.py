@@ -1,0 +1,86 @@
+"""The documentation: what it names exists, and every command line in it is one that works."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import moco_det.protocols
+import pretrain.config
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TOOLS = ("pretrain", "convert", "train_net", "report", "predict", "probe", "doctor", "demo")
+COMMAND = re.compile(r"^(?:\S*python3? )?(?:tools/(\w+)\.py|moco-([a-z-]+)) ?(.*)$")
+
+
+def commands(page):
+    """(tool, words) of every command line of a page: indented or fenced, continued by ``\\``."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    for line in text.splitlines():
+        if not line.startswith("    ") and not line.startswith(("tools/", "moco-")):
+            continue
+        found = COMMAND.match(line.strip().removeprefix("$ "))
+        if found:
+            tool = found.group(1) or found.group(2).replace("-", "_")
+            yield tool, shlex.split(found.group(3), comments=True)
+
+
+EVERY = [
+    pytest.param(tool, words, id=f"{page.stem}-{i}-{tool}")
+    for page in PAGES
+    for i, (tool, words) in enumerate(commands(page))
+]
+
+
+def placeholder(word):
+    return bool(re.fullmatch(r"\[.*|.*\]|\.\.\.|<.*>", word)) or any(
+        name in word for name in ("NAME|FILE", "RECIPE", "CHECKPOINT", "SPEC")
+    )
+
+
+@pytest.mark.parametrize(("tool", "words"), EVERY)
+def test_a_documented_command_line_is_accepted(tool, words):
+    """Flags exist, the recipe or protocol exists, and every KEY VALUE fits it."""
+    assert tool in TOOLS, tool
+    source = (ROOT / "tools" / f"{tool}.py").read_text(encoding="utf-8")
+    for word in words:
+        if word.startswith("--"):
+            assert f'"{word.partition("=")[0]}"' in source, f"{tool} has no {word}"
+    if any(placeholder(word) for word in words) or "--config" not in words:
+        return
+    config = words[words.index("--config") + 1]
+    if config.endswith(".yaml"):
+        return
+    first = next(
+        (i for i, w in enumerate(words) if re.fullmatch(r"[A-Z_]+(\.[A-Z0-9_]+)+|SEED", w)),
+        len(words),
+    )
+    overrides = words[first:]
+    load = pretrain.config.load_config if tool == "pretrain" else moco_det.protocols.load_config
+    load(config, [word for word in overrides if not word.startswith("--")])
+
+
+def test_there_are_commands_to_check():
+    assert len(EVERY) > 20
+
+
+@pytest.mark.parametrize("name", moco_det.protocols.protocol_names())
+def test_every_protocol_is_documented(name):
+    text = (ROOT / "docs" / "protocols.md").read_text(encoding="utf-8")
+    family = re.sub(r"(12k|1x|2x)", "", name)
+    listed = {re.sub(r"(12k|1x|2x)", "", found) for found in re.findall(r"`([A-Za-z0-9-]+)`", text)}
+    assert family in listed or name == "scenes"
+
+
+@pytest.mark.parametrize("name", pretrain.config.recipe_names())
+def test_every_recipe_is_documented(name):
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    assert f"`{name}`" in text or name == "scenes"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_between_pages_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
