@@ -59,7 +59,7 @@ bench-eval: $(STAMP)
 
 # The documentation as pages in build/site; warnings are errors.
 docs: $(STAMP)
-	$(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -73,7 +73,7 @@ setup(
         "safetensors": ["safetensors>=0.4"],
         "shards": ["webdataset>=0.2.86"],  # pre-training from tar files, local or by URL
         "slurm": ["submitit>=1.4"],  # tools/pretrain.py --slurm
-        "fast-eval": ["hotcoco>=1.0"],  # COCO metrics in seconds
+        "fast-eval": ["hotcoco>=1.3"],  # COCO metrics in seconds
         "probe": ["scikit-learn>=1.2"],  # the quick linear probe
         "cityscapes": ["cityscapesscripts", "shapely>=2"],  # Detectron2's reader of its polygons
         "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26", "nbclient", "ipykernel"],

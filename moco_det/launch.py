@@ -10,6 +10,7 @@ from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 
 from .checkpoint import newest_checkpoints
+from .datasets import write_findings
 from .detector import build_detector, load_weights
 from .errors import UserError
 from .files import replace_text
@@ -22,6 +23,7 @@ from .stopping import run_lock
 from .trainer import build_trainer, evaluate
 from .weights import holds_detector, load_detector, read_detector
 
+FINDINGS = "findings.json"  # everything that was wrong in own data, with file and object
 PREFLIGHTS = ("auto", "always", "only", "never")
 
 
@@ -49,6 +51,8 @@ def run(plan: Plan) -> None:
         for note in plan.notes:
             log.info(note)
         cfg = with_registered_data(plan.cfg, plan.eval_only)
+        if writes:
+            write_findings([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST], output_dir / FINDINGS)
         seed_all_rng(plan.cfg.SEED % 2**31)  # the same weights on all ranks
         torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
         model = build_detector(cfg)

@@ -166,6 +166,12 @@ def test_strict_refuses_what_is_otherwise_mended(voc_dir, tmp_path, capsys):
     error = capsys.readouterr().err
     assert "wrong in" in error
     assert "000000.xml" in error
+    run = tmp_path / "run"
+    args = ["--config", "VOC-random", "--train-data", f"voc:{other}:trainval"]
+    assert main([*args, "--output-dir", str(run), *NARROW, *QUICK]) == 0
+    (trained_on,) = json.loads((run / "findings.json").read_text())["datasets"]
+    (finding,) = trained_on["findings"]
+    assert finding["file"].endswith("000000.xml")
 
 
 def test_resume_goes_on_where_the_run_stopped(voc_args, tmp_path, capsys):
