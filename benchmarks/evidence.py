@@ -131,18 +131,6 @@ def cell_folder(output: Path, cell: Cell, seed: int, how: dict[str, Any]) -> Pat
     return output / "cells" / f"{cfg.METHOD if cell.trained else 'random'}-s{seed}-{digest}"
 
 
-def cell_folders(
-    figure: Figure, args: argparse.Namespace, output: Path, how: dict[str, Any]
-) -> dict[tuple[str, int], Path]:
-    """The folder of each label and seed."""
-    seeds = min(args.seeds, args.detection_seeds) if figure.detection else args.seeds
-    return {
-        (cell.label, seed): cell_folder(output, cell, seed, how)
-        for seed in range(seeds)
-        for cell in figure.cells
-    }
-
-
 def cell_job(folder: Path, cell: Cell, seed: int, how: dict[str, Any], write: bool = True) -> Job:
     """The job of one cell, whose specification is written now if it is to be run."""
     spec = {"overrides": dict(cell.overrides), "seed": seed, "trained": cell.trained, **how}
@@ -205,7 +193,7 @@ def parser() -> argparse.ArgumentParser:
     add("--only", nargs="+", choices=names, default=names, metavar="FIGURE", help=", ".join(names))
     add("--seeds", type=int, default=3, metavar="N", help="3")
     add("--budget", type=int, default=STEPS, metavar="STEPS", help=f"of a cell ({STEPS})")
-    add("--detection-seeds", type=int, default=2, metavar="N", help="of these, at most (2)")
+    add("--detection-seeds", type=int, default=2, metavar="N", help="fine-tuned (2)")
     add("--detection-iterations", type=int, default=300, metavar="N", help="300")
     add("--pool", type=int, default=4000, metavar="N", help="images to pre-train on (4000)")
     add("--probe-size", type=int, default=64, metavar="PX", help="images are probed at (64)")
@@ -242,19 +230,22 @@ def evidence(args: argparse.Namespace) -> int:
         "probe_size": args.probe_size,
     }
     everything = figures(args.budget)
-    folders = {figure.name: cell_folders(figure, args, output, how) for figure in everything}
-    wanted = [
-        figure
+    folders = {
+        figure.name: {
+            (cell.label, seed): cell_folder(output, cell, seed, how)
+            for seed in range(args.seeds)
+            for cell in figure.cells
+        }
         for figure in everything
-        if figure.name in args.only and (args.detection or not figure.detection)
-    ]
+    }
+    wanted = [figure for figure in everything if figure.name in args.only]
     only_look = args.plan or args.document_only
     jobs: dict[Path, Job] = {}
     for seed in range(args.seeds):  # a first seed of everything comes before any second one
         for figure in wanted:
             for cell in figure.cells:
-                folder = folders[figure.name].get((cell.label, seed))
-                if folder and folder not in jobs:
+                folder = folders[figure.name][cell.label, seed]
+                if folder not in jobs:
                     jobs[folder] = cell_job(folder, cell, seed, how, write=not only_look)
     if args.plan:
         print(
@@ -265,7 +256,7 @@ def evidence(args: argparse.Namespace) -> int:
     if not args.document_only:
         failures = run_jobs(list(jobs.values()), args.parallel, "cells")
         for figure in wanted:
-            if figure.detection:
+            if figure.detection and args.detection:
                 failures += detect(figure, folders[figure.name], args)
     measured = [
         Measured(figure, measurements(folders[figure.name], args.detection_iterations))
@@ -295,7 +286,11 @@ def detect(
     figure: Figure, folders: dict[tuple[str, int], Path], args: argparse.Namespace
 ) -> list[str]:
     """Fine-tune what has been pre-trained; return the failures."""
-    ready = {key: folder for key, folder in folders.items() if (folder / RESULT).exists()}
+    ready = {
+        (label, seed): folder
+        for (label, seed), folder in folders.items()
+        if seed < args.detection_seeds and (folder / RESULT).exists()
+    }
     jobs = detection_jobs(figure, ready, tuple(args.detection), args.detection_iterations)
     return run_jobs(jobs, args.parallel, "detectors")
 

@@ -41,13 +41,14 @@ def run(folder: Path) -> dict[str, Any]:
     spec = json.loads((folder / SPEC).read_text())
     cfg = config(spec["overrides"], spec["seed"])
     began = time.monotonic()
-    result: dict[str, Any] = {"rss_before": peak_memory()}
+    result: dict[str, Any] = {}
+    before = peak_memory()
     checkpoint = folder / "run" / LAST
     if spec["trained"]:
         cfg.DATA, cfg.OUTPUT_DIR = [spec["pool"]], str(folder / "run")
         train(cfg, resume=True)
         result |= _last_fifth(folder / "run" / "metrics.json")
-        result["rss"] = peak_memory()
+        result["rss"] = peak_memory() - before
     else:
         checkpoint.parent.mkdir(exist_ok=True)
         model = cfg.MODEL

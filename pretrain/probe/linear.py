@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +27,8 @@ from pretrain.progress import clock
 from pretrain.views import ViewRecipe
 
 RATES = (30.0,)
-PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+IN_MEMORY = 2**27  # standardised floats that are kept, and not made anew for each gradient
+PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,7 @@ def logistic_regression(
     *,
     start: nn.Linear | None = None,
     device: torch.device | None = None,
-    max_iter: int = 200,
+    max_iter: int = 100,
     chunk: int = 65536,
 ) -> nn.Linear:
     """Minimise mean cross-entropy + penalty/2 |W|^2 over weights W of standardised features and
@@ -224,11 +225,16 @@ def logistic_regression(
         line_search_fn="strong_wolfe",
     )
 
+    def parts() -> Iterator[tuple[Tensor, Tensor]]:
+        for rows, labels in zip(x.split(chunk), y.split(chunk), strict=True):
+            yield (rows.to(device) - mean) * scale, labels.to(device)
+
+    kept = list(parts()) if x.numel() <= IN_MEMORY else None
+
     def closure() -> Tensor:
         loss = 0.5 * penalty * weight.square().sum()
         gradient, shift = penalty * weight, torch.zeros_like(bias)
-        for rows, labels in zip(x.split(chunk), y.split(chunk), strict=True):
-            inputs, target = (rows.to(device) - mean) * scale, labels.to(device)  # NxC, N
+        for inputs, target in parts() if kept is None else kept:  # NxC, N
             logits = inputs @ weight.T + bias  # NxK
             loss = loss + F.cross_entropy(logits, target, reduction="sum") / len(x)
             error = (logits.softmax(1) - F.one_hot(target, classes)) / len(x)  # NxK

@@ -97,10 +97,9 @@ def test_all_cells_see_as_many_images(steps):
     base = evidence_cell.config({}, seed=0).SOLVER
     assert (base.MAX_ITER, base.BATCH_SIZE, base.WARMUP_ITERS) == (STEPS, BATCH, WARMUP)
     for figure in figures(steps):
-        whole = 3 * steps // 2 if figure.name == "detection" else steps
         for cell in figure.cells:
             solver = evidence_cell.config(dict(cell.overrides), seed=0).SOLVER
-            assert abs(solver.MAX_ITER * solver.BATCH_SIZE - 64 * whole) < solver.BATCH_SIZE
+            assert abs(solver.MAX_ITER * solver.BATCH_SIZE - 64 * steps) < solver.BATCH_SIZE
             assert pytest.approx(base.BASE_LR / 64) == solver.BASE_LR / solver.BATCH_SIZE
             assert solver.WARMUP_ITERS < 0.15 * solver.MAX_ITER + 1
 
@@ -160,6 +159,7 @@ def test_finished_jobs_are_not_repeated_and_failures_are_named_without_stopping_
 def test_a_cell_trains_probes_and_writes_what_the_page_needs(tmp_path):
     data = write_classes(tmp_path / "train", 12)
     tiny = {
+        "MODEL.DEPTH": 18,
         "MODEL.WIDTH": 0.0625,
         "MOCO.QUEUE_SIZE": 16,
         "MOCO.DIM": 8,
@@ -182,7 +182,7 @@ def test_a_cell_trains_probes_and_writes_what_the_page_needs(tmp_path):
             lines = (folder / "run" / "metrics.json").read_text().splitlines()
             last = [json.loads(line)["loss"] for line in lines][8:]
             assert result["loss"] == pytest.approx(sum(last) / 2)
-            assert 100 < result["rss_before"] <= result["rss"] < 20_000  # MB
+            assert 0 <= result["rss"] < 20_000  # MB
 
 
 def test_a_page_is_written_from_what_has_been_run_so_far(tmp_path, capsys):

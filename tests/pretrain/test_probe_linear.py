@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from pretrain.errors import UserError
 from pretrain.loader import build_batches
+from pretrain.probe import linear
 from pretrain.probe.accuracy import accuracy
 from pretrain.probe.backbone import digest
 from pretrain.probe.features import Features
@@ -104,8 +105,9 @@ def test_separable_features_are_classified_without_an_error():
     assert penalty == 0.1  # of equally good ones the strongest
 
 
-@pytest.mark.parametrize("penalty", [1e-1, 1e-3])
-def test_the_logistic_regression_is_scikit_learns(penalty):
+@pytest.mark.parametrize(("penalty", "in_memory"), [(1e-1, 0), (1e-3, 10**9)])
+def test_the_logistic_regression_is_scikit_learns(penalty, in_memory, monkeypatch):
+    monkeypatch.setattr(linear, "IN_MEMORY", in_memory)
     linear_model = pytest.importorskip("sklearn.linear_model")
     generator = torch.Generator().manual_seed(0)
     values, labels = separable(150, 4)
