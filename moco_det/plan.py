@@ -227,10 +227,11 @@ def _check_solver(cfg: CfgNode, world_size: int) -> None:
 
 
 def _check_output_dir(directory: Path, resume: bool) -> None:
-    """Refuse a folder with another run in it; what a failed start leaves (its log) is no run."""
+    """Refuse a folder with another run in it; what a start leaves that trained nothing is none."""
     if resume or not _is_first() or not directory.is_dir():
         return
-    if any(not entry.name.startswith((".", "log.txt")) for entry in directory.iterdir()):
+    left = (".", "log.txt", "findings.json")
+    if any(not entry.name.startswith(left) for entry in directory.iterdir()):
         finished = "a finished run" if (directory / "results.json").is_file() else "files already"
         raise UserError(
             f"{directory} holds {finished}: choose another --output-dir, or go on with --resume."

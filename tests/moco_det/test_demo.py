@@ -26,6 +26,7 @@ def short_demo(folder: Path) -> Demo:
     )
 
 
+@pytest.mark.timeout(900)  # many processes, on a machine that may be busy
 def test_the_demo_walks_the_whole_road_once(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
