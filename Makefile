@@ -44,8 +44,9 @@ soak: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.moco_det.soak
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/moco_det/soak_readers.py tests/pretrain/soak_compile.py
 
+# make evidence DATA=FOLDER [TEST=FOLDER] [EVIDENCE='--detection voc:DIR:trainval voc:DIR:test']
 evidence: $(STAMP)
-	$(BIN)/python benchmarks/evidence.py
+	$(BIN)/python benchmarks/evidence.py --data $(DATA) $(if $(TEST),--test $(TEST)) $(EVIDENCE)
 
 bench-pretrain: $(STAMP)
 	$(BIN)/python benchmarks/views.py
