@@ -1,4 +1,5 @@
-"""What is checked while a data set is read: the annotation's frame, boxes, that images are once.
+"""What is checked while a data set is read (the annotation's frame, boxes) and when it has been
+evaluated, by all ranks together: that every image counts once.
 
 Nothing here knows a file format. A reader asks these functions and notes every mend in a
 :class:`DatasetReport`: mended where the mend is certain, skipped otherwise, named either way.
@@ -15,9 +16,10 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from detectron2.utils import comm
 
 from .errors import UserError
 from .files import replace_text
@@ -25,6 +27,7 @@ from .headers import ImageHeader
 
 logger = logging.getLogger(__name__)
 
+Share = TypeVar("Share")  # what one rank has seen, as an evaluator keeps it
 PREDICTIONS_FILE = "coco_instances_results.json"  # Detectron2's name for COCO's result format
 ROUNDING = 0.01  # pixels: a box that leaves the image by less is rounding, not a mistake
 
@@ -210,6 +213,19 @@ def mend_box(
     if max(abs(a - b) for a, b in zip(inside, box, strict=True)) > ROUNDING:
         report.add("box partly outside the image", file, obj, action="clipped to the image")
     return [float(value) for value in inside]
+
+
+def shares_of_ranks(share: Share, distributed: bool) -> list[Share] | None:
+    """What every rank has gathered for itself, in rank order, on the first rank; None elsewhere.
+
+    Args:
+        distributed: False where each rank evaluates alone: its own share only. If True, all ranks
+            must call.
+    """
+    if not distributed:
+        return [share]
+    shares = comm.gather(share, dst=0)
+    return shares if comm.is_main_process() else None
 
 
 def images_once(

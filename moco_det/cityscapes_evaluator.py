@@ -16,9 +16,8 @@ import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
-from detectron2.utils import comm
 
-from .checks import PREDICTIONS_FILE, images_once, write_json_atomically
+from .checks import PREDICTIONS_FILE, images_once, shares_of_ranks, write_json_atomically
 from .errors import UserError
 from .semantic import read_labels
 
@@ -102,11 +101,9 @@ class CityscapesInstanceEvaluator(DatasetEvaluator):
         Raises:
             UserError: an image was not evaluated, or is not of the data set.
         """
-        shares = [self.found]
-        if self.distributed:
-            shares = comm.gather(self.found, dst=0)
-            if not comm.is_main_process():
-                return {}
+        shares = shares_of_ranks(self.found, self.distributed)
+        if shares is None:
+            return {}
         found = [image for share in shares for image in share]
         expected = [record["image_id"] for record in DatasetCatalog.get(self.dataset_name)]
         chosen = images_once(self.dataset_name, [image for image, _, _ in found], expected)

@@ -15,10 +15,9 @@ from detectron2.data.datasets.builtin_meta import COCO_PERSON_KEYPOINT_NAMES
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import BoxMode
-from detectron2.utils import comm
 from detectron2.utils.logger import create_small_table
 
-from .checks import PREDICTIONS_FILE, images_once, write_json_atomically
+from .checks import PREDICTIONS_FILE, images_once, shares_of_ranks, write_json_atomically
 from .coco_metrics import TASKS, coco_metrics
 from .errors import UserError
 
@@ -110,11 +109,9 @@ class InstanceEvaluator(DatasetEvaluator):
         Raises:
             UserError: an image was not evaluated, or is not of the data set.
         """
-        shares = [self._share]
-        if self._distributed:
-            shares = comm.gather(self._share, dst=0)
-            if not comm.is_main_process():
-                return {}
+        shares = shares_of_ranks(self._share, self._distributed)
+        if shares is None:
+            return {}
         if self._truth is None:
             self._truth = _ground_truth(self._name)
         expected = [image["id"] for image in self._truth["images"]] if img_ids is None else img_ids

@@ -48,24 +48,24 @@ class CocoMetrics:
         precision, recall = self.precision, self.recall
         cuts = (slice(None), slice(0, 1), slice(5, 6))  # all thresholds, 0.50, 0.75
         sizes = range(1, precision.shape[3])
-        values = [_mean(precision[cut, :, :, 0, -1]) for cut in cuts]
-        values += [_mean(precision[:, :, :, size, -1]) for size in sizes]
+        values = [mean_of_defined(precision[cut, :, :, 0, -1]) for cut in cuts]
+        values += [mean_of_defined(precision[:, :, :, size, -1]) for size in sizes]
         if self.task == "keypoints":
-            values += [_mean(recall[cut, :, 0, -1]) for cut in cuts]
+            values += [mean_of_defined(recall[cut, :, 0, -1]) for cut in cuts]
         else:
-            values += [_mean(recall[:, :, 0, limit]) for limit in range(recall.shape[3])]
-        values += [_mean(recall[:, :, size, -1]) for size in sizes]
+            values += [mean_of_defined(recall[:, :, 0, limit]) for limit in range(recall.shape[3])]
+        values += [mean_of_defined(recall[:, :, size, -1]) for size in sizes]
         return np.array(values)
 
     def percentages(self) -> dict[str, float]:
         """AP, AP50, AP75 and AP by size, in percent; NaN where there is nothing to find."""
         names = KEYPOINT_AP_NAMES if self.task == "keypoints" else AP_NAMES
-        return dict(zip(names, map(_percent, self.stats().tolist()), strict=False))
+        return dict(zip(names, map(percent, self.stats().tolist()), strict=False))
 
     def per_category(self) -> list[float]:
         """AP of each category, by ascending id, in percent; NaN for one without objects."""
         precision = self.precision[:, :, :, 0, -1]
-        return [_percent(_mean(precision[:, :, k])) for k in range(precision.shape[2])]
+        return [percent(mean_of_defined(precision[:, :, k])) for k in range(precision.shape[2])]
 
 
 def coco_metrics(
@@ -210,11 +210,12 @@ def _for_task(results: Sequence[Json], task: str, numbers: Mapping[Any, int]) ->
         ) from None
 
 
-def _mean(values: np.ndarray) -> float:
+def mean_of_defined(values: np.ndarray) -> float:
     """The mean of what is defined, -1 if nothing is."""
     defined = values[values > -1]
     return float(np.mean(defined)) if defined.size else -1.0
 
 
-def _percent(value: float) -> float:
+def percent(value: float) -> float:
+    """NaN for -1, which stands for nothing to find."""
     return float(value) * 100 if value >= 0 else float("nan")

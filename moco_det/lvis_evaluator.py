@@ -19,9 +19,9 @@ import numpy as np
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
-from detectron2.utils import comm
 
-from .checks import PREDICTIONS_FILE, images_once, write_json_atomically
+from .checks import PREDICTIONS_FILE, images_once, shares_of_ranks, write_json_atomically
+from .coco_metrics import mean_of_defined, percent
 from .errors import UserError
 
 MAX_DETECTIONS = 300  # an image, over all classes
@@ -80,11 +80,9 @@ class LVISEvaluator(DatasetEvaluator):
         Raises:
             UserError: an image was not evaluated, or is not of the data set.
         """
-        shares = [self.found]
-        if self.distributed:
-            shares = comm.gather(self.found, dst=0)
-            if not comm.is_main_process():
-                return {}
+        shares = shares_of_ranks(self.found, self.distributed)
+        if shares is None:
+            return {}
         from hotcoco import LVIS
 
         truth = LVIS(self.metadata.json_file)
@@ -126,15 +124,9 @@ def lvis_metrics(
         evaluation.run()
         found = evaluation.get_results()
         arrays: Any = evaluation.eval
-    metrics = {name: _percent(found[name]) for name in METRICS}
+    metrics = {name: percent(found[name]) for name in METRICS}
     precision = np.asarray(arrays["precision"])  # (T, R, K, A, 1)
     if precision.shape[2] == len(classes):
         for index, name in enumerate(classes):
-            values = precision[:, :, index, 0]
-            values = values[values > -1]
-            metrics[f"AP-{name}"] = 100 * float(values.mean()) if values.size else float("nan")
+            metrics[f"AP-{name}"] = percent(mean_of_defined(precision[:, :, index, 0]))
     return metrics
-
-
-def _percent(value: float) -> float:
-    return 100 * float(value) if value >= 0 else float("nan")

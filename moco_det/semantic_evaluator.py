@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
-from detectron2.utils import comm
 
-from .checks import images_once
+from .checks import images_once, shares_of_ranks
 from .errors import UserError
 from .semantic import read_labels
 
@@ -71,11 +70,9 @@ class SemanticEvaluator(DatasetEvaluator):
         Raises:
             UserError: an image was not evaluated, or is not of the data set.
         """
-        shares = [self.counted]
-        if self.distributed:
-            shares = comm.gather(self.counted, dst=0)
-            if not comm.is_main_process():
-                return {}
+        shares = shares_of_ranks(self.counted, self.distributed)
+        if shares is None:
+            return {}
         counted = [image for share in shares for image in share]
         total = np.zeros((len(self.classes),) * 2, dtype=np.int64)  # annotated x predicted
         for index in images_once(self.dataset_name, [c[0] for c in counted], self.label_files):

@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
-from detectron2.utils import comm
 
-from .checks import PREDICTIONS_FILE, images_once, write_json_atomically
+from .checks import PREDICTIONS_FILE, images_once, shares_of_ranks, write_json_atomically
 from .errors import UserError
 from .voc_eval import (
     METRICS,
@@ -93,11 +92,9 @@ class VOCEvaluator(DatasetEvaluator):
             np.concatenate(self._scores or [np.zeros(0, np.float32)]),
             np.concatenate(self._labels or [np.zeros(0, np.int64)]),
         )
-        shares = [share]
-        if self._distributed:
-            shares = comm.gather(share, dst=0)
-            if not comm.is_main_process():
-                return {}
+        shares = shares_of_ranks(share, self._distributed)
+        if shares is None:
+            return {}
         if self._truth is None:
             self._truth = _ground_truth(self._name, self._classes)
         ids, truth = self._truth
