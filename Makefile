@@ -11,19 +11,19 @@ SEED ?= 0
 setup: $(STAMP)
 
 # Detectron2 is taken last and by hash into the environment's own folder: see the README,
-# "Installation". torch comes first, because packages that build against it need it there.
+# "Installation". torch comes first, because packages that build against it need it there. The last
+# packages are peers of the tests, taken alone: what they depend on would replace ours.
 $(STAMP): setup.py requirements/constraints.txt requirements/detectron2.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint requirements/constraints.txt setuptools wheel
 	$(BIN)/python -m pip install --quiet --constraint requirements/constraints.txt torch torchvision
 	$(BIN)/python -m pip install --quiet --constraint requirements/constraints.txt \
-	  --no-build-isolation --editable '.[opencv,detectron2-deps,safetensors,shards,slurm,fast-eval,probe,docs,dev]'
+	  --no-build-isolation --editable '.[opencv,detectron2-deps,safetensors,shards,slurm,fast-eval,docs,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes \
 	  --target "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')" \
 	  --upgrade --python-version 3.10 --only-binary=:all: -r requirements/detectron2.txt
 	$(BIN)/python -m pip install --quiet --no-deps --constraint requirements/constraints.txt \
-	  timm lightly lvis cityscapesscripts pyquaternion shapely  # peers of the tests; alone, since
-	  # what they depend on would replace ours
+	  timm lightly lvis cityscapesscripts pyquaternion shapely
 	$(BIN)/python -c 'import moco_det, pretrain'
 	touch $@
 

@@ -74,7 +74,6 @@ setup(
         "shards": ["webdataset>=0.2.86"],  # pre-training from tar files, local or by URL
         "slurm": ["submitit>=1.4"],  # tools/pretrain.py --slurm
         "fast-eval": ["hotcoco>=1.3"],  # COCO metrics in seconds
-        "probe": ["scikit-learn>=1.2"],  # the quick linear probe
         "cityscapes": ["cityscapesscripts", "shapely>=2"],  # Detectron2's reader of its polygons
         "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26", "nbclient", "ipykernel"],
         "dev": [
@@ -84,6 +83,7 @@ setup(
             "pytest-cov",
             "hypothesis",
             "scipy",
+            "scikit-learn",
             "ruff",
             "mypy",
             "build",

@@ -31,7 +31,7 @@ if __name__ == "__main__":  # run as a file: import from the checkout, not from 
 from benchmarks.evidence_cell import RESULT, SPEC, config
 from benchmarks.evidence_document import Measured, write_document
 from benchmarks.evidence_figures import STEPS, Cell, Figure, figures
-from pretrain.errors import UserError
+from pretrain.errors import UserError, run_tool
 from pretrain.files import replace_text
 from pretrain.probe.images import LabelledImages, open_train_and_test, stratified_split
 from pretrain.progress import clock
@@ -208,14 +208,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what is missing, then write the document from all that is there."""
     args = parser().parse_args(argv)
-    try:
-        return evidence(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped: the same command goes on from here", file=sys.stderr)
-        return 130
+    return run_tool(lambda: evidence(args), "stopped: the same command goes on from here")
 
 
 def evidence(args: argparse.Namespace) -> int:

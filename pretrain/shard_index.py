@@ -16,6 +16,7 @@ from typing import IO, Any
 import numpy as np
 
 from pretrain.errors import UserError
+from pretrain.files import replace_file
 from pretrain.sources import EXTENSIONS
 
 LOST = "the shard is damaged or cut off here, and what followed in it is lost"
@@ -160,16 +161,9 @@ def _progress(items: Sequence[str]) -> Iterator[str]:
 def _write_to_one_of(paths: Sequence[Path], write: Callable[[IO[bytes]], object]) -> Path:
     """Writes the file at the first path that lets itself be written, whole or not at all."""
     for path in paths:
-        temporary = path.with_name(f"{path.name}.{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            return path
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
+            return replace_file(path, write)
+        except (OSError, UserError) as error:  # a full disk is a UserError
             reason = error
     raise UserError(f"the index of the shards cannot be written to {paths[-1]}: {reason}")

@@ -11,7 +11,7 @@ import pretrain.config
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-TOOLS = ("pretrain", "convert", "train_net", "report", "predict", "probe", "doctor", "demo")
+TOOLS = {path.stem for path in (ROOT / "tools").glob("[a-z]*.py")}
 COMMAND = re.compile(r"^(?:\S*python3? )?(?:tools/(\w+)\.py|moco-([a-z-]+)) ?(.*)$")
 
 

@@ -9,7 +9,7 @@ if __name__ == "__main__":  # run as a file: import from the checkout, not from 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from moco_det.convert import convert
-from moco_det.errors import UserError
+from moco_det.errors import UserError, run_tool
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,38 +41,35 @@ def parser() -> argparse.ArgumentParser:
     return arguments
 
 
-def main(argv: Sequence[str] | None = None) -> int | None:
-    arguments = parser().parse_args(argv)
+def work(arguments: argparse.Namespace) -> None:
     checkpoint, to = arguments.checkpoint, arguments.to
     suffix = ".pkl" if to == "detectron2" else "_torchvision.pth"
     output = arguments.output or checkpoint.with_name(checkpoint.stem + suffix)
-    try:
-        if output.resolve() == checkpoint.resolve():
-            raise UserError(f"{output} is the checkpoint itself: name another file with -o.")
-        converted = convert(
-            checkpoint,
-            to,
-            output=output,
-            source=arguments.source,
-            prefix=arguments.prefix,
-            encoder=arguments.encoder,
-            drop=arguments.drop,
-            stride_in_1x1=arguments.stride_in_1x1,
-            pixel_mean=arguments.pixel_mean,
-            pixel_std=arguments.pixel_std,
-            pixel_format=arguments.format,
-            proof=not arguments.no_proof,
-        )
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        if details := getattr(error, "details", ""):
-            print(details, file=sys.stderr)
-        return 1
+    if output.resolve() == checkpoint.resolve():
+        raise UserError(f"{output} is the checkpoint itself: name another file with -o.")
+    converted = convert(
+        checkpoint,
+        to,
+        output=output,
+        source=arguments.source,
+        prefix=arguments.prefix,
+        encoder=arguments.encoder,
+        drop=arguments.drop,
+        stride_in_1x1=arguments.stride_in_1x1,
+        pixel_mean=arguments.pixel_mean,
+        pixel_std=arguments.pixel_std,
+        pixel_format=arguments.format,
+        proof=not arguments.no_proof,
+    )
     if arguments.verbose:
         print(converted.report.table())
     print(converted.report)
     print(f"written       {output}")
-    return None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    return run_tool(lambda: work(arguments), also=(OSError,))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ if __name__ == "__main__":  # run as a file: import from the checkout, not from 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from moco_det.demo import Demo
-from moco_det.errors import UserError
+from moco_det.errors import run_tool
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,15 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of data, weights and order")
     args = parser.parse_args(argv)
     output_dir = args.output_dir if args.seed == 0 else Path(f"{args.output_dir}-seed{args.seed}")
-    try:
-        Demo(output_dir, tools=Path(__file__).resolve().parent, seed=args.seed).run()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped: the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
+    demo = Demo(output_dir, tools=Path(__file__).resolve().parent, seed=args.seed)
+    return run_tool(demo.run, "stopped: the same command goes on from here")
 
 
 if __name__ == "__main__":

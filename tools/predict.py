@@ -10,7 +10,7 @@ if __name__ == "__main__":  # run as a file: import from the checkout, not from 
 
 from tqdm import tqdm
 
-from moco_det.errors import UserError
+from moco_det.errors import run_tool
 from moco_det.predict import (
     build_predictor,
     count_pictures,
@@ -39,6 +39,29 @@ def parser() -> argparse.ArgumentParser:
     return arguments
 
 
+def work(arguments: argparse.Namespace) -> int:
+    failures = objects = pictures = 0
+    images = find_images(arguments.images)
+    if arguments.run is not None:
+        detector = predictor_of_run(arguments.run, arguments.threshold)
+    else:
+        config = load_config(arguments.config)
+        detector = build_predictor(config, arguments.weights, arguments.threshold)
+    total, found = count_pictures(images), predict(detector, images, arguments.output_dir)
+    for _, count, problem in tqdm(found, total=total, unit="image"):
+        objects += count or 0
+        pictures += count is not None
+        if problem is not None:
+            failures += 1
+            tqdm.write(f"error: {problem}", file=sys.stderr)
+    frames = "images and frames" if any(map(is_video, (file for file, _ in images))) else "images"
+    print(
+        f"{objects} objects in {pictures} {frames}: pictures and predictions.json are in "
+        f"{arguments.output_dir}" + (f"; {failures} files unreadable" if failures else "")
+    )
+    return 1 if failures else 0
+
+
 def main(argv: Sequence[str] | None = None) -> int | None:
     parsing = parser()
     arguments = parsing.parse_args(argv)
@@ -46,31 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if by_run == (arguments.config is not None) or by_run == (arguments.weights is not None):
         parsing.error("give either --run RUN_DIR, or --config and --weights")
     silence_detectron2()
-    failures = objects = pictures = 0
-    try:
-        images = find_images(arguments.images)
-        if by_run:
-            detector = predictor_of_run(arguments.run, arguments.threshold)
-        else:
-            config = load_config(arguments.config)
-            detector = build_predictor(config, arguments.weights, arguments.threshold)
-        total, found = count_pictures(images), predict(detector, images, arguments.output_dir)
-        done = tqdm(found, total=total, unit="image")
-        for _, count, problem in done:
-            objects += count or 0
-            pictures += count is not None
-            if problem is not None:
-                failures += 1
-                tqdm.write(f"error: {problem}", file=sys.stderr)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    frames = "images and frames" if any(map(is_video, (file for file, _ in images))) else "images"
-    print(
-        f"{objects} objects in {pictures} {frames}: pictures and predictions.json are in "
-        f"{arguments.output_dir}" + (f"; {failures} files unreadable" if failures else "")
-    )
-    return 1 if failures else None
+    return run_tool(lambda: work(arguments), also=(OSError,)) or None
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ if __name__ == "__main__":  # run as a file: import from the checkout, not from 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from pretrain.config import load_config
-from pretrain.errors import UserError
+from pretrain.errors import run_tool
+from pretrain.machine import cpu_count
 from pretrain.probe.linear import RATES, LinearProtocol
 from pretrain.probe.run import Settings, probe, summary, write
 
@@ -50,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     add("--features", type=Path, metavar="DIR", help="where features are stored (by the report)")
     add("--no-cache", action="store_true", help="store no features")
     add("--batch-size", type=int, default=256, help="images at once, and of --linear (256)")
-    add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="decoding images")
+    add("--workers", type=int, default=min(8, cpu_count()), help="decoding images")
     add("--seed", type=int, default=0, help="of holdout, random weights and classifiers")
     add("-o", "--output", type=Path, metavar="FILE", help="report (CHECKPOINT_probe.json)")
     add("overrides", nargs="*", metavar="KEY VALUE", help="of --config")
@@ -67,18 +68,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     checkpoint = Path(args["checkpoint"])
     output = output or checkpoint.with_name(f"{checkpoint.stem}_probe.json")
     cache = None if no_cache else features or output.with_name(f"{output.stem}_features")
-    try:
+
+    def work() -> None:
         cfg = load_config(config, overrides) if config else None
         settings = Settings(**args, cache=cache, linear=protocol if linear else None)
         result = probe(settings, cfg)
         write(result, output)
         print(f"{summary(result)}\n\nwritten to {output}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+
+    return run_tool(work)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 if __name__ == "__main__":  # run as a file: import from the checkout, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from moco_det.errors import UserError
+from moco_det.errors import run_tool
 from moco_det.report import build_report
 from moco_det.runs import read_runs
 
@@ -38,18 +38,17 @@ def parser() -> argparse.ArgumentParser:
     return arguments
 
 
-def main(argv: Sequence[str] | None = None) -> int | None:
-    arguments = parser().parse_args(argv)
-    try:
-        report = build_report(read_runs(arguments.runs))
-        report.analyse(arguments.output_dir, arguments.pictures)
-        page = report.write(arguments.output_dir)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+def work(arguments: argparse.Namespace) -> None:
+    report = build_report(read_runs(arguments.runs))
+    report.analyse(arguments.output_dir, arguments.pictures)
+    page = report.write(arguments.output_dir)
     print(report.summary())
     print(f"written: {page} (one page with everything), report.md, report.json")
-    return None
+
+
+def main(argv: Sequence[str] | None = None) -> int | None:
+    arguments = parser().parse_args(argv)
+    return run_tool(lambda: work(arguments), also=(OSError,)) or None
 
 
 if __name__ == "__main__":
