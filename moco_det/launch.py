@@ -106,9 +106,9 @@ def _fits(cfg: CfgNode, model: torch.nn.Module, training_set: TrainingSet) -> bo
 def _evaluate_only(plan: Plan, cfg: CfgNode, model: torch.nn.Module) -> None:
     """Evaluate the weights that the user names, else the run's newest, else the config's."""
     path = cfg.MODEL.WEIGHTS
-    last = Path(cfg.OUTPUT_DIR, "last_checkpoint")
-    if last.is_file() and "MODEL.WEIGHTS" not in plan.explicit:
-        path = str(last.parent / last.read_text().strip())
+    newest = newest_checkpoints(cfg.OUTPUT_DIR)
+    if newest and "MODEL.WEIGHTS" not in plan.explicit:
+        path = str(newest[0])
     if not path or not holds_detector(path):
         raise UserError(
             f"nothing to evaluate: there is no checkpoint in {cfg.OUTPUT_DIR}, and MODEL.WEIGHTS "

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from detectron2.config import CfgNode
 
+from .accumulation import precision
 from .data_plan import settle_data, with_registered_data
 from .errors import UserError
 from .heads import BASIC_BLOCKS
@@ -142,12 +143,6 @@ def _settle_device(cfg: CfgNode, explicit: Sequence[str], world_size: int) -> li
     local = int(os.environ["LOCAL_WORLD_SIZE"]) if under_torchrun() else world_size
     if gpus and local > gpus:
         raise UserError(f"--num-gpus {local}, but this machine has {gpus}.")
-    half = cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.PRECISION == "float16"
-    if half and cfg.MODEL.DEVICE == "cpu":
-        raise UserError(
-            "SOLVER.AMP.ENABLED in float16 needs a GPU: on a CPU leave it out, or set "
-            "SOLVER.AMP.PRECISION bfloat16."
-        )
     processes = "one process" if world_size == 1 else f"{world_size} processes"
     return [f"device     {cfg.MODEL.DEVICE}, {processes}"]
 
@@ -222,6 +217,7 @@ def _settle_weights(cfg: CfgNode, explicit: Sequence[str]) -> list[str]:
 def _check_solver(cfg: CfgNode, world_size: int) -> None:
     solver = cfg.SOLVER
     share(cfg, world_size)
+    precision(cfg)
     if solver.MAX_ITER < 1:
         raise UserError(f"SOLVER.MAX_ITER must be at least 1, not {solver.MAX_ITER}.")
 

@@ -17,6 +17,7 @@ from PIL import Image
 from pycocotools import mask as mask_codec
 from torch import nn
 
+from moco_det.checkpoint import newest_checkpoints
 from moco_det.detector import build_detector
 from moco_det.errors import UserError
 from moco_det.files import replace_text
@@ -120,9 +121,8 @@ def predictor_of_run(run: str | Path, threshold: float = 0.5) -> Detector:
         UserError: one of the files is missing or unreadable.
     """
     config, weights = Path(run) / "config.yaml", Path(run) / "model_final.pth"
-    pointer = Path(run) / "last_checkpoint"
-    if not weights.is_file() and pointer.is_file():
-        weights = Path(run) / Path(pointer.read_text(encoding="utf-8").strip()).name
+    if not weights.is_file():
+        weights = next(iter(newest_checkpoints(run)), weights)
     for file in (config, weights):
         if not file.is_file():
             raise UserError(
