@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from statistics import fmean
+
+
+def patience(queue_size: int, batch_size: int) -> int:
+    """Steps before a run is judged: the queue has been filled twice, and at least 200."""
+    return max(200, 2 * math.ceil(queue_size / batch_size))
 
 
 class Monitor:

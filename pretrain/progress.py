@@ -106,7 +106,13 @@ class Progress:
         self.writer.close()
 
 
-def _record(line: str) -> dict | None:
+def read_records(path: Path) -> list[dict[str, float]]:
+    """The lines of a metrics.json, but for the half one of a killed process."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [record for line in lines if (record := _record(line)) is not None]
+
+
+def _record(line: str) -> dict[str, float] | None:
     """A line of metrics.json; None for the half line of a killed process."""
     try:
         record = json.loads(line)

@@ -3,17 +3,16 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import cv2
 import numpy as np
 from fvcore.common.config import CfgNode
 
+from pretrain.cells import enlarged, fitted, png, sheet
 from pretrain.decoding import decode
 from pretrain.files import replace_file
 from pretrain.loader import build_batches
 from pretrain.sources import Source, open_source
 from pretrain.views import ViewRecipe, build_recipes
 
-_GAP = 4  # pixels between the cells
 _SIDE = 160  # what smaller views are enlarged to, by whole factors
 
 
@@ -47,41 +46,24 @@ def views_picture(
     )
     index = batch.index.tolist()
     if source.streamed:
-        positions = np.arange(n)
-        images = source.order(positions, n, seed).tolist()
-        encoded = dict(zip(images, next(source.stream(iter([positions]), n, seed)), strict=True))
+        encoded = first_images(source, n, seed)
     else:
         encoded = {image: source.read(image) for image in index}
     side = max(recipe.crop_size for recipe in recipes)
     side *= -(-_SIDE // side)
-    columns = [[_photograph(encoded[image], side) for image in index]]
+    columns = [[fitted(_decoded(encoded[image]), side) for image in index]]
     for views in batch.to("cpu"):
-        columns.append([_view(v, side) for v in views.permute(0, 2, 3, 1).numpy()])
-    rows = [np.concatenate(row, axis=1) for row in zip(*columns, strict=True)]
-    picture = np.concatenate(rows)[:-_GAP, :-_GAP]
-    _, png = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
-    return png.tobytes()
+        columns.append([enlarged(v, side) for v in views.permute(0, 2, 3, 1).numpy()])
+    return png(sheet(list(zip(*columns, strict=True))))
 
 
-def _photograph(data: bytes | str, side: int) -> np.ndarray:
-    """The photograph within a cell."""
+def first_images(source: Source, n: int, seed: int) -> dict[int, bytes | str]:
+    """The first n samples of a stream: encoded bytes (or why there are none) by image."""
+    positions = np.arange(n)
+    images = source.order(positions, n, seed).tolist()
+    return dict(zip(images, next(source.stream(iter([positions]), n, seed)), strict=True))
+
+
+def _decoded(data: bytes | str) -> np.ndarray:
     assert isinstance(data, bytes)  # its views have been made
-    image = decode(data)
-    height, width, _ = image.shape
-    scale = side / max(height, width)
-    shape = max(1, round(width * scale)), max(1, round(height * scale))
-    return _cell(cv2.resize(image, shape, interpolation=cv2.INTER_AREA), side)
-
-
-def _view(view: np.ndarray, side: int) -> np.ndarray:
-    factor = max(1, side // len(view))
-    return _cell(view.repeat(factor, axis=0).repeat(factor, axis=1), side)
-
-
-def _cell(image: np.ndarray, side: int) -> np.ndarray:
-    """On white, in the centre, with the gap to the right and below."""
-    cell = np.full((side + _GAP, side + _GAP, 3), 255, np.uint8)
-    height, width, _ = image.shape
-    top, left = (side - height) // 2, (side - width) // 2
-    cell[top : top + height, left : left + width] = image
-    return cell
+    return decode(data)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import signal
 import time
 from collections.abc import Generator
@@ -20,7 +19,7 @@ from pretrain.loader import Batch, build_batches
 from pretrain.lock import RunLock
 from pretrain.methods import build_method
 from pretrain.methods.base import Method
-from pretrain.monitor import Monitor
+from pretrain.monitor import Monitor, patience
 from pretrain.optimizers import build_optimizer
 from pretrain.probe import build_online_knn
 from pretrain.profiling import Profiler
@@ -97,8 +96,8 @@ def train(cfg: CfgNode, resume: bool = False, quiet: bool = False, profile: int 
             for note in notes:
                 progress.warn(note)
             if method.chance_loss is not None:
-                patience = max(200, 2 * math.ceil(cfg.MOCO.QUEUE_SIZE / cfg.SOLVER.BATCH_SIZE))
-                monitor = Monitor(method.chance_loss, patience=patience)
+                wait = patience(cfg.MOCO.QUEUE_SIZE, cfg.SOLVER.BATCH_SIZE)
+                monitor = Monitor(method.chance_loss, patience=wait)
 
         method.train()
         say = progress.say if progress else print

@@ -1,0 +1,49 @@
+"""Pictures put together from cells: photographs, views, filters on one white sheet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+
+GAP = 4  # pixels to the right of a cell and below it
+
+
+def cell(image: np.ndarray, side: int) -> np.ndarray:
+    """uint8 (h, w, 3), h and w at most ``side``, in the centre of a white square of ``side`` with
+    the gap to the right and below: (side + GAP, side + GAP, 3)."""
+    sheet = np.full((side + GAP, side + GAP, 3), 255, np.uint8)
+    height, width, _ = image.shape
+    top, left = (side - height) // 2, (side - width) // 2
+    sheet[top : top + height, left : left + width] = image
+    return sheet
+
+
+def fitted(image: np.ndarray, side: int) -> np.ndarray:
+    """A photograph, uint8 (H, W, 3), its longer side ``side`` pixels, in its cell."""
+    height, width, _ = image.shape
+    scale = side / max(height, width)
+    shape = max(1, round(width * scale)), max(1, round(height * scale))
+    return cell(cv2.resize(image, shape, interpolation=cv2.INTER_AREA), side)
+
+
+def enlarged(image: np.ndarray, side: int) -> np.ndarray:
+    """A small picture in its cell, enlarged by the largest whole factor that fits: its pixels are
+    seen as they are."""
+    factor = max(1, side // len(image))
+    return cell(image.repeat(factor, axis=0).repeat(factor, axis=1), side)
+
+
+def sheet(rows: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
+    """Cells of one size, row by row, as one picture; shorter rows end in white."""
+    columns = max(map(len, rows))
+    blank = np.full_like(rows[0][0], 255)
+    lines = [np.concatenate([*row, *[blank] * (columns - len(row))], axis=1) for row in rows]
+    return np.concatenate(lines)[:-GAP, :-GAP]
+
+
+def png(picture: np.ndarray) -> bytes:
+    """uint8 (H, W, 3) RGB -> an encoded PNG."""
+    _, data = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+    return data.tobytes()
