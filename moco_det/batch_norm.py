@@ -59,7 +59,8 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         shift = -mean * scale
         if self.affine:
             scale, shift = scale * self.weight, shift * self.weight + self.bias
-        return (x * scale[:, None, None] + shift[:, None, None]).to(input.dtype)
+        y: Tensor = x * scale[:, None, None] + shift[:, None, None]
+        return y.to(input.dtype)
 
     @torch.no_grad()
     def _track(self, mean: Tensor, var: Tensor, total: Tensor) -> None:
@@ -133,8 +134,8 @@ def say_norms(model: nn.Module, *, per_pass: int, passes: int, world_size: int) 
     if seen < 2:
         said.append(
             "BN that sees one image costs accuracy: fit more images into a pass, use several "
-            "processes with a synchronised norm, or NORM GN, which needs no batch (from random "
-            "weights, or from weights that were pre-trained with it)"
+            "processes with a synchronised norm, or take the protocol's -GN sibling, whose group "
+            "norm needs no batch (weights that were pre-trained with BN do not fit it)"
         )
     return said
 

@@ -1,6 +1,8 @@
 """The detector of a protocol: built for this machine, filled from a file, nothing in it frozen."""
 
 import logging
+from collections import Counter
+from collections.abc import Collection
 
 from detectron2.config import CfgNode
 from detectron2.layers import FrozenBatchNorm2d
@@ -15,7 +17,6 @@ from .weights import (
     load_detector,
     read_backbone,
     read_detector,
-    summarise,
 )
 
 log = logging.getLogger(__name__)
@@ -69,11 +70,23 @@ def fit_norms(cfg: CfgNode, world_size: int) -> tuple[CfgNode, str | None]:
 
 
 def build_detector(cfg: CfgNode) -> nn.Module:
-    """The protocol's model, on ``MODEL.DEVICE``, with random weights."""
+    """The protocol's model, on ``MODEL.DEVICE``, with random weights.
+
+    Raises:
+        UserError: group norm over channels that do not part into its 32 groups.
+    """
     fitted, said = fit_norms(cfg, comm.get_world_size())
     if said:
         log.info("norms      %s", said)
-    return build_model(fitted)
+    try:
+        return build_model(fitted)
+    except ValueError as error:
+        if "divisible by num_groups" not in str(error):
+            raise
+        raise UserError(
+            f"{cfg.PROTOCOL or 'this config'} has group norm, whose 32 groups do not part the "
+            "channels of so narrow a network: take one of twice the width or more, or batch norm."
+        ) from error
 
 
 def load_weights(model: nn.Module, path: str) -> None:
@@ -90,3 +103,13 @@ def load_weights(model: nn.Module, path: str) -> None:
     count = len(model.state_dict()) - len(new)
     log.info("loaded     %s: all %d backbone tensors", path, count)
     log.info("new        %s", summarise(new))
+
+
+def summarise(names: Collection[str]) -> str:
+    """``"backbone.fpn_lateral (24), roi_heads.res5.norm (5)"``: tensors counted by module."""
+
+    def group(name: str) -> str:
+        parts = name.split(".")
+        return ".".join(parts[:3] if parts[1] == "res5" else (parts[0], parts[1].rstrip("2345")))
+
+    return ", ".join(f"{module} ({count})" for module, count in Counter(map(group, names)).items())

@@ -103,11 +103,17 @@ MEANINGS = (
             "MODEL.ROI_BOX_HEAD.NORM",
             "MODEL.ROI_MASK_HEAD.NORM",
             "MODEL.SEM_SEG_HEAD.NORM",
-            "TEST.PRECISE_BN.*",
         ),
         "Which layers are normalised, over which images.",
         "Another normalisation: self-supervised weights depend on BN being tuned, synchronised "
         "and recomputed before evaluation.",
+    ),
+    Meaning(
+        ("TEST.PRECISE_BN.*",),
+        "Over how many training images BN's statistics are taken anew before an evaluation: "
+        "NUM_ITER batches. With another batch NUM_ITER follows, so that the images stay as many.",
+        "Other images under BN's statistics: of fewer the statistics are noisier, and AP with "
+        "them; without any they lag behind the weights.",
     ),
     Meaning(
         ("MODEL.BACKBONE.FREEZE_AT",),
@@ -153,7 +159,7 @@ MEANINGS = (
 )
 STARTS = {
     "moco": "self-supervised weights, from a converted file",
-    "supervised": "weights trained on ImageNet's labels (MSRA's ResNet-50)",
+    "supervised": "weights trained on ImageNet's labels (Detectron's ResNet-50)",
     "random": "random weights, in the same network",
 }
 BATCH = "SOLVER.IMS_PER_BATCH"
@@ -195,8 +201,9 @@ def explanation(cfg: CfgNode) -> list[str]:
 
 
 def _follow_the_batch(cfg: CfgNode) -> set[str]:
-    """The keys of the schedule, where it is the protocol's scaled with the batch (or untouched)."""
-    solver, reference = cfg.SOLVER, get_protocol(cfg.PROTOCOL).SOLVER
+    """The keys of schedule and PreciseBN, where they are the protocol's scaled with the batch."""
+    protocol = get_protocol(cfg.PROTOCOL)
+    solver, reference = cfg.SOLVER, protocol.SOLVER
     ratio = solver.IMS_PER_BATCH / reference.IMS_PER_BATCH
 
     def scaled(new: float, old: float) -> bool:
@@ -209,7 +216,11 @@ def _follow_the_batch(cfg: CfgNode) -> set[str]:
             map(scaled, (solver.MAX_ITER, *solver.STEPS), (reference.MAX_ITER, *reference.STEPS))
         )
     )
-    return {f"SOLVER.{key}" for key in ("BASE_LR", "MAX_ITER", "STEPS", "WARMUP_ITERS") if fits}
+    keys = {f"SOLVER.{key}" for key in ("BASE_LR", "MAX_ITER", "STEPS", "WARMUP_ITERS") if fits}
+    images = cfg.TEST.PRECISE_BN.NUM_ITER * solver.IMS_PER_BATCH
+    missing = protocol.TEST.PRECISE_BN.NUM_ITER * reference.IMS_PER_BATCH - images
+    whole = 0 <= -missing < solver.IMS_PER_BATCH  # batches, rounded up
+    return keys | ({"TEST.PRECISE_BN.NUM_ITER"} if whole else set())
 
 
 def end_sentence(text: str) -> str:

@@ -14,10 +14,10 @@ from .data_plan import settle_data, with_registered_data
 from .errors import UserError
 from .heads import BASIC_BLOCKS
 from .meanings import explanation
-from .protocols import deviations, load_config, split_name, stated_keys
+from .protocols import GROUP_NORM, deviations, load_config, split_name, stated_keys
 from .sampling import share
 from .scaling import scale_schedule
-from .weights import apply_settings, holds_detector, read_backbone
+from .weights import apply_settings, check_norm, holds_detector, read_backbone
 
 __all__ = ["Options", "Plan", "prepare", "trials", "under_torchrun", "with_registered_data"]
 
@@ -205,6 +205,8 @@ def _settle_weights(cfg: CfgNode, explicit: Sequence[str]) -> list[str]:
     if not source or holds_detector(source):
         return []
     weights = read_backbone(source)
+    if path:
+        check_norm(cfg.MODEL.RESNETS.NORM == GROUP_NORM, weights)
     taken = apply_settings(cfg, weights, explicit)
     said = [f"weights    {source}" + (": its architecture, not its values" if like else "")]
     if "MODEL.PIXEL_MEAN" not in weights.settings:

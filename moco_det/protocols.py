@@ -2,7 +2,8 @@
 
 ``VOC``, ``COCO-C4-1x``, ... stand in ``configs/detection``; each has the siblings ``NAME-moco``
 (the same as ``NAME``), ``NAME-supervised`` and ``NAME-random``, which differ from it in nothing
-but what the layout of the weights requires.
+but what the layout of the weights requires. ``NAME-GN`` and its siblings have group norm wherever
+``NAME`` has batch norm.
 """
 
 import difflib
@@ -16,6 +17,7 @@ from detectron2.config import CfgNode, get_cfg
 from .errors import UserError
 
 INITIALISATIONS = ("moco", "supervised", "random")
+GROUP_NORM = "GN"  # the suffix of a protocol, and Detectron2's name of the norm
 
 # Keys that say how and where a run is done, not what is measured.
 HOUSEKEEPING = frozenset(
@@ -106,17 +108,13 @@ def protocol_names() -> list[str]:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """``"VOC-random"`` -> ``("VOC", "random")``; without a suffix the weights are ``"moco"``."""
+    """``"VOC-GN-random"`` -> ``("VOC-GN", "random")``; else the weights are ``"moco"``."""
     base, _, suffix = name.rpartition("-")
     return (base, suffix) if base and suffix in INITIALISATIONS else (name, "moco")
 
 
 def get_protocol(name: str) -> CfgNode:
-    """The config of a protocol or of one of its siblings.
-
-    Raises:
-        UserError: no protocol of that name; the message lists the names and the nearest.
-    """
+    """The config of a protocol or of one of its siblings (``UserError``: there is none)."""
     cfg = default_config()
     _merge(cfg, _read_protocol(name), where=f"protocol {name}")
     return cfg
@@ -228,17 +226,33 @@ def _show(value: Any) -> str:
 
 def _read_protocol(name: str) -> dict[str, Any]:
     base, weights = split_name(name)
-    if base not in protocol_names():
-        nearest = difflib.get_close_matches(base, protocol_names(), n=1, cutoff=0.0)
+    plain = base.removesuffix(f"-{GROUP_NORM}")
+    if plain not in protocol_names():
+        nearest = difflib.get_close_matches(plain, protocol_names(), n=1, cutoff=0.0)
         raise UserError(
             f"no protocol is called {name!r}; did you mean {nearest[0] if nearest else '?'}? There "
-            f"are {', '.join(protocol_names())}, each also with -moco, -supervised or -random, or "
-            "give a .yaml file."
+            f"are {', '.join(protocol_names())}, each also with -GN, and with -moco, -supervised "
+            "or -random, or give a .yaml file."
         )
-    config = _read_yaml(configs_dir() / f"{base}.yaml")
-    _update(config, _read_yaml(configs_dir() / f"_weights-{weights}.yaml"))
+    config = _read_yaml(configs_dir() / f"{plain}.yaml")
+    if plain != base:
+        _to_group_norm(config, plain)
+    layout = f"{weights}-GN" if plain != base and weights == "supervised" else weights
+    _update(config, _read_yaml(configs_dir() / f"_weights-{layout}.yaml"))
     config["PROTOCOL"] = base if weights == "moco" else name
     return config
+
+
+def _to_group_norm(config: dict[str, Any], plain: str) -> None:
+    """Group norm (Wu and He 2018) where the protocol has batch norm, and only there, in place."""
+    for section in config["MODEL"].values():
+        if isinstance(section, dict) and section.get("NORM"):
+            section["NORM"] = GROUP_NORM
+    config["TEST"]["PRECISE_BN"]["ENABLED"] = False  # there are no statistics to take anew
+    config["SOURCE"] = (
+        f"a variant of this project's own, published nowhere: {plain} with group norm (Wu and He "
+        "2018, arXiv:1803.08494) in the place of batch norm, for fewer than two images a process"
+    )
 
 
 def _read_yaml(path: Path, inside: tuple[Path, ...] = ()) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """One schedule for any batch: what changes when the protocol's batch does not fit."""
 
+import math
 from collections.abc import Collection
 
 from detectron2.config import CfgNode
@@ -25,6 +26,8 @@ def scale_schedule(
     * else where ``SOLVER.IMS_PER_BATCH`` differs from the reference's: everything scales with the
       batch, except the keys that the user has set and the period of the checkpoints.
 
+    PreciseBN sees as many images as in the reference, in more or fewer batches.
+
     A ``MAX_ITER`` that the user has set moves ``STEPS`` along, at the same fractions, and keeps the
     warm-up within a tenth of it.
 
@@ -38,11 +41,13 @@ def scale_schedule(
         The scaled config (a copy), and one ``KEY OLD -> NEW`` for each key that was scaled here.
 
     Raises:
-        UserError: a batch that is no multiple of ``SOLVER.REFERENCE_WORLD_SIZE``.
+        UserError: an empty batch, or one that is no multiple of ``SOLVER.REFERENCE_WORLD_SIZE``.
     """
     scaled = cfg.clone()
     scaled.defrost()
     solver = scaled.SOLVER
+    if solver.IMS_PER_BATCH < 1:
+        raise UserError(f"SOLVER.IMS_PER_BATCH must be at least 1, not {solver.IMS_PER_BATCH}.")
     if solver.REFERENCE_WORLD_SIZE > 0:
         if solver.IMS_PER_BATCH % solver.REFERENCE_WORLD_SIZE:
             raise UserError(
@@ -68,4 +73,8 @@ def scale_schedule(
         if "SOLVER.WARMUP_ITERS" not in explicit:
             longest = round(solver.MAX_ITER * MAX_WARMUP_FRACTION)
             solver.WARMUP_ITERS = min(solver.WARMUP_ITERS, longest)
+    precise = scaled.TEST.PRECISE_BN
+    if "TEST.PRECISE_BN.NUM_ITER" not in explicit:
+        images = reference.TEST.PRECISE_BN.NUM_ITER * reference.SOLVER.IMS_PER_BATCH
+        precise.NUM_ITER = math.ceil(images / solver.IMS_PER_BATCH)
     return scaled, differences(cfg, scaled)

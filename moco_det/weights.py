@@ -60,6 +60,7 @@ class BackboneWeights(NamedTuple):
     tensors: dict[str, Tensor]
     settings: dict[str, Any]
     source: str
+    group_norm: bool = False  # whether it was trained with group norm instead of batch norm
 
 
 def local_file(path: str) -> Path:
@@ -88,6 +89,8 @@ def read_backbone(path: str) -> BackboneWeights:
     weights = load_detectron2_weights(local_file(path))
     tensors = dict(weights.tensors)
     caffe2 = any(_CAFFE2.match(name) for name in tensors)
+    # Caffe2's batch norms have no statistics either: they are folded into the affine.
+    group_norm = not any(n.endswith("_bn_s" if caffe2 else "running_mean") for n in tensors)
     if caffe2:
         tensors = dict(zip(convert_basic_c2_names(list(tensors)), tensors.values(), strict=True))
         # Left out by Detectron2 as well: the norm after this convolution takes a bias away again.
@@ -96,6 +99,7 @@ def read_backbone(path: str) -> BackboneWeights:
     if caffe2:
         settings |= _CAFFE2_SETTINGS
         settings |= _CAFFE2_RESNEXT if settings["MODEL.RESNETS.NUM_GROUPS"] > 1 else {}
+        settings |= {"MODEL.RESNETS.STRIDE_IN_1X1": False} if group_norm else {}
     metadata = weights.metadata or {}
     for key in ("depth", "num_groups", "width_per_group", "stem_out_channels", "res2_out_channels"):
         found = settings[f"MODEL.RESNETS.{key.upper()}"]
@@ -106,7 +110,7 @@ def read_backbone(path: str) -> BackboneWeights:
     for key, config_key in _METADATA_KEYS.items():
         if key in metadata:
             settings[config_key] = metadata[key]
-    return BackboneWeights(tensors, settings, str(path))
+    return BackboneWeights(tensors, settings, str(path), group_norm)
 
 
 def apply_settings(cfg: CfgNode, weights: BackboneWeights, explicit: Collection[str]) -> list[str]:
@@ -132,6 +136,26 @@ def apply_settings(cfg: CfgNode, weights: BackboneWeights, explicit: Collection[
     return taken
 
 
+def check_norm(group_norm: bool, weights: BackboneWeights) -> None:
+    """Refuse weights whose norm is not the model's (``group_norm``, else batch norm).
+
+    Raises:
+        UserError: what would be lost, and which protocol fits.
+    """
+    if group_norm and not weights.group_norm:
+        raise UserError(
+            f"{weights.source} was pre-trained with batch norm, and this model has group norm: the "
+            "statistics that its weights rely on would be lost. Use the protocol without -GN, or "
+            "start from weights pre-trained with group norm (-GN-supervised) or from none "
+            "(-GN-random)."
+        )
+    if weights.group_norm and not group_norm:
+        raise UserError(
+            f"{weights.source} was pre-trained with group norm and has no statistics for this "
+            "model's batch norm: use the protocol's -GN sibling."
+        )
+
+
 def load_backbone(model: nn.Module, weights: BackboneWeights) -> list[str]:
     """Copy a backbone file into a detector; every backbone and res5 tensor must come from it.
 
@@ -149,6 +173,7 @@ def load_backbone(model: nn.Module, weights: BackboneWeights) -> list[str]:
     wanted = {m.group(1): name for name in state if (m := _BACKBONE.match(name))}
     if not wanted:
         raise UserError(f"the model has no ResNet to load {weights.source} into: it has no res2...")
+    check_norm(not any(short.endswith("running_mean") for short in wanted), weights)
     folded = not any(name.endswith("running_mean") for name in weights.tensors)
     problems = []
     for short, name in wanted.items():
@@ -231,16 +256,6 @@ def load_detector(model: nn.Module, tensors: Mapping[str, Any], source: str) -> 
         for name, value in state.items():
             if name in tensors:
                 value.copy_(tensors[name])
-
-
-def summarise(names: Collection[str]) -> str:
-    """``"backbone.fpn_lateral (24), roi_heads.res5.norm (5)"``: tensors counted by module."""
-
-    def group(name: str) -> str:
-        parts = name.split(".")
-        return ".".join(parts[:3] if parts[1] == "res5" else (parts[0], parts[1].rstrip("2345")))
-
-    return ", ".join(f"{module} ({count})" for module, count in Counter(map(group, names)).items())
 
 
 def _architecture(tensors: Mapping[str, Tensor], path: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import pytest
 
 from moco_det.errors import UserError
+from moco_det.meanings import explanation, meaning
 from moco_det.protocols import flatten, load_config
 from moco_det.scaling import scale_schedule
 
@@ -39,7 +40,36 @@ def test_length_is_inverse_and_learning_rate_proportional_to_the_batch(batch):
         "SOLVER.MAX_ITER",
         "SOLVER.STEPS",
         "SOLVER.WARMUP_ITERS",
+        "TEST.PRECISE_BN.NUM_ITER",
     }
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 4, 6, 7, 16, 48, 5000])
+def test_precise_bn_sees_as_many_images_whatever_the_batch(batch):
+    """The protocol's 200 batches of 16, in whole batches, said together with the batch."""
+    cfg, lines = scaled("SOLVER.IMS_PER_BATCH", str(batch))
+    images = cfg.TEST.PRECISE_BN.NUM_ITER * batch
+    assert 3_200 <= images < 3_200 + batch
+    assert any(line.startswith("TEST.PRECISE_BN.NUM_ITER 200 -> ") for line in lines) == (
+        batch != 16
+    )
+    told = [line for line in explanation(cfg)[2:] if "PRECISE_BN" in line]
+    assert all(line.endswith(meaning("SOLVER.IMS_PER_BATCH").changed) for line in told)
+
+
+def test_precise_bn_keeps_what_the_user_sets_and_that_is_a_deviation():
+    own = ("SOLVER.IMS_PER_BATCH", "4", "TEST.PRECISE_BN.NUM_ITER", "50")
+    cfg, lines = scaled(*own)
+    assert cfg.TEST.PRECISE_BN.NUM_ITER == 50
+    assert not any("PRECISE_BN" in line for line in lines)
+    (told,) = [line for line in explanation(cfg)[2:] if "PRECISE_BN" in line]
+    assert told.startswith("TEST.PRECISE_BN.NUM_ITER 200 -> 50: Other images under BN's")
+
+
+@pytest.mark.parametrize("batch", ["0", "-4"])
+def test_an_empty_batch_is_refused(batch):
+    with pytest.raises(UserError, match=f"IMS_PER_BATCH must be at least 1, not {batch}"):
+        scaled("SOLVER.IMS_PER_BATCH", batch)
 
 
 def test_what_the_user_sets_is_not_scaled():
@@ -71,6 +101,7 @@ def test_reference_world_size_is_detectron2s_own_rule():
     """Two images a process, as on the reference's eight: two processes train on four."""
     cfg, _ = scaled("SOLVER.REFERENCE_WORLD_SIZE", "8", workers=2)
     assert solver(cfg) == (4, 0.005, 96_000, (72_000, 88_000), 400)
+    assert cfg.TEST.PRECISE_BN.NUM_ITER == 800
     with pytest.raises(UserError, match="16 cannot be shared by SOLVER.REFERENCE_WORLD_SIZE 3"):
         scaled("SOLVER.REFERENCE_WORLD_SIZE", "3", workers=2)
 
@@ -80,5 +111,5 @@ def test_nothing_but_the_schedule_is_touched():
     before, after = flatten(load_config("VOC")), flatten(cfg)
     assert {k for k in before if before[k] != after[k]} == {
         *("SOLVER.IMS_PER_BATCH", "SOLVER.BASE_LR", "SOLVER.MAX_ITER"),
-        *("SOLVER.STEPS", "SOLVER.WARMUP_ITERS"),
+        *("SOLVER.STEPS", "SOLVER.WARMUP_ITERS", "TEST.PRECISE_BN.NUM_ITER"),
     }

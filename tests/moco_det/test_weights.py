@@ -7,7 +7,7 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
-from moco_det.detector import load_weights
+from moco_det.detector import load_weights, summarise
 from moco_det.errors import UserError
 from moco_det.protocols import load_config
 from moco_det.weights import (
@@ -18,7 +18,6 @@ from moco_det.weights import (
     load_detector,
     read_backbone,
     read_detector,
-    summarise,
 )
 from tests.conftest import NARROW, QUICK, narrow_backbone
 

@@ -150,32 +150,37 @@ class _Python2(pickle._Pickler):
     dispatch[str] = dispatch[bytes] = save_text
 
 
-@pytest.fixture
-def caffe2_file(tmp_path):
-    """MSRA's R-50.pkl, narrow: blobs by Caffe2's names, norms folded, a bias, a classifier."""
+def write_caffe2(path, arrays, norm="bn"):
+    """Detectron's R-50.pkl (or R-50-GN.pkl): blobs by Caffe2's names, BN folded, a bias, a
+    classifier."""
     parts = {"conv1": "branch2a", "conv2": "branch2b", "conv3": "branch2c", "shortcut": "branch1"}
     blobs = {
-        "conv1_b": np.full(4, 7, np.float32),
+        "conv1_b": np.full(len(arrays["stem.conv1.weight"]), 7, np.float32),
         "fc1000_w": np.ones((9, 128), np.float32),
         "fc1000_b": np.ones(9, np.float32),
         "res2_0_branch2a_w_momentum": np.ones(3, np.float32),
     }
-    for name, array in narrow_backbone().items():
+    for name, array in arrays.items():
         *module, leaf = name.split(".")
         if leaf.startswith("running_"):
             continue
-        norm = "norm" in module
+        normed = "norm" in module
         if module[0] == "stem":
-            blob = "res_conv1_bn" if norm else "conv1"
+            blob = ("res_conv1_bn" if norm == "bn" else "conv1_gn") if normed else "conv1"
         else:
-            blob = f"{module[0]}_{module[1]}_{parts[module[2]]}" + "_bn" * norm
-        suffix = {"weight": "s" if norm else "w", "bias": "b"}[leaf]
+            blob = f"{module[0]}_{module[1]}_{parts[module[2]]}" + f"_{norm}" * normed
+        suffix = {"weight": "s" if normed else "w", "bias": "b"}[leaf]
         blobs[f"{blob}_{suffix}"] = array
-    path = tmp_path / "R-50.pkl"
     with path.open("wb") as file:
         _Python2(file, protocol=2).dump(blobs)
     path.write_bytes(path.read_bytes().replace(b"numpy._core", b"numpy.core"))
     return path
+
+
+@pytest.fixture
+def caffe2_file(tmp_path):
+    """MSRA's R-50.pkl, narrow."""
+    return write_caffe2(tmp_path / "R-50.pkl", narrow_backbone())
 
 
 @pytest.mark.parametrize("protocol", ["VOC-supervised", "COCO-FPN-1x-supervised"])
