@@ -11,7 +11,8 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "pretrain" / "version.py").read_text())
-TOOLS = ("pretrain", "convert", "train_net", "report", "predict", "probe", "doctor", "demo")
+TOOLS = ("pretrain", "inspect_run", "probe", "convert", "train_net", "report", "predict")
+TOOLS += ("doctor", "demo")
 
 setup(
     name="moco-det",
@@ -91,7 +92,9 @@ setup(
     },
     entry_points={
         "console_scripts": [
-            f"moco-{name.replace('_', '-')} = moco_tools.{name}:main" for name in TOOLS
+            # inspect_run.py is moco-inspect: a file inspect.py would hide Python's own.
+            f"moco-{name.removesuffix('_run').replace('_', '-')} = moco_tools.{name}:main"
+            for name in TOOLS
         ]
     },
     classifiers=[

@@ -24,6 +24,7 @@ def commands(page):
         found = COMMAND.match(line.strip().removeprefix("$ "))
         if found:
             tool = found.group(1) or found.group(2).replace("-", "_")
+            tool = f"{tool}_run" if f"{tool}_run" in TOOLS else tool  # moco-inspect
             yield tool, shlex.split(found.group(3), comments=True)
 
 

@@ -79,7 +79,7 @@ def test_every_command_line_is_a_console_script(installed):
     (metadata,) = installed.glob("*.dist-info")
     scripts = (metadata / "entry_points.txt").read_text()
     for tool in (ROOT / "tools").glob("[a-z]*.py"):
-        name = tool.stem.replace("_", "-")
+        name = tool.stem.removesuffix("_run").replace("_", "-")
         assert f"moco-{name} = moco_tools.{tool.stem}:main" in scripts
 
 

@@ -1,0 +1,139 @@
+"""The record of a run as curves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from pretrain.files import replace_file
+from pretrain.inspection.geometry import Geometry
+from pretrain.monitor import Monitor
+
+Records = Sequence[Mapping[str, float]]
+
+# Title and factor of what a run records, in the order in which it is drawn.
+PANELS: dict[str, tuple[str, float]] = {
+    "loss": ("loss", 1),
+    "accuracy": ("contrastive accuracy (%)", 100),
+    "spread": ("spread of the embeddings", 1),
+    "knn_top1": ("kNN accuracy (%)", 1),
+    "queue_fill": ("queue filled (%)", 100),
+    "lr": ("learning rate", 1),
+    "images_per_second": ("images a second", 1),
+}
+# Okabe and Ito's palette, which colour-blind readers tell apart.
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
+
+
+def draw_curves(
+    runs: Mapping[str, Records],
+    *,
+    chance_loss: float | None = None,
+    keys: Sequence[str] = tuple(PANELS),
+    columns: int = 3,
+) -> Figure | None:
+    """Curves against iterations, one panel a key of which there is something to see.
+
+    Values are drawn as they were logged: each is a mean over the steps since the line before.
+
+    Args:
+        runs: records by name; several share the panels, and the figure then says which is which.
+        chance_loss: of an encoder that knows nothing, drawn as a dashed line; None for none.
+        keys: of `PANELS`.
+
+    Returns:
+        The figure, or None where no run has recorded anything.
+    """
+    shown = [key for key in keys if any(_series(records, key)[0] for records in runs.values())]
+    if not shown:
+        return None
+    columns = min(columns, len(shown))
+    rows = math.ceil(len(shown) / columns)
+    figure = Figure(figsize=(3.4 * columns, 2.5 * rows + 0.3), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis, key in zip(axes, shown, strict=False):
+        title, factor = PANELS[key]
+        for i, (name, records) in enumerate(runs.items()):
+            steps, values = _series(records, key)
+            marker = "o" if len(steps) < 12 else ""
+            colour = COLOURS[i % len(COLOURS)]
+            scaled = [factor * v for v in values]
+            axis.plot(steps, scaled, marker, ls="-", ms=3, lw=1.4, color=colour, label=name)
+        if key == "loss" and chance_loss is not None:
+            _chance_line(axis, chance_loss)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("iteration", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes[len(shown) :]:
+        axis.set_axis_off()
+    if len(runs) > 1:
+        lines, names = axes[0].get_legend_handles_labels()
+        figure.legend(lines, names, loc="outside upper center", ncols=4, frameon=False, fontsize=9)
+    return figure
+
+
+def draw_spectra(geometries: Mapping[str, Geometry]) -> Figure:
+    """Singular values of each set of vectors over their largest one, against their rank."""
+    figure = Figure(figsize=(5, 3.2), layout="constrained")
+    axis = figure.subplots()
+    for (name, geometry), colour in zip(geometries.items(), COLOURS, strict=False):
+        values = [max(s, 1e-6) for s in geometry.spectrum]
+        label = f"{name}: effective rank {geometry.effective_rank:.0f} of {geometry.full_rank}"
+        axis.plot(range(1, len(values) + 1), values, color=colour, lw=1.4, label=label)
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_xlabel("singular value", fontsize=8)
+    axis.set_ylabel("over the largest", fontsize=8)
+    axis.tick_params(labelsize=8)
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """As PNG or SVG, by the suffix; whole or not at all."""
+    kind = path.suffix.removeprefix(".")
+    options = {"metadata": {"Date": None}} if kind == "svg" else {"dpi": 110}
+    return replace_file(path, lambda file: figure.savefig(file, format=kind, **options))
+
+
+def last_words(records: Records, chance_loss: float | None, patience: int) -> list[str]:
+    """What the run's own monitor says of its end: a collapse, a plateau or a leak, if any."""
+    needed = ("loss", "accuracy", "spread")
+    complete = [r for r in records if all(key in r for key in needed)]
+    if chance_loss is None or not complete or complete[-1]["iteration"] < patience:
+        return []
+    monitor = Monitor(chance_loss, patience=0)
+    said = [monitor.observe(int(r["iteration"]), *(r[k] for k in needed)) for r in complete[-3:]]
+    return [text for text in said if text]
+
+
+def _series(records: Records, key: str) -> tuple[list[float], list[float]]:
+    points = [
+        (record["iteration"], record[key])
+        for record in records
+        if isinstance(record.get(key), int | float) and math.isfinite(record[key])
+    ]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _chance_line(axis: Axes, level: float) -> None:
+    axis.axhline(level, color="0.3", lw=1, ls="--")
+    axis.annotate(
+        f"chance {level:.2f}",
+        (1, level),
+        xycoords=("axes fraction", "data"),
+        xytext=(-2, 2),
+        textcoords="offset points",
+        ha="right",
+        va="bottom",
+        fontsize=8,
+        color="0.3",
+    )

@@ -1,0 +1,303 @@
+"""Everything that there is to see of a run, drawn into one folder and said in a few lines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from pretrain import distributed
+from pretrain.cells import png
+from pretrain.errors import UserError
+from pretrain.files import replace_file, replace_text
+from pretrain.inspection.curves import draw_curves, draw_spectra, last_words, save_figure
+from pretrain.inspection.dictionary import dictionary_of, judge_prototypes, prototype_use
+from pretrain.inspection.filters import GROWN, draw_filters, growth, measure_filters
+from pretrain.inspection.geometry import Geometry, judge, measure
+from pretrain.inspection.neighbours import (
+    class_names,
+    draw_neighbours,
+    features_of,
+    nearest_neighbours,
+    sample_images,
+)
+from pretrain.inspection.page import render_page
+from pretrain.inspection.run import InspectedRun, open_run
+from pretrain.methods.base import Method
+from pretrain.monitor import patience
+from pretrain.probe.backbone import backbone_of, build_backbone
+from pretrain.probe.features import Features, Say
+from pretrain.show_views import views_picture
+from pretrain.sources import Source, open_source
+from pretrain.views import build_recipes
+
+VIEWS = 6  # images in the picture of views
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to look at.
+
+    Attributes:
+        run: a run directory, or one of its checkpoints.
+        output: folder for everything written; None for ``inspection`` in the run's.
+        data: specs of the images; empty for the run's own.
+        no_images: leave out what needs images.
+        images: how many to look at, drawn at random.
+        queries, k: how many of them to show with their nearest k.
+        crop_size: pixels; None for that of the run.
+        seed: of the draw.
+    """
+
+    run: str
+    output: Path | None = None
+    data: tuple[str, ...] = ()
+    no_images: bool = False
+    images: int = 1000
+    queries: int = 8
+    k: int = 8
+    crop_size: int | None = None
+    workers: int = 1
+    seed: int = 0
+
+
+@dataclass
+class _Report:
+    """What has been found so far."""
+
+    folder: Path
+    lines: dict[str, str] = field(default_factory=dict)
+    findings: list[str] = field(default_factory=list)
+    numbers: dict[str, Any] = field(default_factory=dict)
+    pictures: dict[str, str] = field(default_factory=dict)  # caption -> file name
+    geometries: dict[str, Geometry] = field(default_factory=dict)
+
+    def draw(self, caption: str, name: str, picture: Figure | bytes) -> None:
+        path = self.folder / name
+        if isinstance(picture, bytes):
+            replace_file(path, lambda file: file.write(picture))
+        else:
+            save_figure(picture, path)
+        self.pictures[caption] = name
+
+    def add_geometry(self, name: str, geometry: Geometry) -> None:
+        self.geometries[name] = geometry
+        self.lines[name] = geometry.line()
+
+
+def inspect_run(settings: Settings, say: Say = print) -> dict[str, Any]:
+    """Look at a run and write what is seen: pictures, ``summary.txt``, ``summary.json`` and
+    ``index.html``, one page that holds all of it.
+
+    Returns:
+        what ``summary.json`` holds, ``text``, what ``summary.txt`` does, and the ``folder``.
+
+    Raises:
+        UserError: there is no run, it cannot be read, or its images are not where they were.
+    """
+    for word, value, least in (
+        ("--images", settings.images, 2),
+        ("--queries", settings.queries, 1),
+        ("-k", settings.k, 1),
+    ):
+        if value < least:
+            raise UserError(f"{word} is {value}: it must be at least {least}.")
+    run = open_run(settings.run)
+    source = None if settings.no_images else _open_images(run, settings)
+    folder = settings.output or run.folder / "inspection"
+    folder.mkdir(parents=True, exist_ok=True)
+    report = _Report(folder)
+    method = run.build()
+    _curves(run, method, report)
+    if run.state is not None:
+        _filters(run.state["state_dict"], report)
+        _dictionary(run, report)
+    if source is not None:
+        report.draw(
+            "The first images of the run, and the views that the network sees of them",
+            "views.png",
+            views_picture(
+                source, build_recipes(run.cfg), min(VIEWS, len(source)), seed=run.cfg.SEED
+            ),
+        )
+        if run.state is not None:
+            _images(run, method, source, settings, report, say)
+    if report.geometries:
+        report.draw(
+            "Singular values: the longer they stay high, the more directions are in use",
+            "spectrum.png",
+            draw_spectra(report.geometries),
+        )
+    return _write(run, report)
+
+
+def _open_images(run: InspectedRun, settings: Settings) -> Source:
+    if settings.data:
+        return open_source(settings.data)
+    try:
+        return open_source(list(run.cfg.DATA))
+    except UserError as error:
+        raise UserError(
+            f"the run's images are not where they were ({error}): say where they are now with "
+            f"--data, or leave them out with --no-images."
+        ) from None
+
+
+def _curves(run: InspectedRun, method: Method, report: _Report) -> None:
+    figure = draw_curves({run.cfg.METHOD: run.records}, chance_loss=method.chance_loss)
+    if figure is None:
+        return
+    report.draw("Curves, as the run logged them", "curves.png", figure)
+    last = run.records[-1]
+    report.numbers["last_record"] = last
+    report.numbers["chance_loss"] = method.chance_loss
+    parts = [f"iteration {last['iteration']}"]
+    for key, text in (
+        ("loss", "loss {:.3f}"),
+        ("accuracy", "accuracy {:.1%}"),
+        ("spread", "spread {:.2f}"),
+        ("lr", "lr {:.4g}"),
+        ("images_per_second", "{:.0f} images/s"),
+    ):
+        if key in last:
+            parts.append(text.format(last[key]))
+        if key == "loss" and method.chance_loss is not None:
+            parts[-1] += f" (chance {method.chance_loss:.3f})"
+    known = [record["knn_top1"] for record in run.records if "knn_top1" in record]
+    if known:
+        parts.append(f"kNN {known[-1]:.1f} % (best {max(known):.1f} %)")
+    report.lines["curves"] = ", ".join(parts)
+    wait = patience(run.cfg.MOCO.QUEUE_SIZE, run.cfg.SOLVER.BATCH_SIZE)
+    report.findings += last_words(run.records, method.chance_loss, wait)
+
+
+def _filters(state: Mapping[str, Tensor], report: _Report) -> None:
+    banks = {
+        name: state[f"{name}.conv1.weight"]
+        for name in ("encoder_q", "encoder_k", "target")
+        if f"{name}.conv1.weight" in state
+    }
+    measured = {name: measure_filters(bank) for name, bank in banks.items()}
+    for name, filters in measured.items():
+        report.lines[f"filters, {name}"] = filters.line()
+    report.numbers["filters"] = {name: filters.as_dict() for name, filters in measured.items()}
+    report.findings += measured["encoder_q"].findings()
+    name, factor = growth(state)
+    report.lines["weights"] = f"{name} has grown most, to {factor:.2f} times its first norm"
+    report.numbers["largest_growth"] = {"layer": name, "factor": factor}
+    if factor > GROWN and name != "conv1.weight":
+        report.findings.append(
+            f"{name} has grown to {factor:.0f} times the norm that it started with: BN hides it "
+            f"from the loss; lower SOLVER.BASE_LR or raise SOLVER.WARMUP_ITERS."
+        )
+    blocks = ", then ".join(banks)
+    report.draw(f"First convolution: {blocks}", "filters.png", png(draw_filters(banks)))
+
+
+def _dictionary(run: InspectedRun, report: _Report) -> None:
+    found = dictionary_of(run)
+    report.numbers["dictionary"] = found.as_dict() if found else None
+    if found is None:
+        return
+    report.lines[found.kind] = found.line()
+    if found.geometry:
+        report.add_geometry("keys", found.geometry)
+    report.findings += found.findings()
+
+
+def _images(
+    run: InspectedRun,
+    method: Method,
+    source: Source,
+    settings: Settings,
+    report: _Report,
+    say: Say,
+) -> None:
+    assert run.state is not None
+    sample = sample_images(source, settings.images, settings.seed)
+    device = distributed.device()
+    backbone = build_backbone(backbone_of(run.state["state_dict"], "encoder_q.")).to(device)
+    features = features_of(
+        backbone.to(memory_format=torch.channels_last),
+        sample,
+        settings.crop_size or run.cfg.INPUT.CROP_SIZE,
+        cache=report.folder / "features",
+        threads=settings.workers,
+        say=say,
+    )
+    if len(features) < 2:
+        raise UserError(f"{len(features)} image is too few to look at: name more with --data.")
+    report.findings += [f"left out: {line}" for line in features.skipped]
+    _sample_geometry(method, features, report)
+    chosen = torch.randperm(len(features), generator=torch.Generator().manual_seed(settings.seed))
+    queries = chosen[: settings.queries].sort().values
+    found = nearest_neighbours(features, queries, settings.k)
+    names = class_names(sample)
+    report.numbers["neighbours"] = {
+        "queries": [sample.name(i) for i in found.queries.tolist()],
+        "found": [[sample.name(i) for i in row] for row in found.found.tolist()],
+        "cosine": [[round(c, 4) for c in row] for row in found.cosine.tolist()],
+    }
+    report.draw(
+        f"Queries (left) and what the features take to be like them, of {len(features)} images",
+        "neighbours.png",
+        draw_neighbours(sample, found, names),
+    )
+    if names:
+        every = nearest_neighbours(features, torch.arange(len(features)), settings.k)
+        share, classes = every.same_class(names), [names[i] for i in features.labels.tolist()]
+        chance = sum((classes.count(c) / len(classes)) ** 2 for c in set(classes))
+        report.numbers["neighbours"] |= {"same_class": share, "same_class_by_chance": chance}
+        report.lines["neighbours"] = (
+            f"{share:.1%} of the nearest {settings.k} of {len(features)} images lie in the same "
+            f"class folder ({chance:.1%} by chance)"
+        )
+
+
+@torch.no_grad()
+def _sample_geometry(method: Method, features: Features, report: _Report) -> None:
+    """Of the backbone's features and of what the head makes of them."""
+    encoder = method.encoder_q
+    head = encoder.get_submodule("fc").cpu()
+    projections = torch.cat([head(part.float()) for part in features.values.split(4096)])
+    report.add_geometry("features", measure(features.values))
+    report.add_geometry("projections", measure(projections))
+    if report.numbers["dictionary"] is None:  # the keys have spoken already, if there are any
+        report.findings.append(judge(report.geometries["projections"], "projections")[1])
+    prototypes = method.state_dict().get("prototypes.weight")
+    if prototypes is not None:
+        use = prototype_use(projections, prototypes)
+        report.numbers["prototypes"] = use
+        report.findings.append(judge_prototypes(use, len(features)))
+
+
+def _write(run: InspectedRun, report: _Report) -> dict[str, Any]:
+    title = f"{run.path or run.folder}: {run.cfg.METHOD}, ResNet-{run.cfg.MODEL.DEPTH} width "
+    title += f"{run.cfg.MODEL.WIDTH:g}, iteration {run.step}"
+    findings = [*run.notes, *report.findings]
+    content = {
+        "run": str(run.folder),
+        "checkpoint": str(run.path) if run.path else None,
+        "method": run.cfg.METHOD,
+        "step": run.step,
+        "version": run.state["version"] if run.state else None,
+        **report.numbers,
+        "geometry": {name: g.as_dict() for name, g in report.geometries.items()},
+        "findings": findings,
+        "pictures": report.pictures,
+    }
+    width = max(map(len, report.lines), default=0)
+    lines = [title, "", *(f"{name:<{width}}  {text}" for name, text in report.lines.items())]
+    text = "\n".join([*lines, "", *(f"- {finding}" for finding in findings)]) + "\n"
+    folder = report.folder
+    replace_text(folder / "summary.json", json.dumps(content, indent=1) + "\n")
+    replace_text(folder / "summary.txt", text)
+    pictures = {caption: folder / name for caption, name in report.pictures.items()}
+    replace_text(folder / "index.html", render_page(title, report.lines, findings, pictures))
+    return content | {"text": text, "folder": str(folder)}
