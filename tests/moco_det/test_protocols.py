@@ -194,6 +194,15 @@ LAYOUT = {
     "MODEL.RESNETS.STRIDE_IN_1X1",
     "PROTOCOL",
 }
+SMALLER = {  # sizes, numbers of boxes and length: network, head and training stay VOC's
+    *(f"MODEL.RPN.{when}_NMS_TOPK_{of}" for when in ("PRE", "POST") for of in ("TRAIN", "TEST")),
+    *("MODEL.RPN.BATCH_SIZE_PER_IMAGE", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE"),
+    *("MODEL.ANCHOR_GENERATOR.SIZES", "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION"),
+    *(f"INPUT.{side}_SIZE_{of}" for side in ("MIN", "MAX") for of in ("TRAIN", "TEST")),
+    *("SOLVER.IMS_PER_BATCH", "SOLVER.BASE_LR", "SOLVER.MAX_ITER", "SOLVER.STEPS"),
+    *("SOLVER.WARMUP_ITERS", "SOLVER.CHECKPOINT_PERIOD", "TEST.PRECISE_BN.NUM_ITER"),
+    *("DATALOADER.NUM_WORKERS",),
+}
 OWN = set(flatten(default_config())) - set(flatten(get_cfg()))
 
 
@@ -203,7 +212,7 @@ def changed(a, b):
 
 
 def test_the_table_names_every_protocol_but_the_demos():
-    assert protocol_names() == sorted([*TABLE, "scenes"])
+    assert protocol_names() == sorted([*TABLE, "scenes", "VOC-small"])
 
 
 def test_precomputed_proposals_are_refused_because_detectron2_unpickles_them():
@@ -293,6 +302,7 @@ def test_a_protocol_says_where_it_comes_from(name):
         ("COCO-FPN-12k-10pct", "COCO-FPN-12k", {"DATASETS.LABEL_SHARE"}),
         ("COCO-FPN-1x-4conv1fc", "COCO-FPN-1x", set(NORMED_HEADS)),
         ("VOC07", "VOC", {"DATASETS.TRAIN", "SOLVER.MAX_ITER", "SOLVER.STEPS"}),
+        ("VOC-small", "VOC", SMALLER),
     ],
 )
 def test_a_variant_differs_from_its_protocol_in_what_its_name_says(name, like, keys):
