@@ -124,7 +124,8 @@ class Frame:
         """Map (N, 2) float points."""
         if self.matrix is None:
             return points
-        return points @ self.matrix[:, :2].T + self.matrix[:, 2]
+        mapped: np.ndarray = points @ self.matrix[:, :2].T + self.matrix[:, 2]
+        return mapped
 
     def box(self, box: Sequence[float]) -> list[float]:
         """Map a box (x0, y0, x1, y1) to the box around its mapped corners."""

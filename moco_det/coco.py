@@ -58,7 +58,7 @@ def read_coco(
 
 def _load(json_file: Path) -> Json:
     try:
-        content = json.loads(json_file.read_bytes())
+        content: Json = json.loads(json_file.read_bytes())
     except OSError as error:
         raise UserError(f"cannot read {json_file}: {error.strerror}") from None
     except json.JSONDecodeError as error:

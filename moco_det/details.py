@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from moco_det.analysis import RunAnalysis
+from moco_det.groups import Group
 from moco_det.statistics import summarize
 from moco_det.tables import Table, spread
 
@@ -81,10 +82,11 @@ def deviations(table: Table) -> list[tuple[str, list[str]]]:
     What all groups share is said once.
     """
     blocks: list[tuple[str, list[str]]] = []
-    for what, of in (
+    questions: tuple[tuple[str, Callable[[Group], Any]], ...] = (
         (f"Deviations from {table.protocol}", lambda g: g.deviations),
         ("What was run, and what that does", lambda g: g.results.get("explanation")),
-    ):
+    )
+    for what, of in questions:
         by_text: dict[tuple[str, ...], list[str]] = {}
         for group in table.groups:
             lines = of(group)
@@ -98,7 +100,8 @@ def deviations(table: Table) -> list[tuple[str, list[str]]]:
 
 def confusion(runs: Sequence[RunAnalysis]) -> np.ndarray:
     """(C + 1, C + 1): the sum over the runs of a group."""
-    return np.sum([run.confusion for run in runs], axis=0)
+    total: np.ndarray = np.sum([run.confusion for run in runs], axis=0)
+    return total
 
 
 def analysis_dict(table: Table) -> dict[str, Any] | None:

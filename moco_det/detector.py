@@ -79,7 +79,7 @@ def build_detector(cfg: CfgNode) -> nn.Module:
     if said:
         log.info("norms      %s", said)
     try:
-        return build_model(fitted)
+        model: nn.Module = build_model(fitted)
     except ValueError as error:
         if "divisible by num_groups" not in str(error):
             raise
@@ -87,6 +87,7 @@ def build_detector(cfg: CfgNode) -> nn.Module:
             f"{cfg.PROTOCOL or 'this config'} has group norm, whose 32 groups do not part the "
             "channels of so narrow a network: take one of twice the width or more, or batch norm."
         ) from error
+    return model
 
 
 def load_weights(model: nn.Module, path: str) -> None:

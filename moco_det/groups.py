@@ -55,7 +55,7 @@ def group_runs(runs: Iterable[Run]) -> tuple[list[Group], list[str]]:
     config agree. A run that repeats another's seed with the same scores is a copy: it is left
     out and named, for it would feign a spread of zero.
     """
-    keyed: dict[tuple, list[Run]] = {}
+    keyed: dict[tuple[Any, ...], list[Run]] = {}
     notes: list[str] = []
     for run in runs:
         if run.results is None:
@@ -80,7 +80,7 @@ def differing_keys(a: Group, b: Group) -> list[str]:
     return [key for key in keys if first.get(key) != second.get(key)]
 
 
-def _identity(run: Run) -> tuple:
+def _identity(run: Run) -> tuple[Any, ...]:
     """What trials of one thing share."""
     results = run.results or {}
     weights = Path(run.weights)

@@ -23,7 +23,7 @@ class Res5ROIHeadsAnyDepth(Res5ROIHeads):
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
         """Arguments of ``Res5ROIHeads``, with the res5 of ``MODEL.RESNETS.DEPTH``."""
-        arguments = super().from_config(cfg, input_shape)
+        arguments: dict[str, Any] = super().from_config(cfg, input_shape)
         resnet = cfg.MODEL.RESNETS
         if resnet.DEPTH in BASIC_BLOCKS:
             blocks = BASIC_BLOCKS[resnet.DEPTH]

@@ -207,7 +207,7 @@ def _follow_the_batch(cfg: CfgNode) -> set[str]:
     ratio = solver.IMS_PER_BATCH / reference.IMS_PER_BATCH
 
     def scaled(new: float, old: float) -> bool:
-        return abs(new * ratio - old) <= max(1.0, ratio)  # iterations are whole
+        return bool(abs(new * ratio - old) <= max(1.0, ratio))  # iterations are whole
 
     fits = (
         abs(solver.BASE_LR - reference.BASE_LR * ratio) <= 1e-6 * reference.BASE_LR

@@ -44,7 +44,7 @@ class Objects:
 
     def areas(self) -> NDArray[np.floating]:
         """(N,) pixels of the boxes."""
-        return np.prod(self.boxes[:, 2:] - self.boxes[:, :2], axis=1)
+        return _areas(self.boxes)
 
     def scores_or_zero(self) -> NDArray[np.floating]:
         """(N,) scores; zeros for annotations."""
@@ -96,8 +96,13 @@ def box_iou(a: NDArray[np.floating], b: NDArray[np.floating]) -> NDArray[np.floa
     """Pairwise IoU of (N, 4) and (M, 4) boxes: (N, M)."""
     low, high = np.maximum(a[:, None, :2], b[:, :2]), np.minimum(a[:, None, 2:], b[:, 2:])
     shared = np.prod(np.clip(high - low, 0, None), axis=2)
-    area_a, area_b = (np.prod(boxes[:, 2:] - boxes[:, :2], axis=1) for boxes in (a, b))
-    return shared / np.maximum(area_a[:, None] + area_b - shared, 1e-9)
+    union = _areas(a)[:, None] + _areas(b) - shared
+    iou: NDArray[np.floating] = shared / np.maximum(union, 1e-9)
+    return iou
+
+
+def _areas(boxes: NDArray[np.floating]) -> NDArray[np.floating]:
+    return np.multiply(boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1])
 
 
 def best_threshold(pairs: Iterable[tuple[Objects, Objects]]) -> float:

@@ -257,7 +257,9 @@ def _legend(
                   handlelength=2, columnspacing=1.2)  # fmt: skip
 
 
-def _blend_mask(canvas: NDArray[np.uint8], mask: NDArray[np.bool_], color: NDArray) -> None:
+def _blend_mask(
+    canvas: NDArray[np.uint8], mask: NDArray[np.bool_], color: NDArray[np.int_]
+) -> None:
     """Tint a mask's pixels and draw its outline, in place."""
     size = (canvas.shape[1], canvas.shape[0])
     inside = cv2.resize(mask.astype(np.float32), size, interpolation=cv2.INTER_LINEAR) > 0.5
@@ -268,6 +270,6 @@ def _blend_mask(canvas: NDArray[np.uint8], mask: NDArray[np.bool_], color: NDArr
     cv2.drawContours(canvas, outlines, -1, color.tolist(), 1)
 
 
-def _rgb(category: int) -> NDArray:
+def _rgb(category: int) -> NDArray[np.int_]:
     code = COLORS[int(category) % len(COLORS)]
     return np.array([int(code[i : i + 2], 16) for i in (1, 3, 5)])

@@ -157,7 +157,8 @@ def smooth(values: Sequence[float], window: int) -> np.ndarray:
     total = np.concatenate([[0.0], np.cumsum(series)])
     here = np.arange(len(series))
     reach = np.minimum(np.minimum(here, len(series) - 1 - here), window // 2)
-    return (total[here + reach + 1] - total[here - reach]) / (2 * reach + 1)
+    means: np.ndarray = (total[here + reach + 1] - total[here - reach]) / (2 * reach + 1)
+    return means
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:

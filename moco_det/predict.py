@@ -271,10 +271,11 @@ def load_image(file: str | Path) -> NDArray[np.uint8]:
         UserError: it cannot be read.
     """
     try:
-        return read_image(str(file), "RGB")
+        image: NDArray[np.uint8] = read_image(str(file), "RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, cv2.error) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{file} is not readable as an image ({reason})") from error
+    return image
 
 
 def _annotations(objects: Objects, names: Sequence[str]) -> Iterator[dict[str, Any]]:

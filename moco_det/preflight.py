@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -144,7 +145,9 @@ def _line(measured: dict[int, float], start: float) -> Callable[[int], float]:
     return lambda images: finite[most] + slope * (images - most)
 
 
-def _worst_image(cfg: CfgNode, training_set: TrainingSet) -> tuple[tuple[int, int], int, dict]:
+def _worst_image(
+    cfg: CfgNode, training_set: TrainingSet
+) -> tuple[tuple[int, int], int, dict[str, Any]]:
     """The image with the most objects, on a canvas as large as a padded batch can be."""
     largest = cfg.clone()
     largest.defrost()

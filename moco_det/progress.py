@@ -95,7 +95,7 @@ class ProgressPrinter(EventWriter):
             return
 
         def smoothed(key: str) -> float:
-            return storage.history(key).median(storage.count_samples(key, self._window))
+            return float(storage.history(key).median(storage.count_samples(key, self._window)))
 
         histories = storage.histories()
         losses = [k for k in histories if k.startswith("loss_")]

@@ -148,7 +148,7 @@ def _read_zip(path: Path, file: BinaryIO, size: int) -> Any:
     def begin(entry: zipfile.ZipInfo) -> int:
         file.seek(entry.header_offset + 26)  # local header: lengths of name and extra field
         name_length, extra_length = struct.unpack("<HH", file.read(4))
-        return entry.header_offset + 30 + name_length + extra_length
+        return int(entry.header_offset + 30 + name_length + extra_length)
 
     def content(name: str) -> bytes:
         entry = entries[name]

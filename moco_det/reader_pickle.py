@@ -183,7 +183,7 @@ class DataUnpickler(pickle._Unpickler):
             name = {"long": "int", "unicode": "str", "xrange": "range"}.get(name, name)
         path = f"{module}.{name}"
         if path == "torch.storage._load_from_bytes" and self._nested is not None:
-            return lambda data: self._nested(data)  # type: ignore[misc]
+            return self._nested
         if path in _SAFE:
             return _SAFE[path]
         if module.startswith(_NUMPY_CORE) and f"{module.split('.')[2]}.{name}" in _SAFE_NUMPY:

@@ -177,7 +177,7 @@ def _pretraining_dict(run: Run) -> dict[str, Any]:
 def _grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     align = ["left", *["right"] * (len(head) - 1)]
     cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    return tabulate(cells, list(head), "github", colalign=align, disable_numparse=True)
+    return str(tabulate(cells, list(head), "github", colalign=align, disable_numparse=True))
 
 
 def _bullets(lines: Sequence[str]) -> str:

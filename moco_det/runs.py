@@ -187,7 +187,7 @@ def _read_results(run: Run) -> dict[str, Any] | None:
     if not file.exists():
         return None
     try:
-        results = json.loads(file.read_text(encoding="utf-8"))
+        results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         run.problems.append(
             f"{file} is half-written or no JSON ({_first_line(error)}): "

@@ -41,7 +41,9 @@ def seed_model(seed: int, sequence: int, number: int) -> None:
     _seed(seed, _MODEL, sequence, number, torch.manual_seed)
 
 
-def _seed(seed: int, purpose: int, sequence: int, number: int, torch_seed: Callable) -> None:
+def _seed(
+    seed: int, purpose: int, sequence: int, number: int, torch_seed: Callable[[int], Any]
+) -> None:
     words = np.random.SeedSequence((seed, purpose, sequence, number)).generate_state(4)
     random.seed(int(words[0]))
     np.random.seed(words[1])
@@ -198,7 +200,7 @@ class TrainingSet:
             del batches  # ends the workers
 
 
-class _Mapped(Dataset):
+class _Mapped(Dataset[dict[str, Any] | UserError]):
     """Item (position, image) is the input that ``mapper`` makes, or the error that says why not."""
 
     def __init__(

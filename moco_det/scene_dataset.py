@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 from xml.sax.saxutils import escape
 
 import cv2
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from moco_det.scenes import CLASSES, SceneObject, draw_portrait, draw_scene
 
+Record = dict[str, Any]  # a scene, or an object of a COCO file
 SPLITS = ("unlabelled", "train", "test")
 
 
@@ -59,7 +61,7 @@ def write_scenes(
         (root / folder).mkdir(parents=True)
     counts = dict(zip(SPLITS, (unlabelled, train, test), strict=True))
     jobs = [(split, i) for split in SPLITS for i in range(counts[split])]
-    records: dict[str, list[dict]] = {"train": [], "test": []}
+    records: dict[str, list[Record]] = {"train": [], "test": []}
     with ProcessPoolExecutor(processes) as pool:
         write = partial(_write_scene, root, size, seed)
         for done, ((split, _), record) in enumerate(
@@ -75,7 +77,7 @@ def write_scenes(
     stamp.write_text(json.dumps(parameters))
 
 
-def _write_scene(root: Path, size: int, seed: int, job: tuple[str, int]) -> dict:
+def _write_scene(root: Path, size: int, seed: int, job: tuple[str, int]) -> Record:
     split, index = job
     rng = np.random.default_rng((seed, SPLITS.index(split), index))
     portrait = split == "unlabelled"
@@ -106,7 +108,7 @@ def _run_lengths(mask: NDArray[np.bool_]) -> list[int]:
     flat = mask.flatten(order="F")
     changes = np.flatnonzero(np.diff(flat)) + 1
     ends = np.concatenate([[0] if not flat[0] else [0, 0], changes, [flat.size]])
-    return np.diff(ends).tolist()
+    return [int(length) for length in np.diff(ends)]
 
 
 def _voc_xml(file_name: str, size: int, objects: list[SceneObject]) -> str:
@@ -129,9 +131,9 @@ def _voc_xml(file_name: str, size: int, objects: list[SceneObject]) -> str:
     return "\n".join([*lines, "</annotation>", ""])
 
 
-def _coco(scenes: list[dict], size: int) -> dict:
-    images: list[dict] = []
-    annotations: list[dict] = []
+def _coco(scenes: list[Record], size: int) -> Record:
+    images: list[Record] = []
+    annotations: list[Record] = []
     for image_id, scene in enumerate(scenes, start=1):
         images.append(
             {"id": image_id, "file_name": f"{scene['name']}.jpg", "width": size, "height": size}

@@ -83,7 +83,8 @@ def texture(kind: Kind, size: int, rng: np.random.Generator) -> Field:
     else:  # grid
         lines = np.maximum(np.abs(u % 1.0 - 0.5), np.abs(v % 1.0 - 0.5))
         wave = 10.0 * (lines - 0.36)
-    return (0.5 + 0.5 * np.clip(2.0 * wave, -1, 1)).astype(np.float32)
+    values: Field = (0.5 + 0.5 * np.clip(2.0 * wave, -1, 1)).astype(np.float32)
+    return values
 
 
 def draw_scene(
@@ -172,7 +173,8 @@ def _slope(rng: np.random.Generator, size: int, low: float, high: float) -> Fiel
     angle = rng.uniform(0, 2 * np.pi)
     y, x = np.mgrid[0:size, 0:size].astype(np.float32) / size - 0.5
     ramp = np.clip((x * np.cos(angle) + y * np.sin(angle)) / 1.4 + 0.5, 0, 1)
-    return (low + (high - low) * ramp).astype(np.float32)
+    values: Field = (low + (high - low) * ramp).astype(np.float32)
+    return values
 
 
 def _background(rng: np.random.Generator, size: int) -> Field:

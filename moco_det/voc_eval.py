@@ -159,7 +159,8 @@ def paired_iou(objects: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     union = (
         (x1 - x0 + 1.0) * (y1 - y0 + 1.0) + (gx1 - gx0 + 1.0) * (gy1 - gy0 + 1.0) - inter
     )  # in upstream's order of operations
-    return inter / union
+    iou: np.ndarray = inter / union
+    return iou
 
 
 def mark(

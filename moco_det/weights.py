@@ -302,7 +302,7 @@ def _model(checkpoint: Any) -> dict[str, Any]:
 def _close(a: Any, b: Any) -> bool:
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(_close(x, y) for x, y in zip(a, b, strict=True))
-    return abs(a - b) < 1e-6 if isinstance(a, float) else a == b
+    return bool(abs(a - b) < 1e-6 if isinstance(a, float) else a == b)
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:

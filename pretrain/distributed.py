@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -45,20 +46,20 @@ def all_gather(x: Tensor) -> Tensor:
 
 class _AllGather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x):  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         x = x.contiguous()
         parts = [torch.empty_like(x) for _ in range(world_size())]
         dist.all_gather(parts, x)
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx, gradient):  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         # Every rank sends each other rank that one's rows; summed in rank order, so that the
         # result does not depend on the algorithm of a reduction.
         gradient = gradient.contiguous()
         received = torch.empty_like(gradient)
         dist.all_to_all_single(received, gradient)
-        return received.unflatten(0, (world_size(), -1)).sum(0)
+        return torch.sum(received.unflatten(0, (world_size(), -1)), 0)
 
 
 @torch.no_grad()
@@ -139,17 +140,18 @@ def permute_batch(x: Tensor, permutation: Tensor) -> Tensor:
     """
     if world_size() == 1:
         return x[permutation.to(x.device)]
-    return _Permute.apply(x, permutation)
+    permuted: Tensor = _Permute.apply(x, permutation)
+    return permuted
 
 
 class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, permutation):  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, permutation: Tensor) -> Tensor:
         ctx.permutation = permutation
         return _exchange(x, permutation)
 
     @staticmethod
-    def backward(ctx, gradient):  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return _exchange(gradient, ctx.permutation.argsort()), None
 
 

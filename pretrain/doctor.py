@@ -149,7 +149,7 @@ def devices() -> Iterable[Finding]:
     yield Finding(
         "NCCL",
         OK if nccl else FAILURE if several else WARNING,
-        ".".join(map(str, torch.cuda.nccl.version())) if nccl else "missing",  # type: ignore[attr-defined]
+        ".".join(map(str, torch.cuda.nccl.version())) if nccl else "missing",
         "" if nccl else "several GPUs need a torch that is built with NCCL.",
     )
 

@@ -248,6 +248,10 @@ class ResNet(nn.Module):
         """As in the class, computed in ``autocast_dtype`` where one is set; float32 all the same,
         so that losses and dictionaries never see less."""
         if self.autocast_dtype is None:
-            return self.fc(self.forward_features(images))
+            return self._embed(images)
         with torch.autocast(images.device.type, dtype=self.autocast_dtype):
-            return self.fc(self.forward_features(images)).float()
+            return self._embed(images).float()
+
+    def _embed(self, images: Tensor) -> Tensor:
+        embeddings: Tensor = self.fc(self.forward_features(images))
+        return embeddings

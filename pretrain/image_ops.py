@@ -111,10 +111,11 @@ def blur_kernel(sigma: float) -> np.ndarray:
     edge = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance)
     edge /= 6 * (variance - (whole + 1) ** 2)  # weight of the pixel after them
     box = np.array([edge, *[1.0] * (2 * whole + 1), edge]) / (2 * (whole + edge) + 1)
-    kernel = np.convolve(np.convolve(box, box), box)
+    kernel: np.ndarray = np.convolve(np.convolve(box, box), box)
     cut = int(np.count_nonzero(np.cumsum(kernel[: len(kernel) // 2]) < 1 / 512))
     kernel = kernel[cut : len(kernel) - cut]
-    return ((kernel + kernel[::-1]) / (2 * kernel.sum())).astype(np.float32)
+    symmetric: np.ndarray = (kernel + kernel[::-1]) / (2 * kernel.sum())
+    return symmetric.astype(np.float32)
 
 
 def solarize(image: np.ndarray) -> np.ndarray:

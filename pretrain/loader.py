@@ -11,6 +11,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import cv2
 import numpy as np
@@ -227,7 +228,7 @@ def _use_one_thread(worker: int) -> None:
     torch.set_num_threads(1)
 
 
-def _start(batches: DataLoader) -> Iterator[Batch]:
+def _start(batches: DataLoader[Any]) -> Iterator[Batch]:
     """Starts the workers. A fork while OpenCV has threads would wait for ever on their copies."""
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)
@@ -237,7 +238,7 @@ def _start(batches: DataLoader) -> Iterator[Batch]:
         cv2.setNumThreads(threads)
 
 
-def _watch(batches: DataLoader, max_bad_share: float) -> Generator[Batch, None, None]:
+def _watch(batches: DataLoader[Any], max_bad_share: float) -> Generator[Batch, None, None]:
     """Passes the batches on while enough of their images could be read."""
     window: deque[tuple[int, int]] = deque()  # samples and skipped images of the last batches
     for batch in _start(batches):

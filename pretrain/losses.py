@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,12 +29,15 @@ def info_nce(
         loss: scalar, log(K+1) when all similarities are equal.
         correct: (N,) bool, whether the positive is more similar than every negative.
     """
-    return _InfoNCE.apply(q, k, negatives, temperature, chunk)
+    loss, correct = _InfoNCE.apply(q, k, negatives, temperature, chunk)
+    return loss, correct
 
 
 class _InfoNCE(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, negatives, temperature, chunk):  # type: ignore[override]
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, negatives: Tensor, temperature: float, chunk: int
+    ) -> tuple[Tensor, Tensor]:
         scaled = q / temperature
         positive = (scaled * k).sum(1)  # N
         # Running maximum, sum of exp(logit - maximum), and sum of exp(logit - maximum) * key.
@@ -62,7 +67,9 @@ class _InfoNCE(torch.autograd.Function):
         return loss, correct
 
     @staticmethod
-    def backward(ctx, grad_loss, _):  # type: ignore[override]
+    def backward(
+        ctx: Any, grad_loss: Tensor, _: Tensor
+    ) -> tuple[Tensor, Tensor | None, None, None, None]:
         grad_q, grad_k = ctx.saved_tensors
         return (
             grad_loss * grad_q,

@@ -92,7 +92,7 @@ class LARS(torch.optim.Optimizer):
             weights = [p for p in group["params"] if p.grad is not None]
             if not weights:
                 continue
-            gradients: list[Tensor] = [p.grad for p in weights]  # type: ignore[misc]
+            gradients: list[Tensor] = [p.grad for p in weights]
             updates = torch._foreach_add(gradients, weights, alpha=group["weight_decay"])
             if group["scaled"]:
                 torch._foreach_mul_(updates, _trust_ratios(weights, gradients, group))

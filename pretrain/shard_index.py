@@ -25,7 +25,7 @@ _SUFFIXES = frozenset(extension.decode().removeprefix(".") for extension in EXTE
 
 def expand_urls(spec: str) -> list[str]:
     """The shards that a URL with braces stands for."""
-    return _webdataset().shardlists.expand_urls(spec)
+    return list(_webdataset().shardlists.expand_urls(spec))
 
 
 def local_path(url: str) -> str | None:
@@ -41,11 +41,16 @@ def load_index(paths: Sequence[str]) -> np.ndarray:
     caches = [Path(os.path.dirname(paths[0]) or ".", name), _user_cache() / name]
     for cache in caches:
         if cache.exists():
-            return np.load(cache, mmap_mode="r")
+            return _mapped(cache)
     rows = [_index_tar(path) for path in _progress(paths)]
     heads = [[len(r), os.path.getsize(path)] for r, path in zip(rows, paths, strict=True)]
     table = np.concatenate([np.array(heads, np.int64), *rows])
-    return np.load(_write_to_one_of(caches, lambda file: np.save(file, table)), mmap_mode="r")
+    return _mapped(_write_to_one_of(caches, lambda file: np.save(file, table)))
+
+
+def _mapped(file: Path) -> np.ndarray:
+    table: np.ndarray = np.load(file, mmap_mode="r")
+    return table
 
 
 def _index_tar(path: str) -> np.ndarray:

@@ -159,7 +159,8 @@ class ShardSource(Source):
         def below(position: np.ndarray, lane: np.ndarray) -> np.ndarray:
             """How many earlier positions are on earlier lanes."""
             steps, rest = position // batch_size, position % batch_size
-            return steps * share * lane + np.minimum(rest, share * lane)
+            count: np.ndarray = steps * share * lane + np.minimum(rest, share * lane)
+            return count
 
         epoch = positions // n
         first, last = epoch * n, (epoch + 1) * n

@@ -108,6 +108,7 @@ def build_detectron2(architecture: Architecture) -> torch.nn.Module:
     )
 
     a = architecture
+    network: torch.nn.Module
     with torch.device("meta"):
         if a.block == "bottleneck" or a.res2_out_channels == 64:
             resnets: dict[str, Any] = {k.upper(): v for k, v in a.metadata().items()}
@@ -116,7 +117,8 @@ def build_detectron2(architecture: Architecture) -> torch.nn.Module:
             for key, value in resnets.items():
                 cfg.MODEL.RESNETS[key] = value
             cfg.MODEL.BACKBONE.FREEZE_AT = 0
-            return build_resnet_backbone(cfg, ShapeSpec(channels=3))
+            network = build_resnet_backbone(cfg, ShapeSpec(channels=3))
+            return network
         stages, n_in = [], a.stem_out_channels
         for stage, count in enumerate(a.blocks):
             n_out = a.res2_out_channels * 2**stage
@@ -133,7 +135,8 @@ def build_detectron2(architecture: Architecture) -> torch.nn.Module:
             )
             n_in = n_out
         stem = BasicStem(3, a.stem_out_channels, norm="BN")
-        return ResNet(stem, stages, out_features=list(FEATURES))
+        network = ResNet(stem, stages, out_features=list(FEATURES))
+        return network
 
 
 def prove(

@@ -6,7 +6,7 @@ import hashlib
 import os
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -213,7 +213,7 @@ def digest(module: nn.Module) -> str:
 
 
 @contextmanager
-def frozen(backbone: nn.Module):
+def frozen(backbone: nn.Module) -> Iterator[str]:
     """Proves that what runs inside changes neither parameters nor BN statistics.
 
     Raises:

@@ -25,7 +25,9 @@ class ArrayCache:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def find(self, name: str, key: dict[str, Any]) -> tuple[np.ndarray | None, dict, list[str]]:
+    def find(
+        self, name: str, key: dict[str, Any]
+    ) -> tuple[np.ndarray | None, dict[str, Any], list[str]]:
         """The array and the notes kept with it, if it was computed for this very key.
 
         Returns:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -122,7 +123,7 @@ def _fill(
     batch_size: int,
     threads: int,
     say: Say,
-) -> dict[str, list]:
+) -> dict[str, list[Any]]:
     """Fills (N, C) values; returns the rows that could not be read, and why."""
     unread = np.ones(len(images), bool)
     skipped: list[str] = []
@@ -148,7 +149,7 @@ def _fill(
 
 
 def _features(
-    values: np.ndarray, notes: dict[str, list], images: LabelledImages, cached: bool
+    values: np.ndarray, notes: dict[str, list[Any]], images: LabelledImages, cached: bool
 ) -> Features:
     tensor, labels = torch.from_numpy(values), torch.from_numpy(images.labels)
     if notes["unread"]:  # a copy in memory, only where some image is missing

@@ -243,8 +243,8 @@ def logistic_regression(
         weight.grad, bias.grad = gradient, shift
         return loss
 
-    optimizer.step(closure)  # type: ignore[arg-type]  # its stub takes floats only
-    result = nn.utils.skip_init(nn.Linear, x.shape[1], classes, device=device)
+    optimizer.step(closure)
+    result: nn.Linear = nn.utils.skip_init(nn.Linear, x.shape[1], classes, device=device)
     result.weight.copy_(weight * scale)
     result.bias.copy_(bias - (weight * scale) @ mean)
     return result.requires_grad_(False)

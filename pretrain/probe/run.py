@@ -218,7 +218,7 @@ def summary(result: dict[str, Any]) -> str:
         columns[f"linear, {linear['epochs']:g} epochs, lr {linear['rates']:g}"] = linear
     width = max(map(len, columns))
     lines = [f"{name:<{width}}  {_accuracy(m)}" for name, m in columns.items()]
-    rates: Sequence[dict] = result.get("linear", ())
+    rates: Sequence[dict[str, Any]] = result.get("linear", ())
     if len(rates) > 1:
         best = max(rates, key=lambda m: m["top1"])
         lines.append(
