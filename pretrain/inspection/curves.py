@@ -62,7 +62,7 @@ def draw_curves(
             marker = "o" if len(steps) < 12 else ""
             colour = COLOURS[i % len(COLOURS)]
             scaled = [factor * v for v in values]
-            axis.plot(steps, scaled, marker, ls="-", ms=3, lw=1.4, color=colour, label=name)
+            axis.plot(steps, scaled, marker=marker, ms=3, lw=1.4, color=colour, label=name)
         if key == "loss" and chance_loss is not None:
             _chance_line(axis, chance_loss)
         axis.set_title(title, fontsize=10)
