@@ -144,8 +144,9 @@ def _library(name: str | None) -> tuple[str, Any, Any]:
 
 def _dataset(dataset_class: Any, content: Json) -> Any:
     dataset = dataset_class()
-    # pycocotools writes into the annotations.
-    dataset.dataset = {**content, "annotations": list(map(dict, content["annotations"]))}
+    if dataset_class.__module__.startswith("pycocotools"):  # it writes into the annotations
+        content = {**content, "annotations": list(map(dict, content["annotations"]))}
+    dataset.dataset = content
     dataset.createIndex()
     return dataset
 
@@ -188,13 +189,23 @@ def _for_task(results: Sequence[Json], task: str, numbers: Mapping[Any, int]) ->
                 ],
                 dtype=np.float64,
             )
-        shapes = ("segmentation",) if task == "segm" else ("bbox", "keypoints")
+        if task == "segm":
+            return [
+                {
+                    "image_id": numbers[r["image_id"]],
+                    "category_id": r["category_id"],
+                    "score": r["score"],
+                    "segmentation": r["segmentation"],
+                }
+                for r in results
+            ]
         return [
             {
                 "image_id": numbers[r["image_id"]],
                 "category_id": r["category_id"],
                 "score": r["score"],
-                **{key: r[key] for key in shapes},
+                "bbox": r["bbox"],
+                "keypoints": r["keypoints"],
             }
             for r in results
         ]
