@@ -12,6 +12,7 @@ import yaml
 
 from moco_det.files import replace_file, replace_text
 from moco_det.groups import group_runs
+from moco_det.protocols import get_protocol
 from moco_det.published import TABLE, published
 from moco_det.report import build_report
 from moco_det.runs import read_run, read_runs, strip_trial
@@ -202,9 +203,33 @@ def test_published_numbers_do_not_stand_beside_another_network(tmp_path):
 def test_published_rows_are_complete_and_have_sources():
     for row in TABLE:
         assert row.source
-        assert {"bbox/AP"} <= set(row.metrics)
+        assert row.metrics.keys() & {"bbox/AP", "segm/AP", "keypoints/AP", "sem_seg/mIoU"}
+        assert row.dataset in get_protocol(row.protocol).DATASETS.TEST
         assert row in published(f"{row.protocol}-random", row.dataset)  # siblings share them
         assert published(row.protocol, "other") == []
+
+
+def test_published_differences_are_those_that_the_paper_tells_in_words():
+    """He et al. 2020, sections 4.2.1 to 4.2.3 and A.4: gains over the supervised weights."""
+
+    def gain(protocol, weights, metric):
+        rows = {r.weights: r.metrics for r in TABLE if r.protocol == protocol}
+        return round(rows[weights][metric] - rows["supervised, ImageNet"][metric], 1)
+
+    moco, instagram = "MoCo v1, 200 epochs", "MoCo v1, Instagram-1B"
+    boxes = ("bbox/AP50", "bbox/AP", "bbox/AP75")
+    assert [gain("VOC", instagram, m) for m in boxes] == [0.9, 3.7, 4.9]
+    assert [gain("VOC07", instagram, m) for m in boxes[1:]] == [5.2, 9.0]
+    for protocol in ("COCO-C4-2x", "COCO-FPN-2x"):  # better in all metrics
+        assert (
+            min(gain(protocol, w, f"{t}/AP") for w in (moco, instagram) for t in ("bbox", "segm"))
+            > 0
+        )
+    assert gain("COCO-FPN-2x", instagram, "bbox/AP") == 0.5
+    assert gain("COCO-keypoints-2x", moco, "keypoints/AP") == 1.0
+    assert [gain("VOC-semseg", w, "sem_seg/mIoU") for w in (moco, instagram)] == [-1.9, -0.8]
+    assert gain("Cityscapes-semseg", instagram, "sem_seg/mIoU") == 0.9
+    assert min(gain("LVIS-FPN-2x", w, "segm/AP") for w in (moco, instagram)) > 0
 
 
 def test_pretraining_runs_are_recognised(tmp_path):
