@@ -17,6 +17,7 @@ from pretrain.files import remove_unfinished, replace_text
 from pretrain.interrupt import Interrupt, Stopped
 from pretrain.loader import Batch, build_batches
 from pretrain.lock import RunLock
+from pretrain.machine import cpu_count
 from pretrain.methods import build_method
 from pretrain.methods.base import Method
 from pretrain.monitor import Monitor, patience
@@ -193,7 +194,7 @@ def _batches(
         seed=cfg.SEED,
         start_step=start,
         stop_step=total,
-        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        num_workers=min(cfg.DATALOADER.NUM_WORKERS, cpu_count()),  # more only compete
         pin_memory=distributed.device().type == "cuda",
         max_bad_share=cfg.DATALOADER.MAX_BAD_SHARE,
     )
