@@ -1,7 +1,6 @@
-"""A trained detector on one's own images and videos: boxes, masks, pictures and one JSON file."""
+"""A trained model for one's own images: a detector, or one that gives each pixel a class."""
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,35 +13,27 @@ from detectron2.data.detection_utils import read_image
 from detectron2.data.transforms import ResizeShortestEdge
 from numpy.typing import NDArray
 from PIL import Image
-from pycocotools import mask as mask_codec
-from torch import nn
+from torch import Tensor, nn
 
 from moco_det.checkpoint import newest_checkpoints
 from moco_det.detector import build_detector
 from moco_det.errors import UserError
-from moco_det.files import replace_text
+from moco_det.label_maps import MOST_CLASSES, UNLABELLED, LabelMap
 from moco_det.objects import Objects
-from moco_det.pictures import save_picture
 from moco_det.protocols import load_config
-from moco_det.video import (
-    VIDEO_SUFFIXES,
-    VideoFile,
-    draw_on_frame,
-    is_video,
-    read_frames,
-    video_facts,
-)
+from moco_det.tasks import is_semantic_model
+from moco_det.video import VIDEO_SUFFIXES, is_video, video_facts
 from moco_det.voc import IMAGE_SUFFIXES
 from moco_det.weights import load_detector, read_detector
 
 SUFFIXES = IMAGE_SUFFIXES | VIDEO_SUFFIXES
 
 
-class Detector:
+class _Model:
     """A model for single images of any size.
 
     Args:
-        model: a Detectron2 detector; it is put into evaluation mode.
+        model: Detectron2's; it is put into evaluation mode.
         class_names: names in the order of the classifier.
         image_format: "RGB" or "BGR", the order of channels that the model was trained with.
         short_side: to which images are resized, with `long_side` as the limit of the other side;
@@ -65,15 +56,23 @@ class Detector:
         self.resize = ResizeShortestEdge(short_side, long_side)
         self.threshold = threshold
 
-    @torch.inference_mode()
-    def __call__(self, image: NDArray[np.uint8]) -> Objects:
-        """The objects of an RGB image (H, W, 3), by falling score."""
+    def run(self, image: NDArray[np.uint8]) -> dict[str, Any]:
+        """What the model says of an RGB image (H, W, 3)."""
         height, width = image.shape[:2]
         ordered = image if self.image_format == "RGB" else image[:, :, ::-1]
         resized = self.resize.get_transform(ordered).apply_image(ordered)
         pixels = torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1))).float()
         (output,) = self.model([{"image": pixels, "height": height, "width": width}])
-        found = output["instances"].to("cpu")
+        return dict(output)
+
+
+class Detector(_Model):
+    """A detector; what it finds are objects."""
+
+    @torch.inference_mode()
+    def __call__(self, image: NDArray[np.uint8]) -> Objects:
+        """The objects of an RGB image (H, W, 3), by falling score."""
+        found = self.run(image)["instances"].to("cpu")
         objects = Objects(
             found.pred_boxes.tensor.numpy(),
             found.pred_classes.numpy(),
@@ -83,16 +82,41 @@ class Detector:
         return objects.select(np.flatnonzero(objects.scores_or_zero() >= self.threshold))
 
 
-def build_predictor(cfg: CfgNode, weights: str | Path, threshold: float = 0.5) -> Detector:
-    """The detector of a config, filled from a checkpoint of a whole detector.
+class Segmenter(_Model):
+    """A semantic segmentation model; what it finds is the class of every pixel."""
+
+    @torch.inference_mode()
+    def __call__(self, image: NDArray[np.uint8]) -> LabelMap:
+        """The classes of an RGB image (H, W, 3); below the threshold a pixel has no label."""
+        logits: Tensor = self.run(image)["sem_seg"]  # C x H x W
+        scores, classes = logits.float().softmax(0).max(0)  # H x W
+        classes = classes.to(torch.uint8).masked_fill(scores < self.threshold, UNLABELLED)
+        return LabelMap(classes.cpu().numpy(), scores.cpu().numpy())
+
+
+def build_predictor(
+    cfg: CfgNode, weights: str | Path, threshold: float | None = None
+) -> Detector | Segmenter:
+    """The model of a config, filled from a checkpoint of a whole model.
 
     Runs on `MODEL.DEVICE`, or on the CPU where that is a GPU and there is none.
 
+    Args:
+        threshold: least score of objects (0.5 by default), or of pixels (0).
+
     Raises:
-        UserError: unreadable weights, or weights of another detector.
+        UserError: unreadable weights, or weights of another model.
     """
+    semantic = is_semantic_model(cfg)
+    if threshold is None:
+        threshold = 0.0 if semantic else 0.5
     if not 0 <= threshold <= 1:
         raise UserError(f"--threshold is {threshold}, but scores lie between 0 and 1")
+    names = class_names(cfg)
+    if semantic and len(names) > MOST_CLASSES:
+        raise UserError(
+            f"the model has {len(names)} classes of pixels, but a label file holds {MOST_CLASSES}"
+        )
     cfg = cfg.clone()
     cfg.defrost()
     if torch.device(cfg.MODEL.DEVICE).type == "cuda" and not torch.cuda.is_available():
@@ -102,9 +126,9 @@ def build_predictor(cfg: CfgNode, weights: str | Path, threshold: float = 0.5) -
     tensors = read_detector(weights)["model"]
     model = build_detector(cfg)
     load_detector(model, tensors, source=str(weights))
-    return Detector(
+    return (Segmenter if semantic else Detector)(
         model,
-        class_names(cfg),
+        names,
         cfg.INPUT.FORMAT,
         cfg.INPUT.MIN_SIZE_TEST,
         cfg.INPUT.MAX_SIZE_TEST,
@@ -112,8 +136,8 @@ def build_predictor(cfg: CfgNode, weights: str | Path, threshold: float = 0.5) -
     )
 
 
-def predictor_of_run(run: str | Path, threshold: float = 0.5) -> Detector:
-    """The detector of a fine-tuning run: its config.yaml and its last checkpoint.
+def predictor_of_run(run: str | Path, threshold: float | None = None) -> Detector | Segmenter:
+    """The model of a fine-tuning run: its config.yaml and its last checkpoint.
 
     That is model_final.pth or, of a run that is not finished, the one that it would go on from.
 
@@ -134,11 +158,13 @@ def predictor_of_run(run: str | Path, threshold: float = 0.5) -> Detector:
 
 def class_names(cfg: CfgNode) -> list[str]:
     """Names of the classifier's classes: the config's own, its data set's, else `class 0`, ..."""
-    count = cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    semantic = is_semantic_model(cfg)
+    count = cfg.MODEL["SEM_SEG_HEAD" if semantic else "ROI_HEADS"].NUM_CLASSES
+    key = "stuff_classes" if semantic else "thing_classes"
     if len(cfg.DATASETS.CLASSES) == count:
         return list(cfg.DATASETS.CLASSES)
     for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
-        names = MetadataCatalog.get(name).get("thing_classes") if name in MetadataCatalog else None
+        names = MetadataCatalog.get(name).get(key) if name in MetadataCatalog else None
         if names is not None and len(names) == count:
             return list(names)
     return [f"class {index}" for index in range(count)]
@@ -179,89 +205,8 @@ def find_images(paths: Sequence[str | Path]) -> list[tuple[Path, Path]]:
 
 
 def count_pictures(images: Sequence[tuple[Path, Path]]) -> int:
-    """How many images and frames :func:`predict` will see, as far as the videos' headers tell."""
+    """How many images and frames there are in them, as far as the videos' headers tell."""
     return sum(video_facts(file)[1] if is_video(file) else 1 for file, _ in images)
-
-
-def predict(
-    detector: Detector, images: Sequence[tuple[Path, Path]], folder: str | Path
-) -> Iterator[tuple[Path, int | None, str | None]]:
-    """Detect in each image and frame, draw it into `folder`, and write predictions.json at the end.
-
-    predictions.json is COCO's layout: `images` (frames have a `frame` number and a `time` in
-    seconds), `categories` and `annotations` (with `score`, `category_name`, box as x y width
-    height, masks as run lengths), and `failed`.
-
-    Yields:
-        (file, number of objects, None) for each image and frame, or (file, None, what is wrong).
-    """
-    folder = Path(folder)
-    found = _Predictions(detector.class_names)
-    for file, picture in images:
-        try:
-            if is_video(file):
-                yield from _predict_video(detector, file, picture, folder, found)
-                continue
-            image = load_image(file)
-        except UserError as error:
-            found.fail(file, error)
-            yield file, None, str(error)
-            continue
-        objects = detector(image)
-        save_picture(image, objects, detector.class_names, folder / picture)
-        found.add(file, picture, image, objects)
-        yield file, len(objects), None
-    replace_text(folder / "predictions.json", json.dumps(found.content()) + "\n")
-
-
-def _predict_video(
-    detector: Detector, file: Path, picture: Path, folder: Path, found: "_Predictions"
-) -> Iterator[tuple[Path, int | None, str | None]]:
-    rate, _ = video_facts(file)
-    with VideoFile(folder / picture, rate) as drawn:
-        for number, frame in enumerate(read_frames(file)):
-            objects = detector(frame)
-            drawn.add(draw_on_frame(frame, objects, detector.class_names))
-            place = {"frame": number, "time": round(number / rate, 4)}
-            found.add(file, picture, frame, objects, place)
-            yield file, len(objects), None
-
-
-class _Predictions:
-    """What goes into predictions.json."""
-
-    def __init__(self, class_names: Sequence[str]) -> None:
-        self.class_names = class_names
-        self.images: list[dict[str, Any]] = []
-        self.annotations: list[dict[str, Any]] = []
-        self.failed: list[dict[str, str]] = []
-
-    def add(
-        self,
-        file: Path,
-        picture: Path,
-        image: NDArray[np.uint8],
-        objects: Objects,
-        more: Mapping[str, Any] | None = None,
-    ) -> None:
-        height, width = image.shape[:2]
-        entry = {"id": len(self.images) + 1, "file_name": str(file), "picture": str(picture)}
-        self.images.append({**entry, "width": width, "height": height, **(more or {})})
-        for annotation in _annotations(objects, self.class_names):
-            number = {"id": len(self.annotations) + 1, "image_id": len(self.images)}
-            self.annotations.append({**number, **annotation})
-
-    def fail(self, file: Path, error: UserError) -> None:
-        self.failed.append({"file_name": str(file), "error": str(error)})
-
-    def content(self) -> dict[str, Any]:
-        categories = [{"id": index, "name": name} for index, name in enumerate(self.class_names)]
-        return {
-            "images": self.images,
-            "categories": categories,
-            "annotations": self.annotations,
-            "failed": self.failed,
-        }
 
 
 def load_image(file: str | Path) -> NDArray[np.uint8]:
@@ -276,20 +221,3 @@ def load_image(file: str | Path) -> NDArray[np.uint8]:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{file} is not readable as an image ({reason})") from error
     return image
-
-
-def _annotations(objects: Objects, names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    for index, (x0, y0, x1, y1) in enumerate(objects.boxes.tolist()):
-        category = int(objects.classes[index])
-        annotation: dict[str, Any] = {
-            "category_id": category,
-            "category_name": names[category],
-            "bbox": [round(value, 2) for value in (x0, y0, x1 - x0, y1 - y0)],
-            "score": round(float(objects.scores_or_zero()[index]), 4),
-        }
-        if objects.masks is not None:
-            mask = np.asfortranarray(objects.masks[index].astype(np.uint8))
-            code = mask_codec.encode(mask)
-            size = [int(side) for side in code["size"]]
-            annotation["segmentation"] = {"size": size, "counts": code["counts"].decode()}
-        yield annotation

@@ -12,12 +12,13 @@ from tqdm import tqdm
 
 from moco_det.errors import run_tool
 from moco_det.predict import (
+    Segmenter,
     build_predictor,
     count_pictures,
     find_images,
-    predict,
     predictor_of_run,
 )
+from moco_det.predictions import predict
 from moco_det.progress import silence_detectron2
 from moco_det.protocols import load_config
 from moco_det.video import is_video
@@ -26,16 +27,20 @@ from moco_det.video import is_video
 def parser() -> argparse.ArgumentParser:
     arguments = argparse.ArgumentParser(
         prog="moco-predict",
-        description="Draw boxes and masks on images and videos (or all in folders) and write "
-        "predictions.json beside the pictures. The detector is that of a fine-tuning run (--run), "
-        "or a config with weights.",
+        description="Draw boxes and masks, or the class of every pixel, on images and videos (or "
+        "all in folders) and write predictions.json beside the pictures. The model is that of a "
+        "fine-tuning run (--run), or a config with weights.",
     )
     arguments.add_argument("images", nargs="+", metavar="IMAGE", help="image, video or folder")
     arguments.add_argument("-o", "--output-dir", required=True, metavar="DIR", type=Path)
     arguments.add_argument("--run", metavar="RUN_DIR", help="directory of a fine-tuning run")
     arguments.add_argument("--config", metavar="NAME|FILE", help="protocol or config file")
-    arguments.add_argument("--weights", metavar="FILE", help="checkpoint of a whole detector")
-    arguments.add_argument("--threshold", type=float, default=0.5, help="least score (default 0.5)")
+    arguments.add_argument("--weights", metavar="FILE", help="checkpoint of a whole model")
+    arguments.add_argument(
+        "--threshold",
+        type=float,
+        help="least score (default 0.5; of pixels 0: all have a label)",
+    )
     return arguments
 
 
@@ -43,11 +48,11 @@ def work(arguments: argparse.Namespace) -> int:
     failures = objects = pictures = 0
     images = find_images(arguments.images)
     if arguments.run is not None:
-        detector = predictor_of_run(arguments.run, arguments.threshold)
+        model = predictor_of_run(arguments.run, arguments.threshold)
     else:
         config = load_config(arguments.config)
-        detector = build_predictor(config, arguments.weights, arguments.threshold)
-    total, found = count_pictures(images), predict(detector, images, arguments.output_dir)
+        model = build_predictor(config, arguments.weights, arguments.threshold)
+    total, found = count_pictures(images), predict(model, images, arguments.output_dir)
     for _, count, problem in tqdm(found, total=total, unit="image"):
         objects += count or 0
         pictures += count is not None
@@ -55,8 +60,9 @@ def work(arguments: argparse.Namespace) -> int:
             failures += 1
             tqdm.write(f"error: {problem}", file=sys.stderr)
     frames = "images and frames" if any(map(is_video, (file for file, _ in images))) else "images"
+    what = "class areas" if isinstance(model, Segmenter) else "objects"
     print(
-        f"{objects} objects in {pictures} {frames}: pictures and predictions.json are in "
+        f"{objects} {what} in {pictures} {frames}: pictures and predictions.json are in "
         f"{arguments.output_dir}" + (f"; {failures} files unreadable" if failures else "")
     )
     return 1 if failures else 0
