@@ -86,8 +86,9 @@ class Run:
     def kill(self):
         """Kill -9 of all its processes, data-loader workers included."""
         for process in self.ranks:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            for kill in (os.killpg, os.kill):  # it may not have come to its own group yet
+                with suppress(ProcessLookupError):
+                    kill(process.pid, signal.SIGKILL)
         return self.wait()
 
     def wait(self, seconds=120):
