@@ -118,7 +118,8 @@ class Demo:
 
     def report(self, voc: Path, pretrained: Path, detectors: Mapping[str, Path]) -> None:
         report = build_report(read_runs([pretrained, *detectors.values()]))
-        print(report.text(), flush=True)
+        report.analyse(self.folder / "report")
+        print(report.summary(), flush=True)
         found = "ground truth and detections on test images"
         pictures = {
             "pre-training": self.folder / "pretraining.png",

@@ -101,6 +101,6 @@ def _analyse(
         thresholds = {label: run.threshold for label, run in first.items()}
         draw_images(dataset, records, paths, thresholds, path, notes)
         table.figures[
-            f"{CAPTIONS[kind]} (by F1 of the image, first run of each group, at the score that "
-            "gives its best F1 over the data set)"
+            f"{CAPTIONS[kind]} (by F1 of the image, at its left in the order of the columns; first "
+            "run of each group, at the score that gives its best F1 over the data set)"
         ] = path

@@ -38,6 +38,9 @@ def test_the_demo_walks_the_whole_road_once(
     assert {"pretrain-moco", "moco.pkl", "detect-moco", "detect-random"} <= names
     for picture in ("pretraining.png", "fine-tuning.png", "detections.png"):
         assert (tmp_path / picture).stat().st_size > 10_000
+    page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    for part in ("Precision over recall", "Confusion of classes", "Where they differ most"):
+        assert part in page
     results = {
         name: json.loads((tmp_path / name / "results.json").read_text())
         for name in ("detect-moco", "detect-random")
