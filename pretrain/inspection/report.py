@@ -268,13 +268,15 @@ def _sample_geometry(method: Method, features: Features, report: _Report) -> Non
     projections = torch.cat([head(part.float()) for part in features.values.split(4096)])
     report.add_geometry("features", measure(features.values))
     report.add_geometry("projections", measure(projections))
+    state, sentence = judge(report.geometries["projections"], "projections")
     if report.numbers["dictionary"] is None:  # the keys have spoken already, if there are any
-        report.findings.append(judge(report.geometries["projections"], "projections")[1])
+        report.findings.append(sentence)
     prototypes = method.state_dict().get("prototypes.weight")
     if prototypes is not None:
         use = prototype_use(projections, prototypes)
         report.numbers["prototypes"] = use
-        report.findings.append(judge_prototypes(use, len(features)))
+        if state != "collapsed":  # else the nearest is so by the last digits
+            report.findings.append(judge_prototypes(use, len(features)))
 
 
 def _write(run: InspectedRun, report: _Report) -> dict[str, Any]:
