@@ -9,7 +9,7 @@ from moco_det.analysis import analyse_run, choose_images
 from moco_det.errors import UserError
 from moco_det.objects import OpenDataset, has_predictions, open_dataset
 from moco_det.pictures import classes_of_runs, draw_images
-from moco_det.plots import precision_recall_curves, training_curves
+from moco_det.plots import TITLES, precision_recall_curves, training_curves
 from moco_det.runs import Run
 from moco_det.tables import Table
 
@@ -52,7 +52,7 @@ def training_figure(
     runs: Sequence[Run], tables: Sequence[Table], folder: str | Path
 ) -> dict[str, Path]:
     """Caption -> picture of the training curves; nothing where no run logged any."""
-    if not any(len(run.records) > 1 for run in runs):
+    if not any(len(run.series(key)[0]) > 1 for run in runs for key in TITLES):
         return {}
     labels = {run.path: run.label for run in runs}
     labels |= {run.path: g.label for t in tables for g in t.groups for run in g.runs}

@@ -232,6 +232,16 @@ def test_published_differences_are_those_that_the_paper_tells_in_words():
     assert min(gain("LVIS-FPN-2x", w, "segm/AP") for w in (moco, instagram)) > 0
 
 
+def test_a_run_too_short_for_curves_is_reported_without_them(tmp_path):
+    """One line of training and one of evaluation: two records, of which no scalar makes a curve."""
+    run = write_run(tmp_path / "short", steps=1)
+    with (run / "metrics.json").open("a") as file:
+        file.write(json.dumps({"iteration": 20, "bbox/AP": 4.0}) + "\n")
+    page = build_report(read_runs([run])).write(tmp_path / "out").read_text(encoding="utf-8")
+    assert "Training curves" not in page
+    assert "| short" in (tmp_path / "out/report.md").read_text(encoding="utf-8")
+
+
 def test_pretraining_runs_are_recognised(tmp_path):
     write_pretraining(tmp_path / "pre", queue=255)
     report = build_report(read_runs([tmp_path / "pre"]))
