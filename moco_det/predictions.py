@@ -109,9 +109,8 @@ class _Predictions:
         height, width = image.shape[:2]
         entry = {"id": len(self.images) + 1, "file_name": str(file), "picture": str(picture)}
         self.images.append({**entry, "width": width, "height": height, **more})
-        labels = isinstance(result, LabelMap)
-        annotations = _of_classes(result) if labels else _of_objects(result)
-        for annotation in annotations:
+        told = _of_classes(result) if isinstance(result, LabelMap) else _of_objects(result)
+        for annotation in told:
             annotation["category_name"] = self.class_names[annotation["category_id"]]
             number = {"id": len(self.annotations) + 1, "image_id": len(self.images)}
             self.annotations.append({**number, **annotation})
