@@ -4,24 +4,27 @@ Neither torch nor detectron2 is ever replaced: their ranges are wide, and detect
 on the package index under its own name) is not declared at all, see README.md, "Installation".
 """
 
-import re
+import runpy
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+)"', (HERE / "pretrain" / "version.py").read_text())
+FACTS = runpy.run_path(str(HERE / "pretrain" / "version.py"))
+OLDEST = {name: oldest for name, (oldest, _) in FACTS["TESTED"].items()}
+REQUIRED = [name for name in OLDEST if name not in ("python", "opencv-python-headless")]
+FIRST, LAST = (int(version.removeprefix("3.")) for version in FACTS["TESTED"]["python"])
 TOOLS = ("pretrain", "inspect_run", "probe", "convert", "train_net", "report", "predict")
 TOOLS += ("doctor", "demo")
 
 setup(
     name="moco-det",
-    version=VERSION.group(1),
+    version=FACTS["__version__"],
     description="From self-supervised pre-training (MoCo) to object detection with Detectron2",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=f">={OLDEST['python']}",
     packages=[
         *find_packages(include=["pretrain", "pretrain.*", "moco_det", "moco_det.*"]),
         "pretrain.configs",
@@ -42,12 +45,7 @@ setup(
         "moco_det.configs": ["*.yaml"],
     },
     install_requires=[
-        "torch>=2.1",
-        "torchvision>=0.16",
-        "numpy>=1.24",
-        "pillow>=9.5",
-        "fvcore>=0.1.5.post20221221",
-        "pycocotools>=2.0.6",
+        *(f"{name}>={OLDEST[name]}" for name in REQUIRED),
         "matplotlib>=3.7",
         "tensorboard>=2.12",
         "jinja2>=3",
@@ -70,7 +68,7 @@ setup(
             "setuptools<81",
         ],
         # cv2 comes from any of four packages that overwrite each other: whoever has one keeps it.
-        "opencv": ["opencv-python-headless>=4.8"],
+        "opencv": [f"opencv-python-headless>={OLDEST['opencv-python-headless']}"],
         "safetensors": ["safetensors>=0.4"],
         "shards": ["webdataset>=0.2.86"],  # pre-training from tar files, local or by URL
         "slurm": ["submitit>=1.4"],  # tools/pretrain.py --slurm
@@ -100,7 +98,7 @@ setup(
     },
     classifiers=[
         "Programming Language :: Python :: 3",
-        *(f"Programming Language :: Python :: 3.{minor}" for minor in (10, 11, 12, 13)),
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(FIRST, LAST + 1)),
         "License :: OSI Approved :: Apache Software License",
         "Topic :: Scientific/Engineering :: Image Recognition",
     ],

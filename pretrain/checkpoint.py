@@ -78,7 +78,8 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise UserError(f"There is no checkpoint at {path}.") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if "GLOBAL" in str(error):  # it asks for a function or a class
+        # It asks for a function or a class; torch before 2.4 says so in other words.
+        if "GLOBAL" in str(error) or "Unsupported class" in str(error):
             raise UserError(
                 f"{path} holds more than tensors and plain values, and was not read ({reason}): "
                 f"no run of this project wrote it; remove it."

@@ -31,20 +31,8 @@ from pretrain.machine import (
     disk,
     memory,
 )
-from pretrain.version import __version__
+from pretrain.version import TESTED, __version__
 
-# Oldest and newest version of each that the test suite was run with. setup.py allows a wider range.
-TESTED = {
-    "python": ("3.11", "3.11"),
-    "torch": ("2.14.1", "2.14.1"),
-    "torchvision": ("0.29.1", "0.29.1"),
-    "numpy": ("2.4.6", "2.4.6"),
-    "pillow": ("13.0.0", "13.0.0"),
-    "opencv-python-headless": ("5.0.0.93", "5.0.0.93"),
-    "fvcore": ("0.1.5.post20221221", "0.1.5.post20221221"),
-    "pycocotools": ("2.0.11", "2.0.11"),
-}
-PYTHONS = ((3, 10), (3, 13))  # declared in setup.py
 CV2_PACKAGES = (
     "opencv-python-headless",
     "opencv-python",
@@ -70,14 +58,14 @@ def examine(folder: Path) -> Iterable[Finding]:
 
 
 def python_and_packages() -> Iterable[Finding]:
-    """Versions against the declared and the tested ones."""
-    here = sys.version_info[:2]
-    inside = PYTHONS[0] <= here <= PYTHONS[1]
+    """Versions against the tested ones: a newer one may well work, pip refuses an older one."""
+    oldest, newest = TESTED["python"]
+    inside = _key(oldest) <= sys.version_info[:2] <= _key(newest)
     yield Finding(
         "Python",
         OK if inside else WARNING,
         platform.python_version(),
-        "" if inside else "3.10 to 3.13 are supported: make an environment with one of them.",
+        "" if inside else f"{oldest} to {newest} are tested: make an environment with one of them.",
     )
     for name, (oldest, newest) in TESTED.items():
         if name == "python" or name in CV2_PACKAGES:
@@ -85,11 +73,15 @@ def python_and_packages() -> Iterable[Finding]:
         version = _version(name)
         if version is None:
             yield Finding(name, FAILURE, "not installed", f"pip install {name}")
-        elif _key(oldest) <= _key(version.split("+")[0]) <= _key(newest):
-            yield Finding(name, OK, version)
+            continue
+        tested = oldest if oldest == newest else f"{oldest} to {newest}"
+        key = _key(version.split("+")[0])
+        if key < _key(oldest):
+            advice = f"pip install '{name}>={oldest}'"
+            yield Finding(name, WARNING, f"{version} (tested: {tested})", advice)
         else:
-            tested = oldest if oldest == newest else f"{oldest} to {newest}"
-            yield Finding(name, OK, f"{version} (tested: {tested})")
+            within = key <= _key(newest)
+            yield Finding(name, OK, version if within else f"{version} (tested: {tested})")
 
 
 def opencv() -> Iterable[Finding]:

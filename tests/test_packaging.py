@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 HADOLINT = Path(sys.executable).with_name("hadolint")
@@ -94,7 +95,12 @@ def test_nothing_that_a_user_has_would_be_replaced(installed):
         for line in (metadata / "METADATA").read_text().splitlines()
         if line.startswith("Requires-Dist") and "extra ==" not in line
     ]
-    assert any(requirement.startswith("torch>=") for requirement in requirements)
+    lines = (ROOT / "requirements" / "oldest.txt").read_text().splitlines()
+    oldest = dict(line.split("==") for line in lines if "==" in line)
+    for requirement in requirements:  # each lower bound is a version that was tested
+        name, bound = requirement.split(">=")
+        assert Version(bound) == Version(oldest[name]), name
+    assert "torch" in {requirement.split(">=")[0] for requirement in requirements}
     assert not [
         r for r in requirements if "detectron2" in r or "opencv" in r or "==" in r or "<" in r
     ]

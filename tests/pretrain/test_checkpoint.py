@@ -46,7 +46,7 @@ def test_a_run_that_was_set_back_keeps_its_new_checkpoints_and_the_later_ones(tm
 def test_the_file_is_one_that_torch_and_zip_readers_read_and_its_seal_is_sha256(tmp_path):
     path = checkpoint.save(content(7), tmp_path)
     for mmap in (False, True):
-        assert torch.load(path, weights_only=True, mmap=mmap)["step"] == 7
+        assert torch.load(str(path), weights_only=True, mmap=mmap)["step"] == 7
     archive = zipfile.ZipFile(path)
     assert archive.testzip() is None
     mark, _, seal = archive.comment.partition(b":")

@@ -19,15 +19,31 @@ def by_name(findings):
     return {finding.what: finding for finding in findings}
 
 
-def test_the_tested_versions_are_those_that_ci_installs():
-    pinned = dict(
-        line.lower().split("==")
-        for line in (ROOT / "requirements" / "constraints.txt").read_text().splitlines()
-        if "==" in line
-    )
-    for name, (_, newest) in doctor.TESTED.items():
+def pins(name):
+    lines = (ROOT / "requirements" / name).read_text().lower().splitlines()
+    return dict(line.split("==") for line in lines if "==" in line)
+
+
+def test_the_tested_versions_are_those_of_the_two_lists_and_of_the_page():
+    oldest_pins, newest_pins = pins("oldest.txt"), pins("constraints.txt")
+    page = (ROOT / "docs" / "versions.md").read_text()
+    for name, (oldest, newest) in doctor.TESTED.items():
         if name != "python":
-            assert pinned[name] == newest, name
+            assert (oldest_pins[name], newest_pins[name]) == (oldest, newest), name
+        assert re.search(rf"(?mi)^\| {name} \| {oldest} \| {newest} \|$", page), name
+
+
+@pytest.mark.parametrize(
+    ("version", "state", "advice"),
+    [("1.13.1", "warning", "pip install 'torch>="), ("2.2.0+cu121", "ok", ""), ("9.0", "ok", "")],
+)
+def test_a_version_older_than_the_tested_ones_is_a_warning(monkeypatch, version, state, advice):
+    real = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: version if name == "torch" else real(name))
+    finding = by_name(doctor.python_and_packages())["torch"]
+    assert finding.state == state
+    assert finding.advice.startswith(advice)
+    assert ("tested" in finding.found) == (version in ("1.13.1", "9.0"))
 
 
 def test_this_machine_passes(tmp_path):

@@ -77,7 +77,7 @@ class LargestTensor(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(result):
+        for tensor in torch.utils._pytree.tree_flatten(result)[0]:
             # Views own no memory: what counts is the storage.
             if isinstance(tensor, torch.Tensor) and not function.is_view:
                 self.numel = max(self.numel, tensor.numel())
