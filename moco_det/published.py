@@ -11,7 +11,8 @@ INSTAGRAM = "MoCo v1, Instagram-1B"
 INFOMIN = "InfoMin, Tian et al. 2020, arXiv:2005.10243"
 
 # Read in the paper's own tables, or, where only copies of them were at hand, in two of these that
-# agree; rows of which neither was found (VOC-DC5, Cityscapes' instances) are left out.
+# agree, but for Instagram's rows of COCO-C4-2x, keypoints and Cityscapes-semseg: in one. Rows that
+# were found nowhere (VOC-DC5, Cityscapes' instances) are left out.
 #
 # What the spread over five trials is on VOC, by the same README: about 0.2 AP, 0.2 AP50, 0.4 AP75.
 
