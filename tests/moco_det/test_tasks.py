@@ -38,6 +38,7 @@ TASKS = {
     "VOC07": BOX,
     "VOC-1pct": BOX,
     "VOC-10pct": BOX,
+    "VOC-small": BOX,
     "COCO-C4-1x": MASK,
     "COCO-C4-2x": MASK,
     **{f"COCO-FPN-{length}": MASK for length in ("12k", "1x", "2x")},
@@ -49,11 +50,6 @@ TASKS = {
     "Cityscapes-instance": {"segm": "AP50"},
     "VOC-semseg": {"sem_seg": "mIoU"},
     "Cityscapes-semseg": {"sem_seg": "mIoU"},
-}
-# Those that differ from another only in the length or the labels of the same run.
-SAME_CODE = {"COCO-C4-2x", "COCO-FPN-2x", "COCO-FPN-12k", "COCO-FPN-12k-4conv1fc", "VOC-10pct"} | {
-    "COCO-FPN-2x-4conv1fc",
-    "COCO-FPN-12k-10pct",
 }
 
 
@@ -77,10 +73,10 @@ def datasets_root(tmp_path_factory):
 
 
 def test_the_table_names_every_protocol_but_the_demos():
-    assert set(protocol_names()) == TASKS.keys() | {"scenes", "VOC-small"}
+    assert set(protocol_names()) == TASKS.keys() | {"scenes"}
 
 
-@pytest.mark.parametrize("name", [name for name in TASKS if name not in SAME_CODE])
+@pytest.mark.parametrize("name", TASKS)
 def test_a_protocol_trains_saves_and_evaluates_on_its_own_data(
     name, datasets_root, tmp_path, monkeypatch, capsys
 ):
