@@ -1,77 +1,101 @@
-"""What a contrastive run tells about its health: collapse, plateau, leak."""
+"""What a run tells about its health while it lasts: collapse, plateau, leak."""
 
 from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Mapping
 from statistics import fmean
 
+ALIKE = 0.1  # spread below which embeddings count as one; random unit vectors have 1
+AT_CHANCE = 0.985  # of the loss of an encoder that knows nothing
 
-def patience(queue_size: int, batch_size: int) -> int:
-    """Steps before a run is judged: the queue has been filled twice, and at least 200."""
-    return max(200, 2 * math.ceil(queue_size / batch_size))
+# What to do about each of them, whatever the method; a method may know more (`Method.remedies`).
+REMEDIES = {
+    "collapse": "Lower SOLVER.BASE_LR or raise SOLVER.WARMUP_ITERS.",
+    "plateau": "Raise INPUT.MIN_SCALE or change SOLVER.BASE_LR.",
+    "leak": "Usual causes: BN statistics that betray the positive (MODEL.SYNC_BN False where the "
+    "method needs it), or views that hardly differ (INPUT.MIN_SCALE too high).",
+}
+
+
+def patience(settling_images: int, batch_size: int) -> int:
+    """Steps before a run is judged: what has to settle has been gone through twice, and at least
+    200."""
+    return max(200, 2 * math.ceil(settling_images / batch_size))
 
 
 class Monitor:
     """Watches loss, accuracy and spread, and words each warning once.
 
     Args:
-        chance_loss: loss of an encoder that knows nothing, log(K+1).
-        patience: steps before anything is said; at the start the loss *is* at log(K+1), and the
-            queue must have been filled with keys for accuracy to mean anything.
+        chance_loss: loss of an encoder that knows nothing, such as log(K+1); None where there is no
+            such number, and only the spread can tell.
+        patience: steps before anything is said; at the start the loss *is* at chance, and a queue
+            must have been filled with keys for accuracy to mean anything.
+        remedies: "collapse", "plateau" and "leak" -> what to do about it.
         window: observations averaged; each is a progress line, a mean over its steps.
     """
 
-    def __init__(self, chance_loss: float, patience: int, window: int = 3) -> None:
+    def __init__(
+        self,
+        chance_loss: float | None,
+        patience: int,
+        remedies: Mapping[str, str] = REMEDIES,
+        window: int = 3,
+    ) -> None:
         self.chance_loss = chance_loss
         self.patience = patience
+        self.remedies = remedies
         self.losses: deque[float] = deque(maxlen=window)
         self.accuracies: deque[float] = deque(maxlen=window)
         self.spreads: deque[float] = deque(maxlen=window)
         self.said: set[str] = set()
 
-    def observe(self, step: int, loss: float, accuracy: float, spread: float) -> str | None:
-        """Take in the means of the steps since the last call.
+    def observe(self, step: int, loss: float, spread: float, accuracy: float = 0.0) -> str | None:
+        """Take in the means of the steps since the last call; no accuracy is none to speak of.
 
         Returns:
             a sentence with symptom, likely cause and mend, the first time that its condition holds;
             else None.
         """
         self.losses.append(loss)
-        self.accuracies.append(accuracy)
         self.spreads.append(spread)
+        self.accuracies.append(accuracy)
         if step < self.patience or len(self.losses) < (self.losses.maxlen or 0):
             return None
-        if fmean(self.losses) > 0.985 * self.chance_loss:
-            if fmean(self.spreads) < 0.1:
+        loss, spread, accuracy = map(fmean, (self.losses, self.spreads, self.accuracies))
+        chance = self.chance_loss
+        if chance is None:
+            if spread < ALIKE:
                 return self._once(
                     "collapse",
-                    f"the loss stays at log(K+1) = {self.chance_loss:.2f} and all embeddings are "
-                    f"alike (spread {fmean(self.spreads):.3f} of 1): the encoder has collapsed or "
-                    f"not yet left the plateau of its start. Lower SOLVER.BASE_LR or "
-                    f"MOCO.MOMENTUM, "
-                    f"or give the head BN (MOCO.MLP_BN True); on small data a shorter "
-                    f"MOCO.QUEUE_SIZE helps too.",
+                    f"all embeddings are alike (spread {spread:.3f} of 1): the encoder has "
+                    f"collapsed.",
                 )
+        elif loss > AT_CHANCE * chance and spread < ALIKE:
+            return self._once(
+                "collapse",
+                f"the loss stays at chance, {chance:.2f}, and all embeddings are alike (spread "
+                f"{spread:.3f} of 1): the encoder has collapsed or not yet left the plateau of its "
+                f"start.",
+            )
+        elif loss > AT_CHANCE * chance:
             return self._once(
                 "plateau",
-                f"the loss stays at log(K+1) = {self.chance_loss:.2f} although the embeddings "
-                f"differ (spread {fmean(self.spreads):.2f}): the two views of an image share too "
-                f"little, or the learning rate is off. Raise INPUT.MIN_SCALE or change "
-                f"SOLVER.BASE_LR.",
+                f"the loss stays at chance, {chance:.2f}, although the embeddings differ (spread "
+                f"{spread:.2f}): the two views of an image share too little, or the learning rate "
+                f"is off.",
             )
-        if fmean(self.accuracies) > 0.985 and fmean(self.losses) < 0.05 * self.chance_loss:
+        elif accuracy > 0.985 and loss < 0.05 * chance:
             return self._once(
                 "leak",
-                f"the contrastive accuracy is {fmean(self.accuracies):.1%}: the task is solved "
-                f"by a shortcut. Usual causes: BN statistics that betray the key "
-                f"(MOCO.SHUFFLE_BN False, or one BN group), views that hardly differ "
-                f"(INPUT.MIN_SCALE too high), or a queue of a few hundred keys.",
+                f"the contrastive accuracy is {accuracy:.1%}: the task is solved by a shortcut.",
             )
         return None
 
-    def _once(self, kind: str, text: str) -> str | None:
+    def _once(self, kind: str, symptom: str) -> str | None:
         if kind in self.said:
             return None
         self.said.add(kind)
-        return text
+        return f"{symptom} {self.remedies[kind]}"

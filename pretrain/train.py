@@ -96,9 +96,8 @@ def train(cfg: CfgNode, resume: bool = False, quiet: bool = False, profile: int 
             progress.say(_banner(cfg, images, total, device, start))
             for note in notes:
                 progress.warn(note)
-            if method.chance_loss is not None:
-                wait = patience(cfg.MOCO.QUEUE_SIZE, cfg.SOLVER.BATCH_SIZE)
-                monitor = Monitor(method.chance_loss, patience=wait)
+            wait = patience(method.settling_images, cfg.SOLVER.BATCH_SIZE)
+            monitor = Monitor(method.chance_loss, wait, method.remedies)
 
         method.train()
         say = progress.say if progress else print
@@ -131,7 +130,7 @@ def train(cfg: CfgNode, resume: bool = False, quiet: bool = False, profile: int 
                     if progress:
                         progress.log(step, _line(means, method.chance_loss), **means)
                         warning = monitor and monitor.observe(
-                            step, means["loss"], means["accuracy"], means["spread"]
+                            step, means["loss"], means["spread"], means.get("accuracy", 0.0)
                         )
                         if warning:
                             progress.warn(warning)

@@ -16,8 +16,10 @@ COMMAND = re.compile(r"^(?:\S*python3? )?(?:tools/(\w+)\.py|moco-([a-z-]+)) ?(.*
 
 
 def commands(page):
-    """(tool, words) of every command line of a page: indented or fenced, continued by ``\\``."""
+    """(tool, words) of every command line of a page: indented or fenced, continued by ``\\``, with
+    the shell variables that the page sets."""
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    variables = dict(re.findall(r'^    ([A-Z0-9]+)="([^"]*)"', text, flags=re.MULTILINE))
     for line in text.splitlines():
         if not line.startswith("    ") and not line.startswith(("tools/", "moco-")):
             continue
@@ -25,7 +27,8 @@ def commands(page):
         if found:
             tool = found.group(1) or found.group(2).replace("-", "_")
             tool = f"{tool}_run" if f"{tool}_run" in TOOLS else tool  # moco-inspect
-            yield tool, shlex.split(found.group(3), comments=True)
+            line = re.sub(r"\$([A-Z0-9]+)", lambda m: variables[m.group(1)], found.group(3))
+            yield tool, shlex.split(line, comments=True)
 
 
 EVERY = [

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from pretrain.files import replace_file
 from pretrain.inspection.geometry import Geometry
-from pretrain.monitor import Monitor
+from pretrain.monitor import REMEDIES, Monitor
 
 Records = Sequence[Mapping[str, float]]
 
@@ -104,14 +104,21 @@ def save_figure(figure: Figure, path: Path) -> Path:
     return replace_file(path, lambda file: figure.savefig(file, format=kind, **options))
 
 
-def last_words(records: Records, chance_loss: float | None, patience: int) -> list[str]:
+def last_words(
+    records: Records,
+    chance_loss: float | None,
+    patience: int,
+    remedies: Mapping[str, str] = REMEDIES,
+) -> list[str]:
     """What the run's own monitor says of its end: a collapse, a plateau or a leak, if any."""
-    needed = ("loss", "accuracy", "spread")
-    complete = [r for r in records if all(key in r for key in needed)]
-    if chance_loss is None or not complete or complete[-1]["iteration"] < patience:
+    complete = [r for r in records if "loss" in r and "spread" in r]
+    if not complete or complete[-1]["iteration"] < patience:
         return []
-    monitor = Monitor(chance_loss, patience=0)
-    said = [monitor.observe(int(r["iteration"]), *(r[k] for k in needed)) for r in complete[-3:]]
+    monitor = Monitor(chance_loss, patience=0, remedies=remedies)
+    said = [
+        monitor.observe(int(r["iteration"]), r["loss"], r["spread"], r.get("accuracy", 0.0))
+        for r in complete[-3:]
+    ]
     return [text for text in said if text]
 
 

@@ -173,8 +173,8 @@ def _curves(run: InspectedRun, method: Method, report: _Report) -> None:
     if known:
         parts.append(f"kNN {known[-1]:.1f} % (best {max(known):.1f} %)")
     report.lines["curves"] = ", ".join(parts)
-    wait = patience(run.cfg.MOCO.QUEUE_SIZE, run.cfg.SOLVER.BATCH_SIZE)
-    report.findings += last_words(run.records, method.chance_loss, wait)
+    wait = patience(method.settling_images, run.cfg.SOLVER.BATCH_SIZE)
+    report.findings += last_words(run.records, method.chance_loss, wait, method.remedies)
 
 
 def _filters(state: Mapping[str, Tensor], report: _Report) -> None:

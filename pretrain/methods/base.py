@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+
+from pretrain.monitor import REMEDIES
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Method(nn.Module):
 
     encoder_q: nn.Module
     num_views: int | None = None  # how many of the recipe's views it looks at; None: all of them
+    settling_images: int = 0  # shown before its figures mean something: a queue has to fill
+    remedies: Mapping[str, str] = REMEDIES  # of what the monitor warns
 
     @property
     def chance_loss(self) -> float | None:

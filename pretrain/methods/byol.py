@@ -15,6 +15,7 @@ from pretrain.losses_views import cosine_regression
 from pretrain.methods.base import Method, Run
 from pretrain.methods.moco import embedding_spread
 from pretrain.methods.networks import encoder_builder, mlp, unit
+from pretrain.monitor import REMEDIES
 
 
 def build_byol(cfg: CfgNode, run: Run) -> BYOL:
@@ -53,6 +54,10 @@ class BYOL(Method):
         self.target = build_encoder()
         self.target.load_state_dict(self.encoder_q.state_dict())
         self.target.requires_grad_(False)
+
+    remedies = REMEDIES | {
+        "collapse": "Lower SOLVER.BASE_LR, or raise BYOL.MOMENTUM: the target must lag behind."
+    }
 
     @property
     def chance_loss(self) -> None:

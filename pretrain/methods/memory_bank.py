@@ -78,6 +78,7 @@ class MemoryBank(Method):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        self.settling_images = num_images  # in the first epoch the bank is still noise
         if not 0.0 <= momentum < 1.0:
             raise UserError(f"BANK.MOMENTUM is {momentum}: it must lie in [0, 1).")
         self.temperature = positive_temperature("MOCO.TEMPERATURE", temperature)

@@ -14,6 +14,7 @@ from pretrain.encoders import ResNet
 from pretrain.errors import UserError
 from pretrain.losses import info_nce
 from pretrain.methods.base import Method
+from pretrain.monitor import REMEDIES
 from pretrain.profiling import stage
 
 Head = Callable[[int], nn.Module]
@@ -63,6 +64,14 @@ class MoCo(Method):
 
     queue: Tensor
     queue_ptr: Tensor
+    remedies = {
+        "collapse": "Lower SOLVER.BASE_LR or MOCO.MOMENTUM, or give the head BN (MOCO.MLP_BN "
+        "True); on small data a shorter MOCO.QUEUE_SIZE helps too.",
+        "plateau": REMEDIES["plateau"],
+        "leak": "Usual causes: BN statistics that betray the key (MOCO.SHUFFLE_BN False, or one BN "
+        "group), views that hardly differ (INPUT.MIN_SCALE too high), or a queue of a few hundred "
+        "keys.",
+    }
 
     def __init__(
         self,
@@ -95,6 +104,7 @@ class MoCo(Method):
         noise = torch.randn(queue_size, dim, generator=torch.Generator().manual_seed(seed))
         self.register_buffer("queue", F.normalize(noise, dim=1))  # KxC
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
+        self.settling_images = queue_size
 
     def forward(self, views: Sequence[Tensor], step: int, index: Tensor) -> dict[str, Tensor]:
         """One step of Algorithm 1 on this rank's share of the batch.

@@ -24,6 +24,7 @@ from pretrain.methods.networks import (
     positive_temperature,
     unit,
 )
+from pretrain.monitor import REMEDIES
 
 CODED = 2  # the first views, the large ones, receive codes; small ones only predict (Section 3.3)
 
@@ -92,6 +93,11 @@ class SwAV(Method):
         self.encoder_q = encoder
         self.prototypes = nn.Linear(dim, prototypes, bias=False)  # weight: PxC
         self.register_buffer("queue", torch.zeros(CODED, queue_size, dim))  # 2xLxC, newest first
+
+    remedies = REMEDIES | {
+        "collapse": "Lower SWAV.EPSILON or SOLVER.BASE_LR, or give the codes more to be balanced "
+        "over: SWAV.QUEUE_SIZE, a larger batch, fewer SWAV.PROTOTYPES.",
+    }
 
     @property
     def chance_loss(self) -> float:

@@ -192,7 +192,8 @@ def test_the_end_of_a_run_is_judged_and_not_its_start():
     for i, record in enumerate(healthy):
         record["iteration"] += plateau[-1]["iteration"] + 20 * i
     assert last_words([*plateau, *healthy], 6.93, 200) == []
-    assert last_words(plateau, None, 200) == []
+    assert "collapsed" in last_words(plateau, None, 200)[0]
+    assert last_words(records(6.93, 0.0, 0.8), None, 200) == []
     assert last_words(plateau[:5], 6.93, 200) == []
     assert last_words([{"iteration": 900, "loss": 1.0}], 6.93, 200) == []
 
