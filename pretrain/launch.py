@@ -70,8 +70,7 @@ def _on_ranks(function: Callable[..., Any], processes: int, args: Any) -> None:
     assert context is not None
     ranks = context.processes
     with _passing_signals_on(ranks) as received:
-        while not any(rank.exitcode for rank in ranks) and any(rank.is_alive() for rank in ranks):
-            connection.wait([rank.sentinel for rank in ranks if rank.is_alive()])
+        _wait_for_a_failure_or_all(ranks)
         # Some may wait for a lost one for ever; they put off SIGTERM, and join() sends no more.
         killer = threading.Timer(GRACE, _kill, [ranks])
         killer.daemon = True
@@ -98,6 +97,15 @@ def _on_ranks(function: Callable[..., Any], processes: int, args: Any) -> None:
             killer.cancel()
     for ending in _all(endings):
         raise Stopped(received[0] if received else ending)
+
+
+def _wait_for_a_failure_or_all(ranks: list[Any]) -> None:
+    """Until a rank has failed or all have ended."""
+    # Asked once a round: of ranks that end in between, nothing would be left to wait for, for ever.
+    while alive := [rank for rank in ranks if rank.is_alive()]:
+        if any(rank.exitcode for rank in ranks):
+            return
+        connection.wait([rank.sentinel for rank in alive])
 
 
 @contextmanager

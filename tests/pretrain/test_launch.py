@@ -9,7 +9,7 @@ import torch
 
 from pretrain import distributed
 from pretrain.errors import UserError
-from pretrain.launch import launch
+from pretrain.launch import _wait_for_a_failure_or_all, launch
 
 
 def failing(error, everywhere=False):
@@ -37,3 +37,25 @@ def dying():
 def test_a_killed_rank_ends_the_run_with_the_way_on():
     with pytest.raises(UserError, match="A rank was lost.*SIGKILL.*--resume"):
         launch(dying, 2)
+
+
+class Ending:
+    """A rank that ends well between being asked for the first time and the second."""
+
+    def __init__(self):
+        self.asked = 0
+        self.sentinel, ours = os.pipe()
+        os.close(ours)  # ready to be read, as a process's is once it has ended
+
+    def is_alive(self):
+        self.asked += 1
+        return self.asked < 2
+
+    @property
+    def exitcode(self):
+        return None if self.asked < 2 else 0
+
+
+@pytest.mark.timeout(20)
+def test_ranks_that_end_while_they_are_asked_are_not_waited_for_for_ever():
+    _wait_for_a_failure_or_all([Ending()])
