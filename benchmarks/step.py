@@ -12,7 +12,6 @@ import argparse
 import copy
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.turns import take_turns
 from pretrain.encoders import ResNet
 from pretrain.losses import info_nce
 from pretrain.methods.moco import MoCo, mlp_head
@@ -80,13 +80,7 @@ def sgd(module: nn.Module, lr: float) -> torch.optim.SGD:
 
 def medians(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Milliseconds of each call: median over the rounds, in which they take turns."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(-1, rounds):  # the first round warms up
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if number >= 0:
-                times[name].append((time.perf_counter() - start) * 1e3)
+    times = take_turns(calls, rounds)
     for name, values in times.items():
         print(
             f"  {name:24s} {statistics.median(values):9.2f} ms"

@@ -26,6 +26,7 @@ import torch
 from PIL import Image, ImageFilter
 from torchvision import transforms
 
+from benchmarks.turns import take_turns
 from pretrain.decoding import decode
 from pretrain.loader import build_batches
 from pretrain.sources import Source, open_source
@@ -106,14 +107,8 @@ def our_pipeline(images: Sequence[bytes], recipes: Sequence[ViewRecipe]) -> Pipe
 
 def measure(pipelines: dict[str, Pipeline], images: int, repeats: int) -> dict[str, np.ndarray]:
     """Milliseconds of CPU time an image of each pipeline, one value a repeat."""
-    times: dict[str, list[float]] = {name: [] for name in pipelines}
-    for repeat in range(-1, repeats):  # the first round warms up
-        for name, pipeline in pipelines.items():
-            start = time.thread_time()
-            pipeline()
-            if repeat >= 0:
-                times[name].append((time.thread_time() - start) / images * 1e3)
-    return {name: np.array(values) for name, values in times.items()}
+    times = take_turns(pipelines, repeats, time.thread_time)
+    return {name: np.array(values) / images for name, values in times.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -101,7 +101,7 @@ def get_defaults() -> CfgNode:
     cfg.SOLVER.WARMUP_ITERS = 0  # linear from BASE_LR / WARMUP_ITERS
 
     cfg.DATALOADER = CfgNode()
-    cfg.DATALOADER.NUM_WORKERS = 4  # processes a rank; does not change the run
+    cfg.DATALOADER.NUM_WORKERS = 4  # processes a rank, at most the cores; does not change the run
     cfg.DATALOADER.MAX_BAD_SHARE = 0.05  # of unreadable images; more is an error
 
     cfg.PROBE = CfgNode()
