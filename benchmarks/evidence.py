@@ -38,11 +38,12 @@ from pretrain.progress import clock
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Fine-tuning at the size of docs/results.md: small images and few proposals.
+# Fine-tuning at the size of docs/results.md: smaller images still, and few proposals.
 DETECTION = (
     "SOLVER.IMS_PER_BATCH 4 SOLVER.BASE_LR 0.01 TEST.PRECISE_BN.NUM_ITER 20 "
-    "INPUT.MIN_SIZE_TRAIN (160,192) INPUT.MAX_SIZE_TRAIN 320 INPUT.MIN_SIZE_TEST 192 "
-    "INPUT.MAX_SIZE_TEST 320 MODEL.ANCHOR_GENERATOR.SIZES [[8,16,32,64,128]] "
+    "INPUT.MIN_SIZE_TRAIN (128,144,160) INPUT.MAX_SIZE_TRAIN 240 "
+    "INPUT.MIN_SIZE_TEST 160 INPUT.MAX_SIZE_TEST 240 "
+    "MODEL.ANCHOR_GENERATOR.SIZES [[8,16,32,64,128]] "
     "MODEL.RPN.BATCH_SIZE_PER_IMAGE 64 MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 32 "
     "MODEL.RPN.PRE_NMS_TOPK_TRAIN 400 MODEL.RPN.POST_NMS_TOPK_TRAIN 100 "
     "MODEL.RPN.PRE_NMS_TOPK_TEST 400 MODEL.RPN.POST_NMS_TOPK_TEST 100 "
@@ -142,9 +143,10 @@ def cell_job(folder: Path, cell: Cell, seed: int, how: dict[str, Any], write: bo
 
 
 def detection_jobs(
-    figure: Figure, folders: dict[tuple[str, int], Path], specs: tuple[str, str], iterations: int
+    figure: Figure, folders: dict[tuple[str, int], Path], args: argparse.Namespace
 ) -> list[Job]:
     """Convert and fine-tune every cell of a figure; from untrained weights, in the same network."""
+    iterations, share = args.detection_iterations, args.detection_share
     jobs = []
     for (label, seed), folder in folders.items():
         cell = next(cell for cell in figure.cells if cell.label == label)
@@ -152,10 +154,11 @@ def detection_jobs(
         convert = [sys.executable, str(ROOT / "tools" / "convert.py")]
         convert += [str(folder / "run" / "checkpoint_last.pth"), "-o", str(weights)]
         key = "MODEL.WEIGHTS" if cell.trained else "MODEL.ARCHITECTURE_FROM"
-        out = folder / f"detection-{iterations}"
+        out = folder / detection_name(args)
         train = [sys.executable, str(ROOT / "tools" / "train_net.py")]
         train += ["--config", "VOC" if cell.trained else "VOC-random", "--resume"]
-        train += ["--train-data", specs[0], "--test-data", specs[1], "--output-dir", str(out)]
+        train += ["--train-data", args.detection[0], "--test-data", args.detection[1]]
+        train += ["--output-dir", str(out), "DATASETS.LABEL_SHARE", str(share)]
         train += [key, str(weights), "SEED", str(seed), "SOLVER.MAX_ITER", str(iterations)]
         commands = [[*train, *DETECTION]]
         if not weights.exists():
@@ -164,15 +167,21 @@ def detection_jobs(
     return jobs
 
 
+def detection_name(args: argparse.Namespace) -> str:
+    """Name of a cell's folder for its detector."""
+    share = "" if args.detection_share == 1 else f"-share-{args.detection_share:g}"
+    return f"detection-{args.detection_iterations}{share}"
+
+
 def measurements(
-    cells: dict[tuple[str, int], Path], iterations: int
+    cells: dict[tuple[str, int], Path], detection: str
 ) -> dict[str, list[dict[str, float]]]:
     """Results of each label, one dictionary a finished seed."""
     found: dict[str, list[dict[str, float]]] = {}
     for (label, _), folder in cells.items():
         if (folder / RESULT).exists():
             result = json.loads((folder / RESULT).read_text())
-            detected = folder / f"detection-{iterations}" / "results.json"
+            detected = folder / detection / "results.json"
             if detected.exists():
                 boxes = json.loads(detected.read_text())["bbox"]
                 result |= {"AP": boxes["AP"], "AP50": boxes["AP50"]}
@@ -193,8 +202,9 @@ def parser() -> argparse.ArgumentParser:
     add("--only", nargs="+", choices=names, default=names, metavar="FIGURE", help=", ".join(names))
     add("--seeds", type=int, default=3, metavar="N", help="3")
     add("--budget", type=int, default=STEPS, metavar="STEPS", help=f"of a cell ({STEPS})")
-    add("--detection-seeds", type=int, default=2, metavar="N", help="fine-tuned (2)")
+    add("--detection-seeds", type=int, default=3, metavar="N", help="fine-tuned (3)")
     add("--detection-iterations", type=int, default=300, metavar="N", help="300")
+    add("--detection-share", type=float, default=1.0, metavar="S", help="of the labels (1)")
     add("--pool", type=int, default=4000, metavar="N", help="images to pre-train on (4000)")
     add("--probe-size", type=int, default=64, metavar="PX", help="images are probed at (64)")
     add("--parallel", type=int, default=2, metavar="N", help="cells at a time (2)")
@@ -252,7 +262,7 @@ def evidence(args: argparse.Namespace) -> int:
             if figure.detection and args.detection:
                 failures += detect(figure, folders[figure.name], args)
     measured = [
-        Measured(figure, measurements(folders[figure.name], args.detection_iterations))
+        Measured(figure, measurements(folders[figure.name], detection_name(args)))
         for figure in everything
     ]
     facts = {
@@ -265,8 +275,9 @@ def evidence(args: argparse.Namespace) -> int:
     }
     if args.detection:
         facts["detection"] = (
-            f"Faster R-CNN C4, {args.detection_iterations} iterations of 4 images, one fine-tuning "
-            f"a pre-training"
+            f"Faster R-CNN C4, {args.detection_iterations} iterations of 4 images, "
+            f"{100 * args.detection_share:g} % of the labelled images, one fine-tuning a "
+            f"pre-training"
         )
     write_document(measured, args.document, facts)
     print(f"written to {args.document}")
@@ -284,7 +295,7 @@ def detect(
         for (label, seed), folder in folders.items()
         if seed < args.detection_seeds and (folder / RESULT).exists()
     }
-    jobs = detection_jobs(figure, ready, tuple(args.detection), args.detection_iterations)
+    jobs = detection_jobs(figure, ready, args)
     return run_jobs(jobs, args.parallel, "detectors")
 
 

@@ -87,6 +87,7 @@ def figures(steps: int = STEPS) -> list[Figure]:
         _momentum(base),
         _shuffling(base),
         _steps_to_v2(base),
+        _plateau(base),
         _methods(base),
     ]
 
@@ -236,6 +237,33 @@ def _steps_to_v2(base: dict[str, Any]) -> Figure:
             Expectation("the cosine helps", cells[4].label, cells[3].label),
             Expectation("BN moves the MLP head off the plateau", cells[2].label, cells[1].label),
         ),
+    )
+
+
+def _plateau(base: dict[str, Any]) -> Figure:
+    plain = {**base, "MOCO.MLP_BN": False}
+    cells = [
+        Cell("plain MLP head", plain),
+        Cell("BN in the head", base),
+        Cell("temperature 0.07", {**plain, "MOCO.TEMPERATURE": 0.07}),
+        Cell("K 64", {**plain, "MOCO.QUEUE_SIZE": 64}),
+        Cell("learning rate 0.03", {**plain, "SOLVER.BASE_LR": 0.03}),
+        Cell("learning rate 0.3", {**plain, "SOLVER.BASE_LR": 0.3}),
+        Cell("no warm-up", {**plain, "SOLVER.WARMUP_ITERS": 0}),
+    ]
+    return Figure(
+        "plateau",
+        "What moves v2's head off the plateau",
+        "v2's head as published is an MLP without BN. With few images and few steps its embeddings "
+        "stay in one place, the loss at log(K+1): the spread says it whatever K is (0: one point, "
+        "1: all over the sphere). Each row changes one thing of the first.",
+        cells,
+        ("spread", "knn", "linear", "loss"),
+        tuple(
+            Expectation("it spreads the embeddings", cell.label, cells[0].label, "spread")
+            for cell in cells[1:]
+        ),
+        best=False,
     )
 
 
