@@ -11,7 +11,7 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 from pretrain import checkpoint, distributed
-from pretrain.config import get_defaults
+from pretrain.config import get_defaults, leaves
 from pretrain.errors import UserError
 from pretrain.methods.base import Method
 from pretrain.step import TrainStep
@@ -22,6 +22,15 @@ TOLD = ("DATA", "SOLVER")
 FREE = ("OUTPUT_DIR", "DATALOADER", "CHECKPOINT", "LOG", "PROBE")
 FIXED = ("SOLVER.BATCH_SIZE", "SOLVER.OPTIMIZER")  # all the same
 STATISTICS = ("running_mean", "running_var")  # of BN, which each rank has of its own
+
+MUST_NOT, MAY_AND_IS_TOLD, MAY = "must be the same", "may change, and is told", "may change"
+
+
+def may_change(key: str) -> str:
+    """Whether a resumed run may have another value of a key: one of the three sentences above."""
+    if key in FIXED or not key.startswith(TOLD + FREE):
+        return MUST_NOT
+    return MAY if key.startswith(FREE) else MAY_AND_IS_TOLD
 
 
 def capture(
@@ -138,17 +147,17 @@ def _newest(folder: Path) -> tuple[Path, dict[str, Any] | None, list[str]]:
 
 def _compare(cfg: CfgNode, old: dict[str, Any], path: Path) -> list[str]:
     """Notes of the keys that have changed; UserError for those that must not."""
-    now = _leaves(yaml.safe_load(cfg.dump()))
+    now = leaves(yaml.safe_load(cfg.dump()))
     # What an older version did not have, it did as the default says.
-    before = _leaves(yaml.safe_load(get_defaults().dump())) | _leaves(old)
+    before = leaves(yaml.safe_load(get_defaults().dump())) | leaves(old)
     refused, told = [], []
     for key in sorted({*now, *before}):
         if before.get(key) == now.get(key):
             continue
         change = f"{key} was {before.get(key)!r} and is now {now.get(key)!r}"
-        if key in FIXED or not key.startswith(TOLD + FREE):
+        if may_change(key) == MUST_NOT:
             refused.append(change)
-        elif key.startswith(TOLD) and not key.startswith(FREE):
+        elif may_change(key) == MAY_AND_IS_TOLD:
             told.append(change)
     if refused:
         raise UserError(
@@ -156,16 +165,6 @@ def _compare(cfg: CfgNode, old: dict[str, Any], path: Path) -> list[str]:
             f"{'; '.join(refused)}. Give the same configuration or another --output-dir."
         )
     return told
-
-
-def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            result |= _leaves(value, f"{prefix}{key}.")
-        else:
-            result[f"{prefix}{key}"] = value
-    return result
 
 
 def _statistics(module: nn.Module) -> dict[str, Tensor]:

@@ -26,6 +26,20 @@ def total_steps(images: int, *, batch_size: int, epochs: float, max_iter: int) -
     return min(by_epochs or max_iter, max_iter or by_epochs)
 
 
+def warmup_steps(images: int, *, batch_size: int, iterations: int, epochs: float) -> int:
+    """Steps of a warm-up that is told in iterations or in epochs.
+
+    Raises:
+        UserError: it is told in both, or one is negative.
+    """
+    if min(iterations, epochs) < 0 or (iterations and epochs):
+        raise UserError(
+            f"SOLVER.WARMUP_ITERS is {iterations} and SOLVER.WARMUP_EPOCHS {epochs:g}: one must be "
+            f"0, and the other the length of the warm-up."
+        )
+    return iterations or math.ceil(epochs * images / batch_size)
+
+
 def learning_rate(
     step: int,
     total: int,

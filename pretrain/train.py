@@ -27,7 +27,7 @@ from pretrain.profiling import Profiler
 from pretrain.progress import Progress
 from pretrain.records import Scalars, SkippedImages
 from pretrain.resume import capture, restore, shared
-from pretrain.schedules import learning_rate, total_steps
+from pretrain.schedules import learning_rate, total_steps, warmup_steps
 from pretrain.snapshot import Snapshots
 from pretrain.sources import Source, open_source
 from pretrain.step import TrainStep
@@ -58,6 +58,12 @@ def train(cfg: CfgNode, resume: bool = False, quiet: bool = False, profile: int 
         batch_size=cfg.SOLVER.BATCH_SIZE,
         epochs=cfg.SOLVER.EPOCHS,
         max_iter=cfg.SOLVER.MAX_ITER,
+    )
+    warmup = warmup_steps(
+        len(source),
+        batch_size=cfg.SOLVER.BATCH_SIZE,
+        iterations=cfg.SOLVER.WARMUP_ITERS,
+        epochs=cfg.SOLVER.WARMUP_EPOCHS,
     )
     torch.manual_seed(cfg.SEED)
     device = distributed.device()
@@ -94,6 +100,11 @@ def train(cfg: CfgNode, resume: bool = False, quiet: bool = False, profile: int 
                 folder, start=start, total=total, batch_size=cfg.SOLVER.BATCH_SIZE, quiet=quiet
             )
             progress.say(_banner(cfg, images, total, device, start))
+            if cpu_count() < cfg.DATALOADER.NUM_WORKERS:
+                progress.say(
+                    f"DATALOADER.NUM_WORKERS is {cfg.DATALOADER.NUM_WORKERS}, and the cores are "
+                    f"{cpu_count()}: more workers than cores only compete, so {cpu_count()} decode"
+                )
             for note in notes:
                 progress.warn(note)
             wait = patience(method.settling_images, cfg.SOLVER.BATCH_SIZE)
@@ -106,7 +117,7 @@ def train(cfg: CfgNode, resume: bool = False, quiet: bool = False, profile: int 
         step, stop, pause, found = start, 0, 0.0, {}
         with closing(_batches(cfg, source, method, start, total)) as batches:  # ends its workers
             for batch in profiler.watch_data(batches) if profiler else batches:
-                lr = _learning_rate(cfg, step, total)
+                lr = _learning_rate(cfg, step, total, warmup)
                 scalars.add(run_step(batch.to(device), batch.index, step, lr))
                 skipped.add(batch.skipped)
                 step += 1
@@ -199,13 +210,13 @@ def _batches(
     )
 
 
-def _learning_rate(cfg: CfgNode, step: int, total: int) -> float:
+def _learning_rate(cfg: CfgNode, step: int, total: int, warmup: int) -> float:
     return learning_rate(
         step,
         total,
         base=cfg.SOLVER.BASE_LR,
         schedule=cfg.SOLVER.SCHEDULE,
-        warmup=cfg.SOLVER.WARMUP_ITERS,
+        warmup=warmup,
         milestones=cfg.SOLVER.MILESTONES,
         gamma=cfg.SOLVER.GAMMA,
         decay_period=cfg.SOLVER.DECAY_PERIOD,

@@ -13,6 +13,7 @@ if __name__ == "__main__":  # run as a file: import from the checkout, not from 
 
 from pretrain.config import load_config, recipe_names, split_specs
 from pretrain.errors import UserError, run_tool
+from pretrain.explain import explain_key, explain_run
 from pretrain.interrupt import Stopped
 from pretrain.launch import launch, restarted
 from pretrain.show_views import write_views
@@ -28,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add = result.add_argument
     recipes = ", ".join(recipe_names())
-    add("--config", required=True, help=f"a recipe ({recipes}) or a YAML file")
+    add("--config", default="", metavar="NAME|FILE", help=f"a recipe ({recipes}) or a YAML file")
     photographs = "photographs: a folder, a list file, coco:JSON:IMAGES, or shards:URL"
     add("--data", nargs="+", metavar="SPEC", help=photographs)
     add("--output-dir", help="where the run is written (runs/NAME of the recipe)")
@@ -40,22 +41,31 @@ def parser() -> argparse.ArgumentParser:
     add("--quiet", action="store_true", help="print warnings and errors only")
     add("--profile", type=int, default=0, metavar="N", help="show where the time of N steps goes")
     add("--show-views", metavar="PNG", help="draw what the network would see, and end")
+    what = "print the resolved recipe and its source (or all about KEY), and end"
+    add("--explain", nargs="?", const="", metavar="KEY", help=what)
     add("overrides", nargs="*", metavar="KEY VALUE", help="configuration keys")
     return result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_intermixed_args(argv)
+    if args.explain and len(args.overrides) % 2:  # --explain KEY VALUE: an override, not a KEY
+        args.overrides, args.explain = [args.explain, *args.overrides], ""
 
     def work() -> int | None:
+        if args.explain:
+            print(explain_key(args.explain))
+            return 0
         specs, trailing = split_specs(args.data or [])
         settings, after = split_settings(args.slurm or [])
         cfg = load_config(args.config, [*trailing, *after, *args.overrides])
         cfg.DATA = specs or cfg.DATA
         cfg.OUTPUT_DIR = args.output_dir or f"runs/{Path(args.config).stem}"
-        if not cfg.DATA:
+        if args.explain is not None:
+            print(explain_run(args.config, cfg, [*trailing, *after, *args.overrides]))
+        elif not cfg.DATA:
             raise UserError("--data is missing: name a folder of photographs.")
-        if args.show_views:
+        elif args.show_views:
             print(write_views(cfg, args.show_views))
         elif args.slurm is not None:
             print(submit(cfg, settings, resume=args.resume, quiet=args.quiet))

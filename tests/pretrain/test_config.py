@@ -5,7 +5,7 @@ import yaml
 
 from pretrain.config import load_config, recipe_names, split_specs
 from pretrain.errors import UserError
-from pretrain.schedules import learning_rate, total_steps
+from pretrain.schedules import learning_rate, total_steps, warmup_steps
 
 SHARED = {
     "MODEL.DEPTH": 50,
@@ -110,8 +110,8 @@ def test_learning_rate_follows_the_batch_unless_it_is_given():
     [
         (["SOLVER.BATHC_SIZE", "64"], r"did you mean SOLVER\.BATCH_SIZE"),
         (["SOLVER", "64"], "which is no key"),
-        (["SOLVER.BATCH_SIZE", "many"], "takes a int such as 256"),
-        (["MOCO.MLP", "1"], "takes a bool"),
+        (["SOLVER.BATCH_SIZE", "many"], "takes a whole number such as 256"),
+        (["MOCO.MLP", "1"], "takes True or False[.]"),
         (["SEED"], "has no partner"),
     ],
 )
@@ -148,3 +148,40 @@ def test_overrides_may_follow_the_data_specs(tmp_path):
     values = ["photos", str(folder), "SOLVER.EPOCHS", "2", "SEED", "1"]
     assert split_specs(values) == (values[:2], values[2:])
     assert split_specs(["photos", "MOCO.NONSENSE", "1"])[1] == ["MOCO.NONSENSE", "1"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("METHOD: moco\nSOLVER:\n  BATHC_SIZE: 4\n", r"line 3, sets SOLVER\.BATHC_SIZE"),
+        ("SOLVER:\n\n  EPOCHS: many\n", r"line 3, sets SOLVER\.EPOCHS to 'many': it takes a whole"),
+        (
+            "SEED: 1\nSOLVER: {EPOCHS: 1}\nSEED: 2\n",
+            r"line 3, states SEED again \(first in line 1\)",
+        ),
+        ("SEED: 1\nMODEL: [1, 2\n", r"is not plain YAML .*: line 3: "),
+        ("- SEED\n", "must hold KEY: VALUE pairs, not a list"),
+        ("# nothing\n", "holds no keys"),
+    ],
+)
+def test_a_mistake_in_a_file_is_told_with_its_line(tmp_path, text, message):
+    file = tmp_path / "own.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_config(str(file))
+
+
+def test_a_warm_up_is_told_in_epochs_or_in_iterations():
+    images = 1_281_167
+    for name in ("simclr", "byol", "swav"):  # 10 epochs of ImageNet at batch 4,096, in each paper
+        solver = load_config(name).SOLVER
+        told = {"iterations": solver.WARMUP_ITERS, "epochs": solver.WARMUP_EPOCHS}
+        assert warmup_steps(images, batch_size=solver.BATCH_SIZE, **told) == 3128
+    assert load_config("swav", ["SOLVER.WARMUP_ITERS", "20"]).SOLVER.WARMUP_EPOCHS == 0
+    assert load_config("small-data", ["SOLVER.WARMUP_EPOCHS", "2"]).SOLVER.WARMUP_ITERS == 0
+    both = ["SOLVER.WARMUP_EPOCHS", "2", "SOLVER.WARMUP_ITERS", "20"]
+    solver = load_config("small-data", both).SOLVER
+    with pytest.raises(UserError, match="WARMUP_ITERS is 20 and SOLVER.WARMUP_EPOCHS 2: one must"):
+        warmup_steps(
+            images, batch_size=64, iterations=solver.WARMUP_ITERS, epochs=solver.WARMUP_EPOCHS
+        )
