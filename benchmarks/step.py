@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from benchmarks.turns import take_turns
 from pretrain.encoders import ResNet
 from pretrain.losses import info_nce
-from pretrain.methods.moco import MoCo, mlp_head
+from pretrain.methods.moco import MoCo
+from pretrain.methods.networks import mlp_head
 from pretrain.profiling import StageClock
 from pretrain.step import TrainStep
 

@@ -17,24 +17,10 @@ from pretrain.methods.base import Method, Run
 from pretrain.methods.byol import build_byol
 from pretrain.methods.end_to_end import build_end_to_end
 from pretrain.methods.memory_bank import build_memory_bank
-from pretrain.methods.moco import MoCo
-from pretrain.methods.networks import contrastive_head, encoder_builder
+from pretrain.methods.moco import build_moco
 from pretrain.methods.simclr import build_simclr
 from pretrain.methods.swav import build_swav
 from pretrain.sync_batch_norm import synchronise_batch_norm
-
-
-def build_moco(cfg: CfgNode, run: Run) -> MoCo:
-    """MoCo v1 or v2, as the keys of ``MOCO`` say."""
-    return MoCo(
-        encoder_builder(cfg, run, contrastive_head(cfg, run)),
-        dim=cfg.MOCO.DIM,
-        queue_size=cfg.MOCO.QUEUE_SIZE,
-        momentum=cfg.MOCO.MOMENTUM,
-        temperature=cfg.MOCO.TEMPERATURE,
-        shuffle=cfg.MOCO.SHUFFLE_BN,
-        seed=cfg.SEED,
-    )
 
 
 METHODS: dict[str, Callable[[CfgNode, Run], Method]] = {

@@ -13,8 +13,7 @@ from pretrain.encoders import ResNet
 from pretrain.errors import UserError
 from pretrain.losses_views import cosine_regression
 from pretrain.methods.base import Method, Run
-from pretrain.methods.moco import embedding_spread
-from pretrain.methods.networks import encoder_builder, mlp, unit
+from pretrain.methods.networks import embedding_spread, encoder_builder, follow, mlp, unit
 from pretrain.monitor import REMEDIES
 
 
@@ -74,14 +73,10 @@ class BYOL(Method):
         loss = cosine_regression(p1, z2) + cosine_regression(p2, z1)
         return {"loss": loss, "spread": embedding_spread(unit(projections[0].detach()))}
 
-    @torch.no_grad()
     def after_update(self, step: int, total_steps: int) -> None:
-        """xi <- tau xi + (1 - tau) theta over parameters; BN buffers are not averaged."""
-        torch._foreach_lerp_(
-            list(self.target.parameters()),
-            list(self.encoder_q.parameters()),
-            1.0 - target_momentum(self.momentum, step, total_steps),
-        )
+        """xi <- tau xi + (1 - tau) theta."""
+        tau = target_momentum(self.momentum, step, total_steps)
+        follow(self.target, self.encoder_q, tau)
 
 
 def target_momentum(base: float, step: int, total_steps: int) -> float:

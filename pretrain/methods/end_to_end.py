@@ -13,11 +13,13 @@ from pretrain import distributed
 from pretrain.encoders import ResNet
 from pretrain.losses_views import batch_info_nce
 from pretrain.methods.base import Method, Run
-from pretrain.methods.moco import embedding_spread
 from pretrain.methods.networks import (
     contrastive_head,
+    embedding_spread,
+    encode_keys,
     encoder_builder,
     positive_temperature,
+    shared_generator,
     unit,
 )
 
@@ -86,11 +88,6 @@ class EndToEnd(Method):
         }
 
     def encode_keys(self, images: Tensor, step: int) -> Tensor:
-        """Keys of this rank's images, (N, C), encoded in batches that other ranks' images share."""
-        if not self.shuffle:
-            return unit(self.encoder_k(images))
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        total = len(images) * distributed.world_size()
-        permutation = torch.randperm(total, generator=generator)  # the same on every rank
-        shuffled = distributed.permute_batch(images, permutation)
-        return distributed.permute_batch(unit(self.encoder_k(shuffled)), permutation.argsort())
+        """Keys of this rank's images, shuffled or not. Shape: (N, 3, H, W) -> (N, C)."""
+        permutations = shared_generator(self.seed, step) if self.shuffle else None
+        return encode_keys(self.encoder_k, images, permutations)

@@ -15,11 +15,12 @@ from pretrain.encoders import ResNet
 from pretrain.errors import UserError
 from pretrain.losses_views import log_sum_exp
 from pretrain.methods.base import Method, Run
-from pretrain.methods.moco import embedding_spread
 from pretrain.methods.networks import (
     contrastive_head,
+    embedding_spread,
     encoder_builder,
     positive_temperature,
+    shared_generator,
     unit,
 )
 
@@ -119,7 +120,7 @@ class MemoryBank(Method):
     def draw(self, images: Tensor, step: int) -> Tensor:
         """K images that are none of ``images``, the same on every rank: (K,) int64."""
         taken = images.unique().cpu()  # sorted
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        generator = shared_generator(self.seed, step)
         chosen = torch.randperm(self.bank.size - len(taken), generator=generator)[: self.negatives]
         # The j-th image that is free is j plus the number of taken ones up to it.
         chosen += torch.searchsorted(taken - torch.arange(len(taken)), chosen, right=True)

@@ -6,46 +6,39 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from fvcore.common.config import CfgNode
+from torch import Tensor
 
 from pretrain import distributed
 from pretrain.encoders import ResNet
 from pretrain.errors import UserError
 from pretrain.losses import info_nce
-from pretrain.methods.base import Method
+from pretrain.methods.base import Method, Run
+from pretrain.methods.networks import (
+    contrastive_head,
+    embedding_spread,
+    encode_keys,
+    encoder_builder,
+    follow,
+    positive_temperature,
+    shared_generator,
+    unit,
+)
 from pretrain.monitor import REMEDIES
 from pretrain.profiling import stage
 
-Head = Callable[[int], nn.Module]
 
-
-def linear_head(dim: int) -> Head:
-    """MoCo v1: features -> dim."""
-    return lambda features: nn.Linear(features, dim)
-
-
-def mlp_head(dim: int, *, batch_norm: Callable[[int], nn.Module] | None = None) -> Head:
-    """MoCo v2: features -> features -> ReLU -> dim (2048-2048-128 for ResNet-50).
-
-    ``batch_norm`` adds a normalisation after each of the two layers. It is *not* in the paper of
-    v2 (v3's head has it): features behind a ReLU share a large mean, so without it all keys start
-    nearly parallel, and a small budget is spent on the plateau at log(K+1).
-    """
-
-    def build(features: int) -> nn.Module:
-        hidden, last = nn.Linear(features, features), nn.Linear(features, dim)
-        if batch_norm is None:
-            return nn.Sequential(hidden, nn.ReLU(inplace=True), last)
-        return nn.Sequential(
-            hidden,
-            batch_norm(features),
-            nn.ReLU(inplace=True),
-            last,
-            batch_norm(dim),
-        )
-
-    return build
+def build_moco(cfg: CfgNode, run: Run) -> MoCo:
+    """MoCo v1 or v2, as the keys of ``MOCO`` say."""
+    return MoCo(
+        encoder_builder(cfg, run, contrastive_head(cfg, run)),
+        dim=cfg.MOCO.DIM,
+        queue_size=cfg.MOCO.QUEUE_SIZE,
+        momentum=cfg.MOCO.MOMENTUM,
+        temperature=cfg.MOCO.TEMPERATURE,
+        shuffle=cfg.MOCO.SHUFFLE_BN,
+        seed=cfg.SEED,
+    )
 
 
 class MoCo(Method):
@@ -89,20 +82,14 @@ class MoCo(Method):
             raise UserError(f"MOCO.QUEUE_SIZE is {queue_size}: it must be at least 1.")
         if not 0.0 <= momentum <= 1.0:
             raise UserError(f"MOCO.MOMENTUM is {momentum}: it must lie in [0, 1].")
-        if temperature <= 0.0:
-            raise UserError(f"MOCO.TEMPERATURE is {temperature}: it must be above 0.")
-        self.momentum, self.temperature, self.shuffle, self.seed = (
-            momentum,
-            temperature,
-            shuffle,
-            seed,
-        )
+        self.temperature = positive_temperature("MOCO.TEMPERATURE", temperature)
+        self.momentum, self.shuffle, self.seed = momentum, shuffle, seed
         self.encoder_q = build_encoder()
         self.encoder_k = build_encoder()
         self.encoder_k.load_state_dict(self.encoder_q.state_dict())
         self.encoder_k.requires_grad_(False)
         noise = torch.randn(queue_size, dim, generator=torch.Generator().manual_seed(seed))
-        self.register_buffer("queue", F.normalize(noise, dim=1))  # KxC
+        self.register_buffer("queue", unit(noise))  # KxC
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
         self.settling_images = queue_size
 
@@ -121,7 +108,7 @@ class MoCo(Method):
         """
         query_images, key_images = views
         with stage("encoders: forward q"):
-            q = F.normalize(self.encoder_q(query_images), dim=1)  # NxC
+            q = unit(self.encoder_q(query_images))  # NxC
         with torch.no_grad():
             self.update_key_encoder()
             k = self.encode_keys(key_images, step)  # NxC
@@ -144,30 +131,15 @@ class MoCo(Method):
         return math.log(len(self.queue) + 1)
 
     @stage("machinery: momentum update")
-    @torch.no_grad()
     def update_key_encoder(self) -> None:
-        """theta_k <- m theta_k + (1 - m) theta_q over parameters; BN buffers are not averaged."""
-        torch._foreach_lerp_(
-            list(self.encoder_k.parameters()),
-            list(self.encoder_q.parameters()),
-            1.0 - self.momentum,
-        )
+        """theta_k <- m theta_k + (1 - m) theta_q."""
+        follow(self.encoder_k, self.encoder_q, self.momentum)
 
     @torch.no_grad()
     def encode_keys(self, images: Tensor, step: int) -> Tensor:
-        """Keys of this rank's images, (N, C), encoded in batches that other ranks' images share."""
-        if not self.shuffle:
-            with stage("encoders: forward k"):
-                return F.normalize(self.encoder_k(images), dim=1)
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        total = len(images) * distributed.world_size()
-        permutation = torch.randperm(total, generator=generator)  # the same on every rank
-        with stage("communication: shuffle"):
-            shuffled = distributed.permute_batch(images, permutation)
-        with stage("encoders: forward k"):
-            k = F.normalize(self.encoder_k(shuffled), dim=1)
-        with stage("communication: unshuffle"):
-            return distributed.permute_batch(k, permutation.argsort())
+        """Keys of this rank's images, shuffled or not. Shape: (N, 3, H, W) -> (N, C)."""
+        permutations = shared_generator(self.seed, step) if self.shuffle else None
+        return encode_keys(self.encoder_k, images, permutations)
 
     @stage("machinery: enqueue")
     @torch.no_grad()
@@ -180,12 +152,3 @@ class MoCo(Method):
         # The pointer stays on the device: reading it here would wait for the GPU in every step.
         self.queue[(self.queue_ptr + places) % size] = kept.to(self.queue.dtype)
         self.queue_ptr.add_(len(keys)).remainder_(size)
-
-
-def embedding_spread(embeddings: Tensor) -> Tensor:
-    """Root mean square distance of unit vectors from their mean, in [0, 1].
-
-    0: all alike (collapse). 1: their mean is zero, as for vectors spread evenly over the sphere.
-    Shape: (N, C) -> ().
-    """
-    return (1.0 - embeddings.mean(0).square().sum()).clamp_min(0.0).sqrt()

@@ -1,4 +1,5 @@
-"""What methods are made of: the encoder that ``MODEL`` names, heads, views through an encoder."""
+"""What methods are made of: the encoder that ``MODEL`` names, heads, views through an encoder, a
+network that follows another."""
 
 from __future__ import annotations
 
@@ -10,10 +11,13 @@ import torch.nn.functional as F
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
+from pretrain import distributed
 from pretrain.encoders import ResNet, SplitBatchNorm1d
 from pretrain.errors import UserError
 from pretrain.methods.base import Run
-from pretrain.methods.moco import Head, linear_head, mlp_head
+from pretrain.profiling import stage
+
+Head = Callable[[int], nn.Module]
 
 
 def encoder_builder(cfg: CfgNode, run: Run, head: Head) -> Callable[[], ResNet]:
@@ -27,6 +31,34 @@ def encoder_builder(cfg: CfgNode, run: Run, head: Head) -> Callable[[], ResNet]:
         bn_groups=run.bn_groups,
         head=head,
     )
+
+
+def linear_head(dim: int) -> Head:
+    """MoCo v1: features -> dim."""
+    return lambda features: nn.Linear(features, dim)
+
+
+def mlp_head(dim: int, *, batch_norm: Callable[[int], nn.Module] | None = None) -> Head:
+    """MoCo v2: features -> features -> ReLU -> dim (2048-2048-128 for ResNet-50).
+
+    ``batch_norm`` adds a normalisation after each of the two layers. It is *not* in the paper of
+    v2 (v3's head has it): features behind a ReLU share a large mean, so without it all keys start
+    nearly parallel, and a small budget is spent on the plateau at log(K+1).
+    """
+
+    def build(features: int) -> nn.Module:
+        hidden, last = nn.Linear(features, features), nn.Linear(features, dim)
+        if batch_norm is None:
+            return nn.Sequential(hidden, nn.ReLU(inplace=True), last)
+        return nn.Sequential(
+            hidden,
+            batch_norm(features),
+            nn.ReLU(inplace=True),
+            last,
+            batch_norm(dim),
+        )
+
+    return build
 
 
 def contrastive_head(cfg: CfgNode, run: Run) -> Head:
@@ -52,6 +84,44 @@ def unit(x: Tensor) -> Tensor:
     return F.normalize(x, dim=1)
 
 
+def embedding_spread(embeddings: Tensor) -> Tensor:
+    """Root mean square distance of unit vectors from their mean, in [0, 1].
+
+    0: all alike (collapse). 1: their mean is zero, as for vectors spread evenly over the sphere.
+    Shape: (N, C) -> ().
+    """
+    return (1.0 - embeddings.mean(0).square().sum()).clamp_min(0.0).sqrt()
+
+
+def shared_generator(seed: int, step: int) -> torch.Generator:
+    """Of the random choices of a step that all ranks make alike."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
+def encode_keys(encoder: nn.Module, images: Tensor, permutations: torch.Generator | None) -> Tensor:
+    """Unit vectors of this rank's images, encoded in batches that other ranks' images share: the
+    batch of all ranks (and BN groups) is permuted before the encoder and put back behind it, so
+    that BN statistics cannot tell a query its key (He et al. 2020, Section 3.3, "Shuffling BN").
+    A gradient takes the same way back.
+
+    Args:
+        permutations: draws the permutation, the same on every rank; None to leave the batch alone.
+
+    Shape: (N, 3, H, W) -> (N, C).
+    """
+    if permutations is None:
+        with stage("encoders: forward k"):
+            return unit(encoder(images))
+    total = len(images) * distributed.world_size()
+    permutation = torch.randperm(total, generator=permutations)
+    with stage("communication: shuffle"):
+        shuffled = distributed.permute_batch(images, permutation)
+    with stage("encoders: forward k"):
+        k = unit(encoder(shuffled))  # NxC
+    with stage("communication: unshuffle"):
+        return distributed.permute_batch(k, permutation.argsort())
+
+
 def encode_together(encoder: nn.Module, views: Sequence[Tensor], bn_groups: int) -> list[Tensor]:
     """Views of one size through the encoder in one pass, whose BN statistics they share.
 
@@ -63,6 +133,12 @@ def encode_together(encoder: nn.Module, views: Sequence[Tensor], bn_groups: int)
     together = torch.cat([part for share in shares for part in share])  # V*Nx3xHxW
     parts = encoder(together).chunk(bn_groups * len(views))
     return [torch.cat(parts[v :: len(views)]) for v in range(len(views))]
+
+
+@torch.no_grad()
+def follow(average: nn.Module, network: nn.Module, momentum: float) -> None:
+    """average <- m average + (1 - m) network over parameters; BN buffers are not averaged."""
+    torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1.0 - momentum)
 
 
 def positive_temperature(key: str, value: float) -> float:

@@ -13,10 +13,11 @@ from pretrain import distributed
 from pretrain.encoders import ResNet, SplitBatchNorm1d
 from pretrain.losses_views import nt_xent
 from pretrain.methods.base import Method, Run
-from pretrain.methods.moco import embedding_spread, mlp_head
 from pretrain.methods.networks import (
+    embedding_spread,
     encode_together,
     encoder_builder,
+    mlp_head,
     positive_temperature,
     unit,
 )

@@ -16,8 +16,8 @@ from pretrain.encoders import ResNet
 from pretrain.errors import UserError
 from pretrain.losses_views import sinkhorn, swapped_prediction
 from pretrain.methods.base import Method, Run
-from pretrain.methods.moco import embedding_spread
 from pretrain.methods.networks import (
+    embedding_spread,
     encode_together,
     encoder_builder,
     mlp,

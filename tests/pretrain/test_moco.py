@@ -16,7 +16,8 @@ from torch import nn
 from pretrain import distributed
 from pretrain.encoders import ResNet, SplitBatchNorm1d
 from pretrain.errors import UserError
-from pretrain.methods.moco import MoCo, embedding_spread, linear_head, mlp_head
+from pretrain.methods.moco import MoCo
+from pretrain.methods.networks import embedding_spread, linear_head, mlp_head
 from tests.pretrain.ranks import on_ranks
 
 DIM, BATCH, PIXELS = 8, 16, 32

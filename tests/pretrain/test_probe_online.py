@@ -9,7 +9,8 @@ from pretrain import distributed
 from pretrain.config import load_config
 from pretrain.encoders import ResNet
 from pretrain.errors import UserError
-from pretrain.methods.moco import MoCo, mlp_head
+from pretrain.methods.moco import MoCo
+from pretrain.methods.networks import mlp_head
 from pretrain.probe import build_online_knn
 from pretrain.probe.features import extract
 from pretrain.probe.images import open_train_and_test

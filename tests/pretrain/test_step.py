@@ -10,7 +10,8 @@ from torch import nn
 from pretrain import distributed
 from pretrain.encoders import ResNet
 from pretrain.errors import UserError
-from pretrain.methods.moco import MoCo, linear_head, mlp_head
+from pretrain.methods.moco import MoCo
+from pretrain.methods.networks import linear_head, mlp_head
 from pretrain.step import TrainStep
 
 BATCH, STEPS, LR = 16, 5, 0.01
