@@ -22,7 +22,6 @@ from pretrain.methods.simclr import build_simclr
 from pretrain.methods.swav import build_swav
 from pretrain.sync_batch_norm import synchronise_batch_norm
 
-
 METHODS: dict[str, Callable[[CfgNode, Run], Method]] = {
     "moco": build_moco,
     "end-to-end": build_end_to_end,
