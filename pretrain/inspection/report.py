@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from pretrain import distributed
 from pretrain.cells import png
 from pretrain.errors import UserError
-from pretrain.files import replace_file, replace_text
-from pretrain.inspection.curves import draw_curves, draw_spectra, last_words, save_figure
+from pretrain.inspection.curves import draw_curves, draw_spectra, last_words
 from pretrain.inspection.dictionary import dictionary_of, judge_prototypes, prototype_use
 from pretrain.inspection.filters import GROWN, draw_filters, growth, measure_filters
-from pretrain.inspection.geometry import Geometry, judge, measure
+from pretrain.inspection.findings import Findings
+from pretrain.inspection.geometry import judge, measure
 from pretrain.inspection.neighbours import (
     class_names,
     draw_neighbours,
@@ -27,7 +25,6 @@ from pretrain.inspection.neighbours import (
     nearest_neighbours,
     sample_images,
 )
-from pretrain.inspection.page import render_page
 from pretrain.inspection.run import InspectedRun, open_run
 from pretrain.methods.base import Method
 from pretrain.monitor import patience
@@ -67,30 +64,6 @@ class Settings:
     seed: int = 0
 
 
-@dataclass
-class _Report:
-    """What has been found so far."""
-
-    folder: Path
-    lines: dict[str, str] = field(default_factory=dict)
-    findings: list[str] = field(default_factory=list)
-    numbers: dict[str, Any] = field(default_factory=dict)
-    pictures: dict[str, str] = field(default_factory=dict)  # caption -> file name
-    geometries: dict[str, Geometry] = field(default_factory=dict)
-
-    def draw(self, caption: str, name: str, picture: Figure | bytes) -> None:
-        path = self.folder / name
-        if isinstance(picture, bytes):
-            replace_file(path, lambda file: file.write(picture))
-        else:
-            save_figure(picture, path)
-        self.pictures[caption] = name
-
-    def add_geometry(self, name: str, geometry: Geometry) -> None:
-        self.geometries[name] = geometry
-        self.lines[name] = geometry.line()
-
-
 def inspect_run(settings: Settings, say: Say = print) -> dict[str, Any]:
     """Look at a run and write what is seen: pictures, ``summary.txt``, ``summary.json`` and
     ``index.html``, one page that holds all of it.
@@ -112,14 +85,14 @@ def inspect_run(settings: Settings, say: Say = print) -> dict[str, Any]:
     source = None if settings.no_images else _open_images(run, settings)
     folder = settings.output or run.folder / "inspection"
     folder.mkdir(parents=True, exist_ok=True)
-    report = _Report(folder)
+    seen = Findings(folder)
     method = run.build()
-    _curves(run, method, report)
+    _curves(run, method, seen)
     if run.state is not None:
-        _filters(run.state["state_dict"], report)
-        _dictionary(run, report)
+        _filters(run.state["state_dict"], seen)
+        _dictionary(run, seen)
     if source is not None:
-        report.draw(
+        seen.draw(
             "The first images of the run, and the views that the network sees of them",
             "views.png",
             views_picture(
@@ -127,14 +100,14 @@ def inspect_run(settings: Settings, say: Say = print) -> dict[str, Any]:
             ),
         )
         if run.state is not None:
-            _images(run, method, source, settings, report, say)
-    if report.geometries:
-        report.draw(
+            _images(run, method, source, settings, seen, say)
+    if seen.geometries:
+        seen.draw(
             "Singular values: the longer they stay high, the more directions are in use",
             "spectrum.png",
-            draw_spectra(report.geometries),
+            draw_spectra(seen.geometries),
         )
-    return _write(run, report)
+    return seen.write(run)
 
 
 def _open_images(run: InspectedRun, settings: Settings) -> Source:
@@ -149,14 +122,14 @@ def _open_images(run: InspectedRun, settings: Settings) -> Source:
         ) from None
 
 
-def _curves(run: InspectedRun, method: Method, report: _Report) -> None:
+def _curves(run: InspectedRun, method: Method, seen: Findings) -> None:
     figure = draw_curves({run.cfg.METHOD: run.records}, chance_loss=method.chance_loss)
     if figure is None:
         return
-    report.draw("Curves, as the run logged them", "curves.png", figure)
+    seen.draw("Curves, as the run logged them", "curves.png", figure)
     last = run.records[-1]
-    report.numbers["last_record"] = last
-    report.numbers["chance_loss"] = method.chance_loss
+    seen.numbers["last_record"] = last
+    seen.numbers["chance_loss"] = method.chance_loss
     parts = [f"iteration {last['iteration']}"]
     for key, text in (
         ("loss", "loss {:.3f}"),
@@ -172,12 +145,12 @@ def _curves(run: InspectedRun, method: Method, report: _Report) -> None:
     known = [record["knn_top1"] for record in run.records if "knn_top1" in record]
     if known:
         parts.append(f"kNN {known[-1]:.1f} % (best {max(known):.1f} %)")
-    report.lines["curves"] = ", ".join(parts)
+    seen.lines["curves"] = ", ".join(parts)
     wait = patience(method.settling_images, run.cfg.SOLVER.BATCH_SIZE)
-    report.findings += last_words(run.records, method.chance_loss, wait, method.remedies)
+    seen.sentences += last_words(run.records, method.chance_loss, wait, method.remedies)
 
 
-def _filters(state: Mapping[str, Tensor], report: _Report) -> None:
+def _filters(state: Mapping[str, Tensor], seen: Findings) -> None:
     banks = {
         name: state[f"{name}.conv1.weight"]
         for name in ("encoder_q", "encoder_k", "target")
@@ -185,30 +158,30 @@ def _filters(state: Mapping[str, Tensor], report: _Report) -> None:
     }
     measured = {name: measure_filters(bank) for name, bank in banks.items()}
     for name, filters in measured.items():
-        report.lines[f"filters, {name}"] = filters.line()
-    report.numbers["filters"] = {name: filters.as_dict() for name, filters in measured.items()}
-    report.findings += measured["encoder_q"].findings()
+        seen.lines[f"filters, {name}"] = filters.line()
+    seen.numbers["filters"] = {name: filters.as_dict() for name, filters in measured.items()}
+    seen.sentences += measured["encoder_q"].findings()
     name, factor = growth(state)
-    report.lines["weights"] = f"{name} has grown most, to {factor:.2f} times its first norm"
-    report.numbers["largest_growth"] = {"layer": name, "factor": factor}
+    seen.lines["weights"] = f"{name} has grown most, to {factor:.2f} times its first norm"
+    seen.numbers["largest_growth"] = {"layer": name, "factor": factor}
     if factor > GROWN and name != "conv1.weight":
-        report.findings.append(
+        seen.sentences.append(
             f"{name} has grown to {factor:.0f} times the norm that it started with: BN hides it "
             f"from the loss; lower SOLVER.BASE_LR or raise SOLVER.WARMUP_ITERS."
         )
     blocks = ", then ".join(banks)
-    report.draw(f"First convolution: {blocks}", "filters.png", png(draw_filters(banks)))
+    seen.draw(f"First convolution: {blocks}", "filters.png", png(draw_filters(banks)))
 
 
-def _dictionary(run: InspectedRun, report: _Report) -> None:
+def _dictionary(run: InspectedRun, seen: Findings) -> None:
     found = dictionary_of(run)
-    report.numbers["dictionary"] = found.as_dict() if found else None
+    seen.numbers["dictionary"] = found.as_dict() if found else None
     if found is None:
         return
-    report.lines[found.kind] = found.line()
+    seen.lines[found.kind] = found.line()
     if found.geometry:
-        report.add_geometry("keys", found.geometry)
-    report.findings += found.findings()
+        seen.add_geometry("keys", found.geometry)
+    seen.sentences += found.findings()
 
 
 def _images(
@@ -216,7 +189,7 @@ def _images(
     method: Method,
     source: Source,
     settings: Settings,
-    report: _Report,
+    seen: Findings,
     say: Say,
 ) -> None:
     assert run.state is not None
@@ -227,24 +200,24 @@ def _images(
         backbone.to(memory_format=torch.channels_last),
         sample,
         settings.crop_size or run.cfg.INPUT.CROP_SIZE,
-        cache=report.folder / "features",
+        cache=seen.folder / "features",
         threads=settings.workers,
         say=say,
     )
     if len(features) < 2:
         raise UserError(f"{len(features)} image is too few to look at: name more with --data.")
-    report.findings += [f"left out: {line}" for line in features.skipped]
-    _sample_geometry(method, features, report)
+    seen.sentences += [f"left out: {line}" for line in features.skipped]
+    _sample_geometry(method, features, seen)
     chosen = torch.randperm(len(features), generator=torch.Generator().manual_seed(settings.seed))
     queries = chosen[: settings.queries].sort().values
     found = nearest_neighbours(features, queries, settings.k)
     names = class_names(sample)
-    report.numbers["neighbours"] = {
+    seen.numbers["neighbours"] = {
         "queries": [sample.name(i) for i in found.queries.tolist()],
         "found": [[sample.name(i) for i in row] for row in found.found.tolist()],
         "cosine": [[round(c, 4) for c in row] for row in found.cosine.tolist()],
     }
-    report.draw(
+    seen.draw(
         f"Queries (left) and what the features take to be like them, of {len(features)} images",
         "neighbours.png",
         draw_neighbours(sample, found, names),
@@ -253,53 +226,27 @@ def _images(
         every = nearest_neighbours(features, torch.arange(len(features)), settings.k)
         share, classes = every.same_class(names), [names[i] for i in features.labels.tolist()]
         chance = sum((classes.count(c) / len(classes)) ** 2 for c in set(classes))
-        report.numbers["neighbours"] |= {"same_class": share, "same_class_by_chance": chance}
-        report.lines["neighbours"] = (
+        seen.numbers["neighbours"] |= {"same_class": share, "same_class_by_chance": chance}
+        seen.lines["neighbours"] = (
             f"{share:.1%} of the nearest {settings.k} of {len(features)} images lie in the same "
             f"class folder ({chance:.1%} by chance)"
         )
 
 
 @torch.no_grad()
-def _sample_geometry(method: Method, features: Features, report: _Report) -> None:
+def _sample_geometry(method: Method, features: Features, seen: Findings) -> None:
     """Of the backbone's features and of what the head makes of them."""
     encoder = method.encoder_q
     head = encoder.get_submodule("fc").cpu()
     projections = torch.cat([head(part.float()) for part in features.values.split(4096)])
-    report.add_geometry("features", measure(features.values))
-    report.add_geometry("projections", measure(projections))
-    state, sentence = judge(report.geometries["projections"], "projections")
-    if report.numbers["dictionary"] is None:  # the keys have spoken already, if there are any
-        report.findings.append(sentence)
+    seen.add_geometry("features", measure(features.values))
+    seen.add_geometry("projections", measure(projections))
+    state, sentence = judge(seen.geometries["projections"], "projections")
+    if seen.numbers["dictionary"] is None:  # the keys have spoken already, if there are any
+        seen.sentences.append(sentence)
     prototypes = method.state_dict().get("prototypes.weight")
     if prototypes is not None:
         use = prototype_use(projections, prototypes)
-        report.numbers["prototypes"] = use
+        seen.numbers["prototypes"] = use
         if state != "collapsed":  # else the nearest is so by the last digits
-            report.findings.append(judge_prototypes(use, len(features)))
-
-
-def _write(run: InspectedRun, report: _Report) -> dict[str, Any]:
-    title = f"{run.path or run.folder}: {run.cfg.METHOD}, ResNet-{run.cfg.MODEL.DEPTH} width "
-    title += f"{run.cfg.MODEL.WIDTH:g}, iteration {run.step}"
-    findings = [*run.notes, *report.findings]
-    content = {
-        "run": str(run.folder),
-        "checkpoint": str(run.path) if run.path else None,
-        "method": run.cfg.METHOD,
-        "step": run.step,
-        "version": run.state["version"] if run.state else None,
-        **report.numbers,
-        "geometry": {name: g.as_dict() for name, g in report.geometries.items()},
-        "findings": findings,
-        "pictures": report.pictures,
-    }
-    width = max(map(len, report.lines), default=0)
-    lines = [title, "", *(f"{name:<{width}}  {text}" for name, text in report.lines.items())]
-    text = "\n".join([*lines, "", *(f"- {finding}" for finding in findings)]) + "\n"
-    folder = report.folder
-    replace_text(folder / "summary.json", json.dumps(content, indent=1) + "\n")
-    replace_text(folder / "summary.txt", text)
-    pictures = {caption: folder / name for caption, name in report.pictures.items()}
-    replace_text(folder / "index.html", render_page(title, report.lines, findings, pictures))
-    return content | {"text": text, "folder": str(folder)}
+            seen.sentences.append(judge_prototypes(use, len(features)))

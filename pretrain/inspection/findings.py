@@ -1,0 +1,81 @@
+"""What has been found of a run so far, and the files that it becomes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from pretrain.files import replace_file, replace_text
+from pretrain.inspection.curves import save_figure
+from pretrain.inspection.geometry import Geometry
+from pretrain.inspection.page import render_page
+from pretrain.inspection.run import InspectedRun
+
+
+@dataclass
+class Findings:
+    """Gathered while a run is looked at; pictures are written at once.
+
+    Attributes:
+        folder: of everything written; it exists.
+        lines: figures for people, by what they are of.
+        sentences: what is to be said of them.
+        numbers: figures for ``summary.json``.
+        pictures: caption -> file name.
+        geometries: by what the vectors are.
+    """
+
+    folder: Path
+    lines: dict[str, str] = field(default_factory=dict)
+    sentences: list[str] = field(default_factory=list)
+    numbers: dict[str, Any] = field(default_factory=dict)
+    pictures: dict[str, str] = field(default_factory=dict)
+    geometries: dict[str, Geometry] = field(default_factory=dict)
+
+    def draw(self, caption: str, name: str, picture: Figure | bytes) -> None:
+        """Write a picture, a figure or an encoded PNG, and keep its caption."""
+        path = self.folder / name
+        if isinstance(picture, bytes):
+            replace_file(path, lambda file: file.write(picture))
+        else:
+            save_figure(picture, path)
+        self.pictures[caption] = name
+
+    def add_geometry(self, name: str, geometry: Geometry) -> None:
+        """Keep it, and its line."""
+        self.geometries[name] = geometry
+        self.lines[name] = geometry.line()
+
+    def write(self, run: InspectedRun) -> dict[str, Any]:
+        """Write ``summary.json``, ``summary.txt`` and ``index.html``.
+
+        Returns:
+            what ``summary.json`` holds, ``text``, what ``summary.txt`` does, and the ``folder``.
+        """
+        title = f"{run.path or run.folder}: {run.cfg.METHOD}, ResNet-{run.cfg.MODEL.DEPTH} width "
+        title += f"{run.cfg.MODEL.WIDTH:g}, iteration {run.step}"
+        sentences = [*run.notes, *self.sentences]
+        content = {
+            "run": str(run.folder),
+            "checkpoint": str(run.path) if run.path else None,
+            "method": run.cfg.METHOD,
+            "step": run.step,
+            "version": run.state["version"] if run.state else None,
+            **self.numbers,
+            "geometry": {name: g.as_dict() for name, g in self.geometries.items()},
+            "findings": sentences,
+            "pictures": self.pictures,
+        }
+        width = max(map(len, self.lines), default=0)
+        lines = [title, "", *(f"{name:<{width}}  {text}" for name, text in self.lines.items())]
+        text = "\n".join([*lines, "", *(f"- {sentence}" for sentence in sentences)]) + "\n"
+        replace_text(self.folder / "summary.json", json.dumps(content, indent=1) + "\n")
+        replace_text(self.folder / "summary.txt", text)
+        pictures = {caption: self.folder / name for caption, name in self.pictures.items()}
+        page = render_page(title, self.lines, sentences, pictures)
+        replace_text(self.folder / "index.html", page)
+        return content | {"text": text, "folder": str(self.folder)}
