@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pretrain.encoders import ResNet
 from pretrain.errors import UserError
-from pretrain.probe.backbone import frozen
+from pretrain.probe.backbone import digest, frozen
 from pretrain.probe.cache import ArrayCache
 from pretrain.probe.images import LabelledImages, Preprocessing, read_batches
 from pretrain.progress import clock
@@ -92,23 +92,21 @@ def extract(
         UserError: more than `MAX_BAD_SHARE` of the images cannot be read.
         RuntimeError: the backbone changed meanwhile.
     """
-    values = np.empty((0, 0), np.float32)
-    with frozen(backbone) as weights:
-        shape = (len(images), backbone.num_features)
-        if cache is None:
-            values = np.empty(shape, np.float32)
+    shape = (len(images), backbone.num_features)
+    if cache is None:
+        values = np.empty(shape, np.float32)
+        with frozen(backbone):
             notes = _fill(values, backbone, images, preprocessing, name, batch_size, threads, say)
-            return _features(values, notes, images, cached=False)
-        key = {"weights": weights, "images": images.digest(), **asdict(preprocessing)}
-        kept, notes, changed = cache.find(name, key)
-        if kept is not None and kept.shape == shape:
-            return _features(kept, notes, images, cached=True)
-        if changed:
-            say(f"the stored features of {name} are stale ({', '.join(changed)}): extracted anew")
-        with cache.create(name, key, shape) as (values, kept_notes):
-            kept_notes |= _fill(
-                values, backbone, images, preprocessing, name, batch_size, threads, say
-            )
+        return _features(values, notes, images, cached=False)
+    key = {"weights": digest(backbone), "images": images.digest(), **asdict(preprocessing)}
+    kept, notes, changed = cache.find(name, key)
+    if kept is not None and kept.shape == shape:
+        return _features(kept, notes, images, cached=True)
+    if changed:
+        say(f"the stored features of {name} are stale ({', '.join(changed)}): extracted anew")
+    # A backbone that changes meanwhile leaves nothing under a key that is not its own.
+    with cache.create(name, key, shape) as (values, kept_notes), frozen(backbone):
+        kept_notes |= _fill(values, backbone, images, preprocessing, name, batch_size, threads, say)
     kept, notes, _ = cache.find(name, key)
     assert kept is not None
     return _features(kept, notes, images, cached=False)

@@ -19,7 +19,7 @@ from pretrain.probe.backbone import (
     load_backbone,
 )
 from pretrain.probe.cache import ArrayCache
-from pretrain.probe.features import extract
+from pretrain.probe.features import extract, stream_features
 from pretrain.probe.images import (
     Preprocessing,
     open_labelled,
@@ -163,6 +163,14 @@ def test_a_backbone_in_training_mode_is_caught_by_its_bn_statistics():
     assert digest(backbone) != before
 
 
+def test_extraction_proves_that_the_backbone_is_frozen(tmp_path):
+    images = open_labelled(str(write_classes(tmp_path / "train", 3)))
+    for cache in (None, ArrayCache(tmp_path / "cache")):
+        with pytest.raises(RuntimeError, match="frozen backbone changed"):
+            extract(tiny_backbone().train(), images, Preprocessing.of(32), cache=cache)
+    assert not list((tmp_path / "cache").glob("*.npy"))
+
+
 def test_features_are_stored_once_and_stale_ones_are_noticed(tmp_path):
     folder = write_classes(tmp_path / "train", 5)
     cache, said = ArrayCache(tmp_path / "cache"), []
@@ -219,6 +227,21 @@ def test_an_unreadable_image_is_left_out_and_named_and_many_are_an_error(tmp_pat
     (folder / "blue" / "04.jpg").write_bytes(b"")
     with pytest.raises(UserError, match="2 of the 24 images images cannot be read"):
         extract(backbone, open_labelled(str(folder)), Preprocessing.of(32))
+
+
+def test_images_are_streamed_one_batch_ahead(tmp_path):
+    """Of any number of images two batches are in memory."""
+    images, read = open_labelled(str(write_classes(tmp_path / "train", 10))), []
+    original = images.read
+    images.read = lambda index: (read.append(index), original(index))[1]
+    batches = stream_features(tiny_backbone(), images, Preprocessing.of(32), batch_size=4)
+    most = []
+    for done, (rows, features, _) in enumerate(batches, start=1):
+        assert features.shape == (len(rows), 32)
+        most.append(len(read) - 4 * done)
+    assert len(most) == 8
+    assert max(most) <= 4
+    assert sorted(read) == list(range(30))
 
 
 def test_threads_change_neither_order_nor_pixels(tmp_path):

@@ -84,6 +84,13 @@ def test_a_sweep_trains_each_rate_as_if_it_were_alone_and_leaves_the_backbone_al
         run()
 
 
+def test_a_backbone_that_learns_meanwhile_is_caught(tmp_path):
+    images = open_labelled(str(write_classes(tmp_path / "train", 4)))
+    protocol = LinearProtocol(epochs=1, batch_size=6)
+    with pytest.raises(RuntimeError, match="frozen backbone changed"):
+        train_linear(tiny_backbone().train(), images, protocol, crop_size=32, say=quiet)
+
+
 def test_images_of_a_colour_a_class_are_told_apart_by_the_papers_protocol(tmp_path):
     train = open_labelled(str(write_classes(tmp_path / "train", 12)))
     backbone = tiny_backbone()
