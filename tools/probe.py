@@ -15,6 +15,7 @@ if __name__ == "__main__":  # run as a file: import from the checkout, not from 
 from pretrain.config import load_config
 from pretrain.errors import run_tool
 from pretrain.machine import cpu_count
+from pretrain.probe.knn import TEMPERATURE, K
 from pretrain.probe.linear import RATES, LinearProtocol
 from pretrain.probe.run import Settings, probe, summary, write
 
@@ -42,8 +43,8 @@ def parser() -> argparse.ArgumentParser:
     add("--linear", action="store_true", help="the paper's protocol: 100 epochs of random crops")
     add("--lr", nargs="+", type=float, default=RATES, help="of --linear (30); several: a sweep")
     add("--epochs", type=float, default=100, help="of --linear (100)")
-    add("-k", type=int, default=200, help="neighbours (200)")
-    add("--temperature", type=float, default=0.07, help="of their votes (0.07)")
+    add("-k", type=int, default=K, help=f"neighbours ({K})")
+    add("--temperature", type=float, default=TEMPERATURE, help=f"of their votes ({TEMPERATURE})")
     add("--crop-size", type=int, metavar="PX", help="(that of the pre-training, else 224)")
     add("--resize", type=int, metavar="PX", help="short side before the crop (8/7 of it)")
     add("--fit-bn", action=argparse.BooleanOptionalAction, help="BN statistics of --train first")

@@ -1,9 +1,12 @@
-"""kNN during a run: what it measures, and that the run does not notice it."""
+"""kNN during a run: what it measures, where it shows, and that the run does not notice it."""
 
+import json
+import re
 from functools import partial
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pretrain import distributed
 from pretrain.config import load_config
@@ -16,6 +19,8 @@ from pretrain.probe.features import extract
 from pretrain.probe.images import open_train_and_test
 from pretrain.probe.knn import weighted_knn
 from pretrain.step import TrainStep
+from pretrain.train import train as train_run
+from tests.pretrain import tiny
 from tests.pretrain.probe_data import write_classes
 from tests.pretrain.ranks import on_ranks
 
@@ -80,6 +85,24 @@ def test_it_measures_what_the_probe_measures(tmp_path):
     expected = 100 * (named[:, 0] == tests.labels).double().mean().item()
     assert online.evaluate(moco.train()) == {"knn_top1": pytest.approx(expected)}
     assert 0 < expected <= 100
+
+
+def test_a_run_shows_it_in_its_lines_its_record_and_tensorboard(tmp_path, capsys):
+    data = write_classes(tmp_path / "all", 10)  # 30 images, an epoch of 3.75 steps
+    words = ("PROBE.DATA", str(data), "PROBE.PERIOD_EPOCHS", "0.5", "LOG.PERIOD", "1")
+    train_run(tiny.recipe("moco-v2", data, tmp_path / "run", *words))
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("iter")]
+    records = list(map(json.loads, (tmp_path / "run" / "metrics.json").open()))
+    found = {r["iteration"]: r["knn_top1"] for r in records if "knn_top1" in r}
+    assert list(found) == [2, 4, 6]
+    for line in said:
+        step = int(line.split()[1].split("/")[0])
+        shown = re.findall(r"kNN (\S+)%", line)
+        assert shown == ([f"{found[step]:.1f}"] if step in found else [])
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    curve = {event.step: event.value for event in events.Scalars("knn_top1")}
+    assert curve == pytest.approx(found)
+    assert set(events.Tags()["scalars"]) == set().union(*records) - {"iteration"}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,6 +10,7 @@ from pretrain import checkpoint
 from pretrain.config import load_config
 from pretrain.methods import build_method
 from tests.pretrain.probe_data import write_classes
+from tests.pretrain.test_probe_knn import naive_knn
 from tools.probe import main
 
 TINY = "MODEL.DEPTH 18 MODEL.WIDTH 0.0625 INPUT.CROP_SIZE 32 MOCO.DIM 8 MOCO.QUEUE_SIZE 20".split()
@@ -60,6 +62,29 @@ def test_a_checkpoint_is_measured_in_all_ways_and_the_report_lies_beside_it(data
     assert not report["bn_fitted"]
     stored = tmp_path / "run_probe_features"
     assert sorted(p.name for p in stored.glob("*.npy")) == ["test.npy", "train.npy"]
+
+
+def test_the_votes_are_the_papers_unless_told_otherwise(tmp_path):
+    """k 200 and T 0.07 of Wu et al. 2018, top-1 and top-5, from what the features' file holds."""
+    shades = {f"{i}": (110 + 5 * i, 120, 150 - 5 * i) for i in range(7)}
+    write_classes(tmp_path / "train", 40, colours=shades)
+    write_classes(tmp_path / "test", 9, seed=1, colours=shades)
+    our_checkpoint(tmp_path / "run.pth")
+    assert (
+        run(*(tmp_path / "run.pth", "--train", tmp_path / "train", "--test", tmp_path / "test"))
+        == 0
+    )
+    knn = json.loads((tmp_path / "run_probe.json").read_text())["knn"]
+    assert (knn["k"], knn["T"]) == (200, 0.07)
+    bank, tests = (
+        torch.from_numpy(np.load(tmp_path / "run_probe_features" / f"{name}.npy"))
+        for name in ("train", "test")
+    )
+    named = naive_knn(bank, torch.arange(280) // 40, tests, 7, 200, 0.07)
+    for key, most in (("top1", 1), ("top5", 5)):
+        right = [i // 9 in classes[:most] for i, classes in enumerate(named)]
+        assert knn[key] == pytest.approx(100 * sum(right) / 63)
+    assert knn["top1"] < knn["top5"]
 
 
 def test_the_query_encoder_and_an_exported_file_of_it_are_the_same_backbone(data, tmp_path):
