@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import cv2
@@ -9,11 +10,13 @@ import numpy as np
 import torch
 from lightly.loss import NegativeCosineSimilarity
 
+from moco_det import convert
 from pretrain import checkpoint, methods
 from pretrain.config import load_config
 from pretrain.methods.base import Run
 from pretrain.train import train
 from tests.pretrain import tiny
+from tests.pretrain.ranks import on_ranks
 
 PAGE = (Path(__file__).parents[2] / "docs" / "adding-a-method.md").read_text(encoding="utf-8")
 CODE, RECIPE = (re.search(rf"```{kind}\n(.+?)```", PAGE, re.S)[1] for kind in ("python", "yaml"))
@@ -52,13 +55,36 @@ def test_the_example_trains_by_its_recipe_once_it_is_registered(tmp_path, monkey
     recipe.write_text(RECIPE)
     small = (
         "MODEL.DEPTH 18 MODEL.WIDTH 0.0625 INPUT.CROP_SIZE 32 SOLVER.BATCH_SIZE 8 "
-        "SOLVER.MAX_ITER 2 LOG.PERIOD 1 DATALOADER.NUM_WORKERS 0"
+        "SOLVER.MAX_ITER 2 LOG.PERIOD 1 DATALOADER.NUM_WORKERS 0 CHECKPOINT.PERIOD 1"
     )
     cfg = load_config(str(recipe), small.split())
-    cfg.DATA, cfg.OUTPUT_DIR = [str(tmp_path)], str(tmp_path / "run")
+    run, broken = tmp_path / "run", tmp_path / "broken"
+    cfg.DATA, cfg.OUTPUT_DIR = [str(tmp_path)], str(run)
     train(cfg, quiet=True)
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.json").open()]
+    lines = [json.loads(line) for line in (run / "metrics.json").open()]
     assert [line["iteration"] for line in lines] == [1, 2]
     assert all(0 <= line["loss"] <= 2 for line in lines)
-    state = checkpoint.load(tmp_path / "run" / checkpoint.LAST)["state_dict"]
+    state = checkpoint.load(run / checkpoint.LAST)["state_dict"]
     assert state["predictor.0.weight"].shape == (8, 32)
+
+    broken.mkdir()
+    shutil.copy(run / "checkpoint_00000001.pth", broken / checkpoint.LAST)
+    cfg.OUTPUT_DIR = str(broken)
+    train(cfg, resume=True, quiet=True)
+    again = checkpoint.load(broken / checkpoint.LAST)["state_dict"]
+    assert all(torch.equal(state[name], value) for name, value in again.items())
+    assert convert(run / checkpoint.LAST, "torchvision", output=tmp_path / "w.pth").report
+
+
+def steps_of_the_example():
+    methods.METHODS["simsiam"] = example()["build_simsiam"]
+    settings = (("MODEL.BN_GROUPS", 2), ("MODEL.SYNC_BN", True))
+    return [tiny.steps("simsiam", *overrides) for overrides in settings]
+
+
+def test_two_processes_take_the_examples_steps_of_one():
+    (alone,) = on_ranks(1, steps_of_the_example)
+    for rank, results in enumerate(on_ranks(2, steps_of_the_example)):
+        for result, expected in zip(results, alone, strict=True):
+            wanted = expected if rank == 0 else expected | {"state": {}}
+            torch.testing.assert_close(result, wanted, rtol=1e-6, atol=1e-8)

@@ -1,10 +1,11 @@
-"""InfoNCE against the paper's formula written as loops, and against closed forms."""
+"""InfoNCE against the formula as loops, against lightly, and against closed forms."""
 
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from lightly.loss import NTXentLoss
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain.losses import info_nce
@@ -37,6 +38,22 @@ def test_info_nce_and_its_gradients_equal_the_formula_as_loops(temperature, chun
     torch.testing.assert_close(loss, naive)
     torch.testing.assert_close(leaves[0].grad, expected[0].grad)
     torch.testing.assert_close(leaves[1].grad, expected[1].grad)
+
+
+def test_info_nce_and_its_gradients_equal_lightlys_with_a_bank():
+    """lightly scales its inputs to unit length, so unscaled ones test that gradient as well."""
+    generator = torch.Generator().manual_seed(3)
+    raw = [torch.randn(6, 8, generator=generator, dtype=torch.float64) for _ in range(2)]
+    negatives = unit(17, 8, 2)
+    lightlys = NTXentLoss(0.2, memory_bank_size=(17, 8))
+    lightlys.memory_bank.bank = negatives.clone()
+    ours, theirs = ([x.clone().requires_grad_() for x in raw] for _ in range(2))
+    loss, _ = info_nce(*(F.normalize(x, dim=1) for x in ours), negatives, 0.2)
+    expected = lightlys(*theirs)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, ours), torch.autograd.grad(expected, theirs)
+    )
 
 
 def test_loss_is_log_of_keys_plus_one_when_all_similarities_are_equal():

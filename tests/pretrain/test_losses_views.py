@@ -43,7 +43,14 @@ def assert_equal(function, oracle, *tensors):
     )
 
 
-def test_batch_info_nce_is_the_formula():
+def with_bank(keys):
+    """lightly's InfoNCE against these negatives. It scales its inputs to unit length."""
+    loss = NTXentLoss(T, memory_bank_size=tuple(keys.shape))
+    loss.memory_bank.bank = keys.clone()
+    return loss
+
+
+def test_batch_info_nce_is_the_formula_and_lightlys():
     positive = torch.tensor([4, 0, 2])
 
     def naive(q, keys):
@@ -55,6 +62,20 @@ def test_batch_info_nce_is_the_formula():
 
     q, keys = unit(3, 5), unit(6, 5, seed=1)
     assert_equal(lambda q, k: batch_info_nce(q, k, positive, T)[0], naive, q, keys)
+
+    def lightlys(q):
+        """A query at a time: the other keys lie in its bank, which takes no gradient."""
+        parts = []
+        for row, at in zip(q.split(1), positive.tolist(), strict=True):
+            others = keys[torch.arange(6) != at]
+            parts.append(with_bank(others)(row, keys[at : at + 1]))
+        return torch.stack(parts).mean()
+
+    assert_equal(
+        lambda q: batch_info_nce(F.normalize(q, dim=1), keys, positive, T)[0],
+        lightlys,
+        random(3, 5),
+    )
     correct = batch_info_nce(torch.eye(3), torch.eye(3)[[1, 0, 2]], torch.tensor([1, 1, 2]), T)[1]
     assert correct.tolist() == [True, False, True]
 
@@ -103,7 +124,7 @@ def test_cosine_regression_is_the_formula_and_lightlys():
     assert_equal(cosine_regression, lambda p, z: 2 + 2 * NegativeCosineSimilarity()(p, z), p, z)
 
 
-def test_parts_of_the_denominator_add_up_to_info_nce():
+def test_parts_of_the_denominator_add_up_to_info_nce_and_lightlys():
     q, k, negatives = unit(3, 5), unit(3, 5, seed=1), unit(7, 5, seed=2)
 
     def in_parts(q, k):
@@ -120,6 +141,12 @@ def test_parts_of_the_denominator_add_up_to_info_nce():
         return total / 3
 
     assert_equal(in_parts, naive, q, k)
+    assert_equal(
+        lambda q, k: in_parts(F.normalize(q, dim=1), F.normalize(k, dim=1)),
+        with_bank(negatives),
+        random(3, 5),
+        random(3, 5, seed=1),
+    )
     hardest = log_sum_exp(q, negatives, T)[1]
     torch.testing.assert_close(hardest, torch.stack([(negatives @ row).max() / T for row in q]))
     assert log_sum_exp(q, negatives[:0], T)[1].tolist() == [-math.inf] * 3

@@ -1,6 +1,7 @@
 """Every method on the one harness: one process against several, whole runs, resume, export."""
 
 import json
+import math
 import re
 
 import cv2
@@ -11,8 +12,10 @@ import torch
 from moco_det import convert
 from pretrain import checkpoint
 from pretrain.config import load_config
+from pretrain.encoders import ResNet
 from pretrain.errors import UserError
 from pretrain.methods import METHODS, build_method
+from pretrain.schedules import warmup_steps
 from pretrain.train import train
 from tests.pretrain import tiny
 from tests.pretrain.ranks import on_ranks
@@ -61,12 +64,12 @@ def assert_same_ends(whole, broken):
 
 
 def test_runs_of_two_ranks_resume_bit_for_bit_and_save_the_bank_whole(photographs, tmp_path):
-    names = ["memory-bank", "swav"]
-    on_ranks(2, tiny.whole_and_resumed, names, str(photographs), str(tmp_path))
-    ends = [
-        assert_same_ends(tmp_path / name / "whole", tmp_path / name / "broken") for name in names
-    ]
-    bank = ends[0]["state_dict"]["bank._extra_state"]
+    on_ranks(2, tiny.whole_and_resumed, NEW, str(photographs), str(tmp_path))
+    ends = {
+        name: assert_same_ends(tmp_path / name / "whole", tmp_path / name / "broken")
+        for name in NEW
+    }
+    bank = ends["memory-bank"]["state_dict"]["bank._extra_state"]
     assert bank.shape == (13, 8)
     torch.testing.assert_close(bank.norm(dim=1), torch.ones(13))
 
@@ -81,8 +84,14 @@ def test_a_run_of_each_recipe_resumes_bit_for_bit_and_exports_its_encoder(
     converted = convert(whole / checkpoint.LAST, "torchvision", output=tmp_path / "weights.pth")
     assert converted.report
     weights = torch.load(tmp_path / "weights.pth", weights_only=True)
-    exported = one["state_dict"]["encoder_q.layer4.1.bn2.running_mean"]
-    assert torch.equal(weights["layer4.1.bn2.running_mean"], exported)
+    backbone = {
+        name.removeprefix("encoder_q."): tensor
+        for name, tensor in one["state_dict"].items()
+        if name.startswith("encoder_q.") and not name.startswith("encoder_q.fc.")
+    }
+    assert weights.keys() == backbone.keys() == ResNet(18, width=1 / 16).state_dict().keys()
+    for name, tensor in backbone.items():
+        assert torch.equal(weights[name], tensor), name
 
 
 @pytest.mark.parametrize("method", NEW)
@@ -96,23 +105,88 @@ def test_each_method_learns_thirteen_photographs(method, photographs, tmp_path):
     assert np.mean(losses[-10:]) < np.mean(losses[:10]) - 0.1
 
 
-def test_the_recipes_are_the_papers():
-    learning = {  # batch, learning rate, weight decay, epochs
-        "end-to-end": (1024, 0.12, 1e-4, 200),
-        "memory-bank": (256, 0.03, 1e-4, 200),
-        "simclr": (4096, 4.8, 1e-6, 100),
-        "byol": (4096, 3.2, 1.5e-6, 1000),
-        "swav": (4096, 4.8, 1e-6, 800),
-    }
-    for name, expected in learning.items():
-        cfg = load_config(name)
-        solver = cfg.SOLVER
-        assert name == cfg.METHOD
-        found = (solver.BATCH_SIZE, solver.BASE_LR, solver.WEIGHT_DECAY, solver.EPOCHS)
-        assert found == expected
-        assert (solver.OPTIMIZER == "lars") == (name in ("simclr", "byol", "swav"))
-        assert (solver.MOMENTUM, cfg.MODEL.DEPTH, cfg.INPUT.CROP_SIZE) == (0.9, 50, 224)
-    assert (load_config("swav").INPUT.SMALL_CROPS, load_config("swav").SWAV.PROTOTYPES) == (6, 3000)
+# Of each paper, by the keys that its recipe's result depends on. (MoCo's are in test_config.)
+PAPERS = {
+    "end-to-end": {
+        "INPUT": {"AUGMENTATION": "moco-v1", "MIN_SCALE": 0.2, "SMALL_CROPS": 0},
+        "MODEL": {"SYNC_BN": False, "BN_GROUPS": 8},
+        "MOCO": {"DIM": 128, "TEMPERATURE": 0.07, "MLP": False, "SHUFFLE_BN": True},
+        "SOLVER": {"OPTIMIZER": "sgd", "BATCH_SIZE": 1024, "BASE_LR": 0.12, "WEIGHT_DECAY": 1e-4},
+        "length": {"EPOCHS": 200, "SCHEDULE": "step", "MILESTONES": [0.6, 0.8], "GAMMA": 0.1},
+    },
+    "memory-bank": {
+        "INPUT": {"AUGMENTATION": "moco-v1", "MIN_SCALE": 0.2, "SMALL_CROPS": 0},
+        "MODEL": {"SYNC_BN": False},
+        "MOCO": {"DIM": 128, "TEMPERATURE": 0.07, "MLP": False},
+        "BANK": {"NEGATIVES": 65536, "MOMENTUM": 0.5},
+        "SOLVER": {"OPTIMIZER": "sgd", "BATCH_SIZE": 256, "BASE_LR": 0.03, "WEIGHT_DECAY": 1e-4},
+        "length": {"EPOCHS": 200, "SCHEDULE": "step", "MILESTONES": [0.6, 0.8], "GAMMA": 0.1},
+    },
+    "simclr": {
+        "INPUT": {"AUGMENTATION": "simclr", "MIN_SCALE": 0.08, "SMALL_CROPS": 0},
+        "MODEL": {"SYNC_BN": True},
+        "SIMCLR": {"DIM": 128, "TEMPERATURE": 0.1},
+        "SOLVER": {"OPTIMIZER": "lars", "BATCH_SIZE": 4096, "BASE_LR": 4.8, "WEIGHT_DECAY": 1e-6},
+        "length": {"EPOCHS": 100, "SCHEDULE": "cosine"},
+    },
+    "byol": {
+        "INPUT": {"AUGMENTATION": "byol", "MIN_SCALE": 0.08, "SMALL_CROPS": 0},
+        "MODEL": {"SYNC_BN": True},
+        "BYOL": {"HIDDEN": 4096, "DIM": 256, "MOMENTUM": 0.996},
+        "SOLVER": {"OPTIMIZER": "lars", "BATCH_SIZE": 4096, "BASE_LR": 3.2, "WEIGHT_DECAY": 1.5e-6},
+        "length": {"EPOCHS": 1000, "SCHEDULE": "cosine"},
+    },
+    "swav": {
+        "INPUT": {
+            "AUGMENTATION": "swav",
+            "SMALL_CROPS": 6,
+            "SMALL_CROP_SIZE": 96,
+            "SMALL_SCALE": 0.14,
+        },
+        "MODEL": {"SYNC_BN": True},
+        "SWAV": {
+            "HIDDEN": 2048,
+            "DIM": 128,
+            "PROTOTYPES": 3000,
+            "TEMPERATURE": 0.1,
+            "EPSILON": 0.05,
+            "SINKHORN_ITERS": 3,
+            "FREEZE_ITERS": 313,
+            "QUEUE_SIZE": 0,
+        },
+        "SOLVER": {"OPTIMIZER": "lars", "BATCH_SIZE": 4096, "BASE_LR": 4.8, "WEIGHT_DECAY": 1e-6},
+        "length": {"EPOCHS": 800, "SCHEDULE": "cosine"},
+    },
+}
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_a_recipe_is_its_papers(name):
+    cfg = load_config(name)
+    assert name == cfg.METHOD
+    for section, values in PAPERS[name].items():
+        found = cfg["SOLVER" if section == "length" else section]
+        assert {key: found[key] for key in values} == values
+    solver = cfg.SOLVER
+    assert (solver.MOMENTUM, cfg.MODEL.DEPTH, cfg.MODEL.WIDTH) == (0.9, 50, 1.0)
+    assert (cfg.INPUT.CROP_SIZE, solver.TRUST_COEFFICIENT, solver.MAX_ITER) == (224, 0.001, 0)
+    warmup = warmup_steps(
+        1_281_167,
+        batch_size=solver.BATCH_SIZE,
+        iterations=solver.WARMUP_ITERS,
+        epochs=solver.WARMUP_EPOCHS,
+    )
+    assert warmup == (3128 if solver.OPTIMIZER == "lars" else 0)  # ten epochs of ImageNet-1M
+
+
+def test_a_runs_learning_rates_are_the_recipes_schedule(photographs, tmp_path):
+    """Warm-up of two steps to 0.2, then half a cosine over the other four; or two drops."""
+    cosine = [0.1 * (1 + math.cos(math.pi * i / 4)) for i in range(4)]
+    expected = {"simclr": [0.1, 0.2, *cosine], "end-to-end": [0.1, 0.2, 0.2, 0.2, 0.02, 0.002]}
+    for name, rates in expected.items():
+        train(tiny.recipe(name, photographs, tmp_path / name), quiet=True)
+        records = map(json.loads, (tmp_path / name / "metrics.json").open())
+        assert [record["lr"] for record in records] == pytest.approx(rates)
 
 
 def test_an_unknown_method_is_refused_with_the_names():
