@@ -2,9 +2,12 @@
 
 import copy
 
+import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from pretrain.encoders import ResNet
 from tests.pretrain import tiny
 
 
@@ -45,3 +48,40 @@ def test_shuffling_changes_which_images_share_bn_statistics_and_nothing_else():
         method.shuffle = False
         change = (shuffled - method.encode_keys(images, 0)).abs().max()
         assert (change > 1e-3) == differs
+
+
+def kept_for_the_backward_pass(module, call):
+    """Bytes that autograd holds when ``call`` has returned, parameters left out."""
+    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = call()
+    assert result is not None
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def test_memory_grows_with_this_dictionary_and_not_with_mocos():
+    def needed(name, batch, queue):
+        method, _ = tiny.build(name, "MOCO.QUEUE_SIZE", queue)
+        views = [view[:batch].clone() for view in tiny.views(name, 0)]
+        index = torch.arange(batch)
+        return kept_for_the_backward_pass(method, lambda: method(views, 0, index)["loss"])
+
+    half, whole = (needed("end-to-end", batch, 16) for batch in (8, 16))
+    assert whole == pytest.approx(2 * half, rel=0.02)
+    assert needed("moco", 16, 16) == needed("moco", 16, 5000) == pytest.approx(whole / 2, rel=0.02)
+
+
+def test_a_resnet_50_keeps_82_mib_of_an_image():
+    """The figure of the class's documentation and of docs/recipes.md."""
+    encoder = ResNet(50, head=lambda features: nn.Linear(features, 128))
+    images = torch.randn(2, 3, 224, 224)
+    needed = kept_for_the_backward_pass(encoder, lambda: encoder(images)) - images.nbytes
+    assert needed / 2 / 2**20 == pytest.approx(82, abs=1)
