@@ -24,6 +24,8 @@ from fvcore.nn.distributed import differentiable_all_gather
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import Tensor, nn
 
+from .wording import counted
+
 log = logging.getLogger(__name__)
 
 
@@ -126,10 +128,9 @@ def say_norms(model: nn.Module, *, per_pass: int, passes: int, world_size: int) 
             "image sizes differ that is not the joined batch (NORM SyncBN is)"
         )
     if passes > 1:
-        images = "1 image" if seen == 1 else f"{seen} images"
         said.append(
-            f"BN sees the {images} of one pass: accumulating {passes} of them adds up gradients, "
-            "not statistics"
+            f"BN sees the {counted(seen, 'image')} of one pass: accumulating {passes} of them adds "
+            "up gradients, not statistics"
         )
     if seen < 2:
         said.append(

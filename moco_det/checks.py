@@ -24,6 +24,7 @@ from detectron2.utils import comm
 from .errors import UserError
 from .files import replace_text
 from .headers import ImageHeader
+from .wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -66,9 +67,10 @@ class DatasetReport:
     def summary(self) -> str:
         """One line about the data set, then one for each kind of finding with its first case."""
         shown = ", ".join(self.classes[:8]) + (", ..." if len(self.classes) > 8 else "")
+        images, objects = counted(self.images, "image", ","), counted(self.objects, "object", ",")
         lines = [
-            f"{self.spec}: {self.images:,} images ({self.images_without_objects:,} without "
-            f"objects), {self.objects:,} objects, {len(self.classes)} classes ({shown})"
+            f"{self.spec}: {images} ({self.images_without_objects:,} without objects), {objects}, "
+            f"{counted(len(self.classes), 'class')} ({shown})"
         ]
         for (kind, action), found in self.groups().items():
             where = found[0].file + (f", {found[0].object}" if found[0].object else "")

@@ -20,6 +20,7 @@ from detectron2.utils.logger import create_small_table
 from .checks import PREDICTIONS_FILE, images_once, shares_of_ranks, write_json_atomically
 from .coco_metrics import TASKS, coco_metrics
 from .errors import UserError
+from .wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -122,8 +123,9 @@ class InstanceEvaluator(DatasetEvaluator):
         most = max((r["category_id"] for index in chosen for r in found[index]), default=0)
         if most >= len(class_ids):
             raise UserError(
-                f"the model predicts class {most}, but {self._name} has {len(class_ids)} classes, "
-                "counted from 0: evaluate on the classes of its training data"
+                f"the model predicts class {most}, but {self._name} has "
+                f"{counted(len(class_ids), 'class')}, counted from 0: "
+                "evaluate on the classes of its training data"
             )
         results = [
             {**result, "category_id": class_ids[result["category_id"]]}

@@ -14,6 +14,7 @@ from .errors import UserError
 from .label_subsets import register_label_share
 from .semantic_data import is_semantic, register_semantic
 from .tasks import is_semantic_model
+from .wording import counted
 
 # What Detectron2 needs to read some of its own data sets, by their evaluator_type.
 NEEDED = {
@@ -130,8 +131,8 @@ def _settle_classes(cfg: CfgNode, explicit: Sequence[str], classes: Sequence[str
     key = f"MODEL.{section}.NUM_CLASSES"
     if key in explicit:
         raise UserError(
-            f"{key} is set to {head.NUM_CLASSES}, but the data have {len(classes)} classes: leave "
-            "it out."
+            f"{key} is set to {head.NUM_CLASSES}, but the data have "
+            f"{counted(len(classes), 'class')}: leave it out."
         )
     head.NUM_CLASSES = len(classes)
 
@@ -159,7 +160,7 @@ def _settle_keypoints(cfg: CfgNode, train: Sequence[str]) -> list[str]:
         raise UserError(f"MODEL.KEYPOINT_ON is set, but the training data have {found}.")
     cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = len(names[0])
     pairs = len(MetadataCatalog.get(own[0]).keypoint_flip_map)
-    return [f"keypoints  {len(names[0])}, of which a flip swaps {pairs} pairs"]
+    return [f"keypoints  {len(names[0])}, of which a flip swaps {counted(pairs, 'pair')}"]
 
 
 def _own_classes(cfg: CfgNode, name: str) -> list[str]:

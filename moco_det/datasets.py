@@ -22,6 +22,7 @@ from .checks import DatasetReport, collector_paused, write_json_atomically
 from .coco import read_coco
 from .errors import UserError
 from .voc import read_voc
+from .wording import counted
 
 __all__ = ["DatasetReport", "dataset_report", "register", "write_findings"]
 
@@ -76,7 +77,7 @@ def register(spec: str, classes: Sequence[str] | None = None, *, strict: bool = 
     report.objects = sum(len(record["annotations"]) for record in records)
     report.images_without_objects = sum(not record["annotations"] for record in records)
     if strict and report.findings:
-        raise UserError(f"{len(report.findings)} things are wrong in {report.summary()}")
+        raise UserError(f"{counted(len(report.findings), 'fault')} in {report.summary()}")
 
     name = _catalog_name(kind, title, f"{spec}\0{Path.cwd()}\0{classes and list(classes)}")
     for catalog in (DatasetCatalog, MetadataCatalog):

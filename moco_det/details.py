@@ -12,6 +12,7 @@ from moco_det.analysis import RunAnalysis
 from moco_det.groups import Group
 from moco_det.statistics import summarize
 from moco_det.tables import Table, spread
+from moco_det.wording import counted
 
 SIZES = {
     f"{task}/AP{size}": f"{name} AP{size}"
@@ -145,8 +146,8 @@ def _confusions(table: Table, label: str, runs: Sequence[RunAnalysis]) -> Detail
     counts, names = confusion(runs), list(table.class_names)
     title = f"Confusion of classes: {label}"
     note = (
-        f"Boxes at IoU 0.5 and each run's own best score, summed over {len(runs)} runs; rows are "
-        "what is there, columns what was found."
+        f"Boxes at IoU 0.5 and each run's own best score, summed over {counted(len(runs), 'run')}; "
+        "rows are what is there, columns what was found."
     )
     if len(names) <= MOST_CLASSES_IN_MATRIX:
         rows = [

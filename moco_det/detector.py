@@ -18,6 +18,7 @@ from .weights import (
     read_backbone,
     read_detector,
 )
+from .wording import counted
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,9 @@ def assert_all_trained(model: nn.Module, freeze_at: int) -> None:
             )
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     if frozen:
-        raise UserError(f"{len(frozen)} parameters would not be trained, the first is {frozen[0]}.")
+        raise UserError(
+            f"{counted(len(frozen), 'parameter')} would not be trained, the first is {frozen[0]}."
+        )
 
 
 def fit_norms(cfg: CfgNode, world_size: int) -> tuple[CfgNode, str | None]:

@@ -20,6 +20,7 @@ from .batch_norm import replace_sync_bn
 from .memory import CPUMemory, GPUMemory, agree, in_gb
 from .sampling import PREFLIGHT, Batch, TrainingSet, load_training_set, seed_model, share
 from .tasks import build_train_mapper
+from .wording import counted
 
 HEADROOM = 0.95  # of the memory that there is: allocators and libraries round up
 
@@ -65,8 +66,9 @@ class Report:
     def __str__(self) -> str:
         width, height = self.size
         text = (
-            f"the worst pass ({self.images} of {width}x{height} with {self.objects} objects each) "
-            f"needs {in_gb(self.needed[self.images])} of {in_gb(self.limit)}"
+            f"the worst pass ({self.images} of {width}x{height} with "
+            f"{counted(self.objects, 'object')} each) needs "
+            f"{in_gb(self.needed[self.images])} of {in_gb(self.limit)}"
         )
         if self.passes is None:
             return text + (

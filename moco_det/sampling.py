@@ -23,6 +23,7 @@ from detectron2.data.samplers import RepeatFactorTrainingSampler
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .errors import UserError
+from .wording import counted
 
 # Sequences of micro-batches that have nothing in common.
 TRAINING, PRECISE_BN, PREFLIGHT = range(3)
@@ -282,8 +283,8 @@ def share(cfg: CfgNode, world_size: int) -> int:
         raise UserError(f"SOLVER.ACCUMULATION_STEPS must be at least 1, not {passes}.")
     if batch < 1 or batch % (world_size * passes):
         raise UserError(
-            f"SOLVER.IMS_PER_BATCH {batch} cannot be shared by {world_size} processes with "
-            f"SOLVER.ACCUMULATION_STEPS {passes}: make it a multiple of {world_size * passes}."
+            f"SOLVER.IMS_PER_BATCH {batch} cannot be shared by {counted(world_size, 'process')} "
+            f"with SOLVER.ACCUMULATION_STEPS {passes}: make it a multiple of {world_size * passes}."
         )
     return int(batch // (world_size * passes))
 

@@ -21,6 +21,7 @@ from .errors import UserError
 from .headers import read_headers
 from .semantic import read_labels
 from .voc import IMAGE_SUFFIXES
+from .wording import counted
 
 IGNORE_LABEL = 255
 CLASS_FILE = "classes.txt"
@@ -44,7 +45,8 @@ class SemanticReport(DatasetReport):
 
     def summary(self) -> str:
         """One line about the data set, then one for each kind of finding with its first case."""
-        first = f"{self.spec}: {self.images:,} images with labels, {len(self.classes)} classes"
+        images, classes = counted(self.images, "image", ","), counted(len(self.classes), "class")
+        first = f"{self.spec}: {images} with labels, {classes}"
         return "\n".join([first, *super().summary().splitlines()[1:]])
 
 
@@ -85,14 +87,16 @@ def register_semantic(
     report.classes = list(found if classes is None else classes)
     if len(found) > len(report.classes) or len(found) > IGNORE_LABEL:
         allowed = min(len(report.classes), IGNORE_LABEL)
-        raise UserError(f"{spec} has {len(found)} classes, but there can be only {allowed}.")
+        raise UserError(
+            f"{spec} has {counted(len(found), 'class')}, but there can be only {allowed}."
+        )
     records = _records(pairs, report)
     report.images = len(records)
     if not records:
         first = f" (first: {report.findings[0].kind})" if report.findings else ""
         raise UserError(f"{spec} has no usable image{first}.")
     if strict and report.findings:
-        raise UserError(f"{len(report.findings)} things are wrong in {report.summary()}")
+        raise UserError(f"{counted(len(report.findings), 'fault')} in {report.summary()}")
     _register(name, records)
     MetadataCatalog.get(name).set(
         stuff_classes=report.classes,
@@ -164,7 +168,9 @@ def _class_names(pairs: Pairs, spec: str, report: DatasetReport) -> list[str]:
         return [f"class {number}" for number in range(count)]
     names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if len(names) < count:
-        raise UserError(f"{path} names {len(names)} classes, but the labels go up to {count - 1}.")
+        raise UserError(
+            f"{path} names {counted(len(names), 'class')}, but the labels go up to {count - 1}."
+        )
     return names
 
 

@@ -104,7 +104,7 @@ def confusion(
     if labels.size and not 0 <= labels.min() <= labels.max() < num_classes:
         wrong = labels[(labels < 0) | (labels >= num_classes)][0]
         raise UserError(
-            f"{name} has the label {wrong}, but there are {num_classes} classes, counted from 0, "
+            f"{name} has the label {wrong}, but the classes are {num_classes}, counted from 0, "
             f"and {ignore_label} for what is not counted."
         )
     pairs = labels.astype(np.int64) * num_classes + predicted

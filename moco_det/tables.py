@@ -11,6 +11,7 @@ from moco_det.groups import Group, differing_keys
 from moco_det.protocols import split_name
 from moco_det.published import Published, published
 from moco_det.statistics import Difference, Summary, summarize, welch_difference
+from moco_det.wording import counted
 
 COLUMNS = {
     "bbox/AP": "AP",
@@ -126,7 +127,9 @@ def provenance_lines(table: Table) -> list[str]:
         elif group.deviations is None:
             facts.append("deviations not recorded")
         elif group.deviations:
-            facts.append(f"deviates from {table.protocol} in {len(group.deviations)} keys")
+            facts.append(
+                f"deviates from {table.protocol} in {counted(len(group.deviations), 'key')}"
+            )
         else:
             facts.append(f"exactly {table.protocol}")
         lines.append(f"{group.label}: {'; '.join(facts)}.")

@@ -195,8 +195,8 @@ def load_backbone(model: nn.Module, weights: BackboneWeights) -> list[str]:
     unused = sorted(n for n in weights.tensors if _BACKBONE.fullmatch(n) and n not in wanted)
     if unused:
         raise UserError(
-            f"{weights.source} holds {len(unused)} backbone tensors that the model has no place "
-            f"for, such as {unused[0]}: MODEL.RESNETS.* is not the network that was pre-trained."
+            f"{weights.source} holds backbone tensors that the model has no place for: "
+            f"{', '.join(unused[:3])}. MODEL.RESNETS.* is not the network that was pre-trained."
         )
     with torch.no_grad():
         for short, name in wanted.items():

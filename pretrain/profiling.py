@@ -18,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from pretrain import distributed
 from pretrain.errors import UserError
+from pretrain.wording import counted
 
 T = TypeVar("T")
 _clock: StageClock | None = None  # the one that runs, if any; stages report to it
@@ -194,7 +195,7 @@ class Profiler:
         unfinished = self.path.with_suffix(".unfinished.json")
         self._trace.export_chrome_trace(str(unfinished))
         unfinished.replace(self.path)
-        self.say(f"profile of {self.steps} iterations, each on average:")
+        self.say(f"profile of {counted(self.steps, 'iteration')}, each on average:")
         self.say(self.clock.table(self.steps))
         self.say(f"trace of the {self.steps} after them: {self.path}")
 

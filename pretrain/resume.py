@@ -16,6 +16,7 @@ from pretrain.errors import UserError
 from pretrain.methods.base import Method
 from pretrain.step import TrainStep
 from pretrain.version import __version__
+from pretrain.wording import counted
 
 # Keys, or their beginnings, that a resumed run may change. Of the first it is told.
 TOLD = ("DATA", "SOLVER")
@@ -106,13 +107,13 @@ def restore(
                 own[name].copy_(value)
     else:
         notes.append(
-            f"{path} was written by {len(ranks['torch'])} ranks and goes on with {world}, from the "
-            f"same place in the data"
+            f"{path} was written by {counted(len(ranks['torch']), 'rank')} and goes on with "
+            f"{world}, from the same place in the data"
         )
     if state["images"] != images:
         notes.append(
-            f"the data hold {images} images and held {state['images']}: from here on they come in "
-            f"another order"
+            f"the data hold {counted(images, 'image')} and held {state['images']}: from here on "
+            f"they come in another order"
         )
     return int(state["step"]), notes
 

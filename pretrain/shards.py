@@ -41,6 +41,7 @@ from pretrain.shard_index import (
     read_samples,
 )
 from pretrain.sources import Source
+from pretrain.wording import counted
 
 LANES = 64  # parts of the shards that are read side by side
 WINDOW = 64  # images in a row of a lane that are shuffled
@@ -278,7 +279,7 @@ def main(specs: Sequence[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{len(source)} images in {len(source.urls)} shards")
+    print(f"{counted(len(source), 'image')} in {counted(len(source.urls), 'shard')}")
     return 0
 
 

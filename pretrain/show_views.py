@@ -12,6 +12,7 @@ from pretrain.files import replace_file
 from pretrain.loader import build_batches
 from pretrain.sources import Source, open_source
 from pretrain.views import ViewRecipe, build_recipes
+from pretrain.wording import counted
 
 _SIDE = 160  # what smaller views are enlarged to, by whole factors
 
@@ -23,7 +24,9 @@ def write_views(cfg: CfgNode, path: str, n: int = 8) -> str:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     replace_file(target, lambda file: file.write(picture))
-    return f"{path}: {min(n, len(source))} of {len(source)} images, each beside its views"
+    return (
+        f"{path}: {min(n, len(source))} of {counted(len(source), 'image')}, each beside its views"
+    )
 
 
 def views_picture(

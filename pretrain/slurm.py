@@ -19,6 +19,7 @@ from pretrain.errors import UserError
 from pretrain.interrupt import Stopped
 from pretrain.launch import launch
 from pretrain.train import train
+from pretrain.wording import counted
 
 # Settings that submitit translates for any scheduler; all others are Slurm's own.
 _COMMON = (
@@ -100,7 +101,8 @@ def submit(
         raise UserError(f"--slurm {' '.join(settings)}: {_first_line(error)}.") from None
     except (RuntimeError, OSError, submitit.core.utils.FailedJobError) as error:
         raise UserError(f"The job could not be submitted: {_first_line(error)}.") from None
-    return f"submitted job {job.job_id} on {ranks} ranks; its output is in {job.paths.folder}"
+    where = f"{counted(ranks, 'rank')}; its output is in {job.paths.folder}"
+    return f"submitted job {job.job_id} on {where}"
 
 
 class Job:

@@ -32,6 +32,7 @@ from pretrain.snapshot import Snapshots
 from pretrain.sources import Source, open_source
 from pretrain.step import TrainStep
 from pretrain.views import build_recipes
+from pretrain.wording import counted
 
 
 def train(cfg: CfgNode, resume: bool = False, quiet: bool = False, profile: int = 0) -> None:
@@ -227,9 +228,10 @@ def _banner(cfg: CfgNode, images: int, total: int, device: torch.device, start: 
     world = distributed.world_size()
     ranks = "one process" if world == 1 else f"{world} ranks"
     return (
-        f"{cfg.METHOD}: ResNet-{cfg.MODEL.DEPTH} width {cfg.MODEL.WIDTH:g}, {images} images, "
-        f"batch {cfg.SOLVER.BATCH_SIZE} on {ranks} ({device.type}), {total} iterations"
-        f" ({total * cfg.SOLVER.BATCH_SIZE / images:.1f} epochs), lr {cfg.SOLVER.BASE_LR:g}"
+        f"{cfg.METHOD}: ResNet-{cfg.MODEL.DEPTH} width {cfg.MODEL.WIDTH:g}, "
+        f"{counted(images, 'image')}, batch {cfg.SOLVER.BATCH_SIZE} on {ranks} ({device.type}), "
+        f"{counted(total, 'iteration')} ({total * cfg.SOLVER.BATCH_SIZE / images:.1f} epochs), "
+        f"lr {cfg.SOLVER.BASE_LR:g}"
         + (f", resumed at iteration {start}" if start else "")
     )
 
@@ -248,7 +250,7 @@ def _line(scalars: dict[str, float], chance_loss: float | None) -> str:
         parts.append(f"kNN {scalars['knn_top1']:.1f}%")
     parts.append(f"lr {scalars['lr']:.4f}")
     if scalars["skipped_images"]:
-        parts.append(f"skipped {scalars['skipped_images']:.0f} images")
+        parts.append(f"skipped {counted(int(scalars['skipped_images']), 'image')}")
     if scalars["checkpoint_pause"]:
         parts.append(f"checkpoint paused {scalars['checkpoint_pause']:.2f} s")
     return "  ".join(parts)

@@ -22,6 +22,7 @@ from moco_det.predictions import predict
 from moco_det.progress import silence_detectron2
 from moco_det.protocols import load_config
 from moco_det.video import is_video
+from moco_det.wording import counted
 
 
 def parser() -> argparse.ArgumentParser:
@@ -59,11 +60,13 @@ def work(arguments: argparse.Namespace) -> int:
         if problem is not None:
             failures += 1
             tqdm.write(f"error: {problem}", file=sys.stderr)
-    frames = "images and frames" if any(map(is_video, (file for file, _ in images))) else "images"
-    what = "class areas" if isinstance(model, Segmenter) else "objects"
+    what = counted(objects, "class area" if isinstance(model, Segmenter) else "object")
+    where = counted(pictures, "image")
+    if any(is_video(file) for file, _ in images):
+        where += " and frames"
     print(
-        f"{objects} {what} in {pictures} {frames}: pictures and predictions.json are in "
-        f"{arguments.output_dir}" + (f"; {failures} files unreadable" if failures else "")
+        f"{what} in {where}: pictures and predictions.json are in {arguments.output_dir}"
+        + (f"; {counted(failures, 'file')} unreadable" if failures else "")
     )
     return 1 if failures else 0
 

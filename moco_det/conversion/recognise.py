@@ -19,6 +19,7 @@ from moco_det.conversion.sources import (
     Source,
 )
 from moco_det.reader import CheckpointError
+from moco_det.wording import counted
 
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module"}
 _CONTAINERS = re.compile(
@@ -248,7 +249,7 @@ def _no_resnet(names: list[str]) -> CheckpointError:
             )  # fmt: skip
     shown = ", ".join(names[:3])
     return CheckpointError(
-        f"no ResNet is found among the file's {len(names)} tensors ({shown}, ...): none is named "
-        "layer1.0.conv1.weight, 4.0.conv1.weight or res2.0.conv1.weight under any prefix.",
+        f"no ResNet is found among the file's {counted(len(names), 'tensor')} ({shown}, ...): none "
+        "is named layer1.0.conv1.weight, 4.0.conv1.weight or res2.0.conv1.weight under any prefix.",
         kind="unrecognised", candidates=tuple(names[:10]),
     )  # fmt: skip

@@ -12,6 +12,7 @@ from torch import Tensor
 from pretrain.inspection.geometry import Geometry, judge, measure
 from pretrain.inspection.run import InspectedRun
 from pretrain.methods.memory_bank import ShardedBank
+from pretrain.wording import counted
 
 MOST = 65536  # keys measured; of more, as many at random
 
@@ -58,7 +59,7 @@ class Dictionary:
         parts = [f"{self.filled} of {self.size} places filled"]
         if self.pointer is not None:
             parts.append(f"next key to {self.pointer}")
-        parts.append(f"oldest key {self.age} steps old")
+        parts.append(f"oldest key {counted(self.age, 'step')} old")
         if self.turned is not None:
             parts.append(f"since when {self.turned:.0%} of the key encoder was replaced")
         return ", ".join(parts)
@@ -111,8 +112,9 @@ def _ring(run: InspectedRun, queue: Tensor, pointer: int, batch: int) -> Diction
     size, seen, notes = len(queue), run.seen, []
     if pointer != seen % size:
         notes.append(
-            f"the queue's pointer is at {pointer}, where {run.step} steps of {batch} keys leave it "
-            f"at {seen % size}: the checkpoint was put together from several."
+            f"the queue's pointer is at {pointer}, where {counted(run.step, 'step')} of "
+            f"{counted(batch, 'key')} leave it at {seen % size}: the checkpoint "
+            f"was put together from several."
         )
     filled = min(seen, size)
     age = min(run.step, math.ceil(size / batch))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pretrain.cells import enlarged, sheet
+from pretrain.wording import counted
 
 DEAD = 0.01  # of the median norm: such a filter adds nothing
 GROWN = 10.0  # times the norm at the start
@@ -47,9 +48,9 @@ class Filters:
         """The figures in one line."""
         low, middle, high = self.norms
         return (
-            f"{self.count} filters, norm {self.norm:.3g} ({INITIAL_NORM:.2f} at the start), each "
-            f"{low:.2g} to {high:.2g} (median {middle:.2g}), {self.dead} dead, roughness "
-            f"{self.roughness:.2f} (1: noise)"
+            f"{counted(self.count, 'filter')}, norm {self.norm:.3g} ({INITIAL_NORM:.2f} at the "
+            f"start), each {low:.2g} to {high:.2g} (median {middle:.2g}), {self.dead} dead, "
+            f"roughness {self.roughness:.2f} (1: noise)"
         )
 
     def findings(self) -> list[str]:

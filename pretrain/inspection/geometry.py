@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pretrain.wording import counted
+
 ALIKE = 0.98  # mean cosine from which on vectors count as one
 BUNCHED = 0.5  # and as gathered in one region
 FEW = 0.1  # share of the dimensions that vectors in few of them span
@@ -64,7 +66,9 @@ class Geometry:
         """The figures in one line."""
         low, mean, high = self.norms
         length = f"{mean:.3g}" if high - low < 1e-3 * mean else f"{low:.3g} to {high:.3g}"
-        dead = f", {self.dead_dimensions} dead dimensions" if self.dead_dimensions else ""
+        dead = (
+            f", {counted(self.dead_dimensions, 'dead dimension')}" if self.dead_dimensions else ""
+        )
         return (
             f"{self.count} of {self.dim} numbers, length {length}, mean cosine "
             f"{self.mean_cosine:.3f}, effective rank {self.effective_rank:.1f} of "

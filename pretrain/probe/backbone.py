@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pretrain.checkpoint import FORMAT
 from pretrain.encoders import BLOCKS_PER_STAGE, ResNet
 from pretrain.errors import UserError
+from pretrain.wording import counted
 
 RANDOM = "random"
 _OURS = FORMAT.rpartition("/")[0] + "/"  # in any version: weights and configuration stay there
@@ -74,7 +75,9 @@ def build_backbone(tensors: Mapping[str, Tensor]) -> ResNet:
     missing = [name for name in missing if not name.endswith("num_batches_tracked")]
     if missing or unknown:
         kind, names = ("lacks", missing) if missing else ("has no place for", unknown)
-        raise UserError(f"the ResNet {kind} {len(names)} tensors, the first is {names[0]}.")
+        raise UserError(
+            f"the ResNet {kind} {counted(len(names), 'tensor')}, the first is {names[0]}."
+        )
     for name, tensor in tensors.items():
         if tensor.shape != wanted[name].shape:
             raise UserError(

@@ -18,6 +18,7 @@ from torch import Tensor
 from pretrain.decoding import DecodeError, decode
 from pretrain.errors import UserError
 from pretrain.sources import Source, open_source
+from pretrain.wording import counted
 
 SPLITS = {"train", "test", "val", "valid", "validation"}
 
@@ -113,8 +114,8 @@ def open_train_and_test(
     unknown = sorted(set(tested.classes) - set(images.classes))
     if unknown:
         raise UserError(
-            f"{test} has {len(unknown)} classes that {train} lacks, the first is {unknown[0]}: "
-            f"name folders with the same classes."
+            f"{test} has {counted(len(unknown), 'class')} that {train} lacks, the first is "
+            f"{unknown[0]}: name folders with the same classes."
         )
     number = np.array([images.classes.index(name) for name in tested.classes])
     return images, LabelledImages(tested.source, tested.rows, number[tested.labels], images.classes)

@@ -35,6 +35,7 @@ from pretrain.probe.images import (
 from pretrain.probe.knn import TEMPERATURE, K, weighted_knn
 from pretrain.probe.linear import LinearProtocol, quick_linear, rank_classes, train_linear
 from pretrain.version import __version__
+from pretrain.wording import counted
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def probe(settings: Settings, cfg: CfgNode | None = None, say: Say = print) -> d
         fit_on(backbone, train, preprocessing, settings.batch_size, settings.workers, settings.seed)
     say(
         f"{settings.checkpoint}: {backbone.num_features} features, {len(train)} training and "
-        f"{len(test)} test images of {len(train.classes)} classes, "
+        f"{counted(len(test), 'test image')} of {counted(len(train.classes), 'class')}, "
         f"{preprocessing.crop_size} of {preprocessing.resize} px"
     )
     cache = ArrayCache(settings.cache) if settings.cache else None
@@ -215,7 +216,9 @@ def summary(result: dict[str, Any]) -> str:
         quick = result["quick_linear"]
         columns[f"linear, quick (penalty {quick['penalty']:g})"] = quick
     for linear in result.get("linear", ()):
-        columns[f"linear, {linear['epochs']:g} epochs, lr {linear['rates']:g}"] = linear
+        columns[f"linear, {counted(linear['epochs'], 'epoch', 'g')}, lr {linear['rates']:g}"] = (
+            linear
+        )
     width = max(map(len, columns))
     lines = [f"{name:<{width}}  {_accuracy(m)}" for name, m in columns.items()]
     rates: Sequence[dict[str, Any]] = result.get("linear", ())
@@ -235,7 +238,7 @@ def summary(result: dict[str, Any]) -> str:
         lines.append(f"{name:<{max(widest, 19)}}{values}")
     skipped = [*result["train"]["skipped"], *result["test"]["skipped"]]
     if skipped:
-        lines += ["", f"{len(skipped)} images could not be read and were left out:", *skipped[:5]]
+        lines += ["", f"{counted(len(skipped), 'image')} could not be read:", *skipped[:5]]
     return "\n".join(lines)
 
 

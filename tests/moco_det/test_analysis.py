@@ -136,6 +136,7 @@ def test_the_report_holds_what_the_predictions_show(tmp_path):
         "Confusion of classes: moco", "Confusion of classes: random",
     ]  # fmt: skip
     matrix = shown["Confusion of classes: moco"]
+    assert f"summed over {len(table.analyses['moco'])} runs;" in matrix.note
     assert [row[0] for row in matrix.rows] == [*CLASSES, "(nothing there)"]
     values = json.loads((tmp_path / "out" / "report.json").read_text())["tables"][0]["analysis"]
     runs = table.analyses["moco"]
@@ -146,6 +147,9 @@ def test_the_report_holds_what_the_predictions_show(tmp_path):
     text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     assert "### Confusion of classes: random" in text
     assert report.notes == []
+    alone = next(iter(table.analyses["moco"]))
+    table.analyses = {"moco": [alone]}
+    assert "summed over 1 run; rows" in details(table)[-1].note
 
 
 def test_many_classes_are_listed_by_their_confusions(tmp_path):

@@ -398,5 +398,5 @@ def test_findings_of_several_data_sets_go_into_one_file(file, tmp_path):
         "action": "object skipped",
     }  # fmt: skip
     assert content["datasets"][1]["findings"] == []
-    with pytest.raises(UserError, match="2 things are wrong"):
+    with pytest.raises(UserError, match="2 faults in"):
         file.register(strict=True)

@@ -118,7 +118,7 @@ def test_command_writes_pictures_and_coco_json_with_names(box_run, photo, capsys
         x, y, width, height = annotation["bbox"]
         assert 0 <= x <= x + width <= 96.01
         assert 0 <= y <= y + height <= 64.01
-    assert f"{len(content['annotations'])} objects in 1 images" in capsys.readouterr().out
+    assert f"{len(content['annotations'])} objects in 1 image: " in capsys.readouterr().out
 
 
 def test_masks_are_written_as_run_lengths_of_the_image_size(tmp_path, photo):

@@ -178,7 +178,7 @@ def test_a_class_that_is_only_predicted_counts_as_zero():
 
 
 def test_labels_that_are_no_class_or_of_another_size_are_refused():
-    with pytest.raises(UserError, match="x.png has the label 9, but there are 3 classes"):
+    with pytest.raises(UserError, match="x.png has the label 9, but the classes are 3, counted"):
         confusion(np.full((2, 2), 9), np.zeros((2, 2), int), 3, 255, "x.png")
     with pytest.raises(UserError, match=r"has the size \(2, 2\), its image \(2, 3\)"):
         confusion(np.zeros((2, 2), int), np.zeros((2, 3), int), 3, 255)
@@ -250,7 +250,7 @@ def test_own_images_and_labels_pair_up_by_name_and_what_is_wrong_is_named(tmp_pa
         ("labels of another size", "2.png"),
     }
     assert ": 2 images with labels, 3 classes\n  1 x labels missing" in metadata.report.summary()
-    with pytest.raises(UserError, match="3 things are wrong"):
+    with pytest.raises(UserError, match="3 faults in"):
         register_semantic(spec, strict=True)
     with pytest.raises(UserError, match="has 3 classes, but there can be only 2"):
         register_semantic(spec, classes=["a", "b"])
