@@ -18,27 +18,38 @@ def replace_file(
     Missing folders are made. `check` is called with the finished file before it gets its name;
     if it raises, the old file stays.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    unfinished = new_beside(path)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with unfinished.open("wb") as file:
             write(file)
-            file.flush()
-            os.fsync(file.fileno())
         if check is not None:
-            check(Path(temporary))
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
+            check(unfinished)
+        return put_in_place(unfinished, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
         raise
-    return path
 
 
 def replace_text(path: str | Path, text: str) -> Path:
     """`replace_file` for text, in UTF-8."""
     return replace_file(path, lambda file: file.write(text.encode("utf-8")))
+
+
+def new_beside(path: str | Path, suffix: str = "") -> Path:
+    """A new empty file in the folder of `path`, which is made where it is missing."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=suffix)
+    os.close(handle)
+    return Path(name)
+
+
+def put_in_place(unfinished: Path, path: str | Path) -> Path:
+    """Give a file of `new_beside`, filled and closed, the name `path` in one step."""
+    with unfinished.open("rb") as file:
+        os.fsync(file.fileno())
+    unfinished.chmod(0o666 & ~_umask())
+    return unfinished.replace(path)
 
 
 def _umask() -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moco_det.errors import UserError
+from moco_det.files import new_beside, put_in_place
 from moco_det.objects import Objects
 from moco_det.pictures import COLORS
 
@@ -71,9 +70,7 @@ class VideoFile:
         self._frames = 0
 
     def __enter__(self) -> VideoFile:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        handle, self._temporary = tempfile.mkstemp(dir=self._path.parent, suffix=".mp4")
-        os.close(handle)
+        self._unfinished = new_beside(self._path, suffix=".mp4")
         return self
 
     def add(self, frame: NDArray[np.uint8]) -> None:
@@ -85,7 +82,7 @@ class VideoFile:
         if self._writer is None:
             size = (frame.shape[1], frame.shape[0])
             code = cv2.VideoWriter.fourcc(*"mp4v")
-            self._writer = cv2.VideoWriter(self._temporary, code, self._rate, size)
+            self._writer = cv2.VideoWriter(str(self._unfinished), code, self._rate, size)
             if not self._writer.isOpened():
                 raise UserError(
                     f"cannot write {self._path}: this OpenCV lacks FFmpeg; install "
@@ -103,10 +100,9 @@ class VideoFile:
         if self._writer is not None:
             self._writer.release()
         if self._frames and (kind is None or issubclass(kind, UserError)):
-            os.chmod(self._temporary, 0o644)
-            os.replace(self._temporary, self._path)
+            put_in_place(self._unfinished, self._path)
         else:
-            Path(self._temporary).unlink(missing_ok=True)
+            self._unfinished.unlink(missing_ok=True)
 
 
 def draw_on_frame(

@@ -16,8 +16,10 @@ from pretrain.errors import UserError
 _UNFINISHED = ".part"
 
 
-def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> Path:
-    """Let ``write`` fill a new file, then put it in the place of ``path`` in one step.
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """An empty file beside ``path``, to be filled, which takes its place in one step when the block
+    ends without an error.
 
     A reader finds the old file or the new one, never half of either, whatever kills this process;
     `remove_unfinished` clears away what a killed one leaves. The folder must exist.
@@ -27,20 +29,27 @@ def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> Path:
         OSError: it cannot be written for another reason.
     """
     with full_disk_explained(path):
-        handle, temporary = tempfile.mkstemp(
+        handle, name = tempfile.mkstemp(
             dir=path.parent, prefix=f".{path.name}.", suffix=_UNFINISHED
         )
+        os.close(handle)
+        unfinished = Path(name)
         try:
-            with os.fdopen(handle, "w+b") as file:
-                write(file)
-                file.flush()
+            yield unfinished
+            with unfinished.open("rb") as file:
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
+            unfinished.chmod(0o644)
+            os.replace(unfinished, path)
             sync_folder(path.parent)
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
             raise
+
+
+def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> Path:
+    """Let ``write`` fill a new file that takes the place of ``path``, see `replacing`."""
+    with replacing(path) as unfinished, unfinished.open("w+b") as file:
+        write(file)
     return path
 
 

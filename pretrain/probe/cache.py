@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.files import replace_text
+from pretrain.files import replace_text, replacing
 
 
 class ArrayCache:
@@ -54,16 +52,10 @@ class ArrayCache:
         """A float32 array to fill and a dictionary of notes to keep with it; both are kept when
         the block ends without an error."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=self.folder, prefix=f".{name}.", suffix=".npy")
-        os.close(handle)
         notes: dict[str, Any] = {}
-        try:
-            array = np.lib.format.open_memmap(temporary, "w+", dtype=np.float32, shape=shape)
+        with replacing(self.folder / f"{name}.npy") as unfinished:
+            array = np.lib.format.open_memmap(unfinished, "w+", dtype=np.float32, shape=shape)
             yield array, notes
             array.flush()
             (self.folder / f"{name}.json").unlink(missing_ok=True)
-            os.replace(temporary, self.folder / f"{name}.npy")
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
         replace_text(self.folder / f"{name}.json", json.dumps({"key": key, "notes": notes}))
