@@ -11,7 +11,13 @@ from detectron2.utils.env import seed_all_rng
 
 from .checkpoint import newest_checkpoints
 from .datasets import write_findings
-from .detector import build_detector, load_weights
+from .detector import (
+    build_detector,
+    holds_detector,
+    load_detector,
+    load_weights,
+    read_detector,
+)
 from .errors import UserError
 from .files import replace_text
 from .plan import Options, Plan, prepare, trials, with_registered_data
@@ -21,7 +27,6 @@ from .progress import duration, log, logging_to
 from .sampling import TrainingSet, load_training_set
 from .stopping import run_lock
 from .trainer import build_trainer, evaluate
-from .weights import holds_detector, load_detector, read_detector
 
 FINDINGS = "findings.json"  # everything that was wrong in own data, with file and object
 PREFLIGHTS = ("auto", "always", "only", "never")

@@ -11,13 +11,14 @@ from detectron2.config import CfgNode
 
 from .accumulation import precision
 from .data_plan import settle_data, with_registered_data
+from .detector import holds_detector
 from .errors import UserError
 from .heads import BASIC_BLOCKS
 from .meanings import explanation
 from .protocols import GROUP_NORM, deviations, load_config, split_name, stated_keys
 from .sampling import share
 from .scaling import scale_schedule
-from .weights import apply_settings, check_norm, holds_detector, read_backbone
+from .weights import apply_settings, check_norm, read_backbone
 
 __all__ = ["Options", "Plan", "prepare", "trials", "under_torchrun", "with_registered_data"]
 

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from moco_det.checkpoint import newest_checkpoints
-from moco_det.detector import build_detector
+from moco_det.detector import build_detector, load_detector, read_detector
 from moco_det.errors import UserError
 from moco_det.label_maps import MOST_CLASSES, UNLABELLED, LabelMap
 from moco_det.objects import Objects
@@ -24,7 +24,6 @@ from moco_det.protocols import load_config
 from moco_det.tasks import is_semantic_model
 from moco_det.video import VIDEO_SUFFIXES, is_video, video_facts
 from moco_det.voc import IMAGE_SUFFIXES
-from moco_det.weights import load_detector, read_detector
 
 SUFFIXES = IMAGE_SUFFIXES | VIDEO_SUFFIXES
 

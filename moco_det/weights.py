@@ -1,4 +1,4 @@
-"""Weights into a model, with every tensor accounted for; and what the weights say of the model.
+"""A backbone's weights into a model, every tensor accounted for; and what they say of the model.
 
 A backbone file holds ``stem.*`` and ``res2.*`` ... ``res5.*``. Where a model keeps them depends on
 its heads: a C4 model has ``backbone.res4.*`` but ``roi_heads.res5.*``, an FPN model
@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from .convert import load_detectron2_weights
 from .errors import UserError
-from .protocols import flatten
-from .reader import read_checkpoint
+from .keys import flatten
 
 # A backbone tensor's name, whatever module owns it. The extra norm (res5.norm.*) is not one.
 _BACKBONE = re.compile(r"(?:^|.*\.)((?:stem\.conv1|res[2-5]\.\d+)\..+)$")
@@ -205,59 +204,6 @@ def load_backbone(model: nn.Module, weights: BackboneWeights) -> list[str]:
     return [name for name in state if name not in set(wanted.values())]
 
 
-def holds_detector(path: str | Path) -> bool:
-    """Whether a file holds a whole detector, not a backbone alone."""
-    prefixes = ("backbone.", "roi_heads.", "proposal_generator.")
-    tensors = _model(read_checkpoint(local_file(str(path))))
-    return any(str(name).removeprefix("module.").startswith(prefixes) for name in tensors)
-
-
-def read_detector(path: str | Path) -> dict[str, Any]:
-    """A detector's checkpoint, ``{"model": {name: tensor}, ...}``, read without executing anything.
-
-    Raises:
-        UserError: no such file, or no named tensors in it.
-    """
-    checkpoint = read_checkpoint(local_file(str(path)))
-    model = _model(checkpoint)
-    if not model:
-        raise UserError(f"{path} holds no named tensors: it is no checkpoint of a detector.")
-    return checkpoint if "model" in checkpoint else {"model": model}
-
-
-def load_detector(model: nn.Module, tensors: Mapping[str, Any], source: str) -> None:
-    """Load a whole detector by exact names, nothing missing and nothing left over.
-
-    Raises:
-        UserError: a missing or unexpected tensor, or another shape.
-    """
-    tensors = {k.removeprefix("module."): torch.as_tensor(v) for k, v in tensors.items()}
-    state = model.state_dict()
-    missing = [n for n in state if n not in tensors and not n.endswith("num_batches_tracked")]
-    unexpected = [
-        n
-        for n in tensors
-        if n not in state and "anchor_generator" not in n and n not in ("pixel_mean", "pixel_std")
-    ]
-    shapes = [
-        f"{n} {_shape(tensors[n])} (the model's is {_shape(state[n])})"
-        for n in state
-        if n in tensors and tensors[n].shape != state[n].shape
-    ]
-    problems = {"lacks": missing, "has, unknown to the model,": unexpected, "has": shapes}
-    for verb, names in problems.items():
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise UserError(
-                f"{source} is a checkpoint of another detector: it {verb} {names[0]}{more}; use "
-                "the config.yaml of its run."
-            )
-    with torch.no_grad():
-        for name, value in state.items():
-            if name in tensors:
-                value.copy_(tensors[name])
-
-
 def _architecture(tensors: Mapping[str, Tensor], path: str) -> dict[str, Any]:
     """Config values of the ResNet that the tensors make up."""
     blocks = Counter(
@@ -291,12 +237,6 @@ def _architecture(tensors: Mapping[str, Tensor], path: str) -> dict[str, Any]:
             "cannot build: narrow networks need ResNet-50 or deeper."
         )
     return settings
-
-
-def _model(checkpoint: Any) -> dict[str, Any]:
-    """The named tensors of a checkpoint, which are under ``model`` or all there is."""
-    model = checkpoint.get("model", checkpoint) if isinstance(checkpoint, dict) else {}
-    return model if isinstance(model, dict) else {}
 
 
 def _close(a: Any, b: Any) -> bool:
