@@ -104,6 +104,14 @@ def test_images_of_a_colour_a_class_are_told_apart_by_the_papers_protocol(tmp_pa
     assert accuracy(rank_classes(head, seen.values), seen.labels, seen.classes).top1 == 100.0
 
 
+def test_five_classes_are_named_by_falling_logit():
+    x = torch.randn(11, 4, generator=torch.Generator().manual_seed(0))
+    for classes in (7, 3):
+        classifier = torch.nn.Linear(4, classes)
+        order = classifier(x).argsort(1, descending=True)
+        assert torch.equal(rank_classes(classifier, x, chunk=4), order[:, :5])
+
+
 def test_separable_features_are_classified_without_an_error():
     train, test = (features(*separable(n, 4, seed=s)) for n, s in ((200, 0), (100, 1)))
     classifier, penalty = quick_linear(train, say=quiet)
