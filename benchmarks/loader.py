@@ -26,9 +26,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from pretrain.image_source import Source
 from pretrain.loader import build_batches
 from pretrain.shards import ShardSource
-from pretrain.sources import Source, open_source
+from pretrain.sources import open_source
 from pretrain.views import view_recipes
 
 FILES = 16

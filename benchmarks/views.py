@@ -28,8 +28,9 @@ from torchvision import transforms
 
 from benchmarks.turns import take_turns
 from pretrain.decoding import decode
+from pretrain.image_source import Source
 from pretrain.loader import build_batches
-from pretrain.sources import Source, open_source
+from pretrain.sources import open_source
 from pretrain.views import ViewRecipe, view_recipes
 
 Pipeline = Callable[[], object]  # makes the views of all images, anew at each call

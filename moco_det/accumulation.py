@@ -134,6 +134,7 @@ class TrainStep:
         return state if self.scaler is None else state | {"grad_scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict`; without a scaler in it, with a new one."""
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scaler is not None and "grad_scaler" in state:
             self.scaler.load_state_dict(state["grad_scaler"])

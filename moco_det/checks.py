@@ -55,6 +55,7 @@ class DatasetReport:
     findings: list[Finding] = field(default_factory=list)
 
     def add(self, kind: str, file: object, obj: str = "", *, action: str) -> None:
+        """Note what is wrong with a file, or with an object in it, and what was done about it."""
         self.findings.append(Finding(kind, str(file), obj, action))
 
     def groups(self) -> dict[tuple[str, str], list[Finding]]:

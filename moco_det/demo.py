@@ -76,6 +76,7 @@ class Demo:
         self.say(f"done in {(time.monotonic() - start) / 60:.1f} minutes")
 
     def draw(self, folder: Path) -> None:
+        """Write the scenes, and say how far that is."""
         start = said = time.monotonic()
         for done, total in write_scenes(folder, seed=self.seed, **self.scenes):
             now = time.monotonic()
@@ -117,6 +118,7 @@ class Demo:
         self.tools_side_by_side(commands, processes=len(commands))
 
     def report(self, voc: Path, pretrained: Path, detectors: Mapping[str, Path]) -> None:
+        """Print the report of pre-training and detectors, and write its page."""
         report = build_report(read_runs([pretrained, *detectors.values()]))
         report.analyse(self.folder / "report")
         print(report.summary(), flush=True)
@@ -175,6 +177,7 @@ class Demo:
 
     @staticmethod
     def say(text: str) -> None:
+        """Print a heading."""
         print(f"\n{text}", flush=True)
 
 

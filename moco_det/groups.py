@@ -25,6 +25,7 @@ class Group:
 
     @property
     def results(self) -> dict[str, Any]:
+        """Those of the first run; what they say of protocol and data all runs share."""
         return self.runs[0].results or {}
 
     @property
@@ -44,6 +45,7 @@ class Group:
         return [name for name in every[0] if all(name in scores for scores in every)]
 
     def values(self, metric: str) -> list[float]:
+        """A metric of each run, in their order."""
         return [run.scores()[metric] for run in self.runs]
 
 

@@ -27,6 +27,7 @@ class ImageHeader:
 
     @property
     def stored(self) -> tuple[int, int]:
+        """(width, height) of the pixels as they lie in the file, not turned."""
         return self.width, self.height
 
     @property

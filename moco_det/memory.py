@@ -15,12 +15,15 @@ class GPUMemory:
     """Memory that torch holds on the current GPU."""
 
     def reset(self) -> None:
+        """Begin a new peak."""
         torch.cuda.reset_peak_memory_stats()
 
     def peak(self) -> float:
+        """Most bytes that tensors have taken since `reset`."""
         return float(torch.cuda.max_memory_allocated())
 
     def limit(self) -> float:
+        """Bytes that this process may take: its own and what is free."""
         free, _ = torch.cuda.mem_get_info()
         return float(free + torch.cuda.memory_reserved())
 
@@ -29,10 +32,12 @@ class CPUMemory:
     """Resident memory of this process."""
 
     def reset(self) -> None:
+        """Begin a new peak, where the system lets one."""
         with suppress(OSError):  # without it the peak is that of the process's life, no less
             Path("/proc/self/clear_refs").write_text("5")  # Linux's way to start it anew
 
     def peak(self) -> float:
+        """Most bytes that the process has had in memory since `reset`."""
         status = _numbers("/proc/self/status")
         if "VmHWM" in status:
             return status["VmHWM"] * 1024.0

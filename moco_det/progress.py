@@ -120,6 +120,7 @@ class Ticker:
         self._start = self._last = time.perf_counter()
 
     def tick(self) -> None:
+        """One more is done; says so if the last word is some time ago."""
         self._done += 1
         now = time.perf_counter()
         if now - self._last >= self._period:

@@ -73,9 +73,11 @@ class Storage:
 
     @property
     def nbytes(self) -> int:
+        """Bytes that its numbers take."""
         return self.numel * self.dtype.itemsize
 
     def view(self, dtype: torch.dtype) -> Tensor:
+        """Its numbers, flat, not copied where they are aligned (`ValueError`: too few bytes)."""
         if self.data is None or self.data.numel() < self.nbytes:
             raise ValueError("a tensor's data is shorter than its declared size")
         data = self.data[: self.nbytes]
@@ -97,6 +99,7 @@ class TensorRecipe:
         pass
 
     def build(self) -> Tensor | Discarded:
+        """The tensor, a view of its storage (`ValueError`: it reaches beyond it)."""
         if not isinstance(self.storage, Storage):
             raise ValueError("a tensor without a storage")
         size, stride = tuple(map(int, self.size)), tuple(map(int, self.stride))
@@ -121,6 +124,7 @@ class DType:
             self.code = state[1] + self.code.lstrip("<>=|")
 
     def numpy(self) -> np.dtype[Any] | None:
+        """NumPy's own, where it is one of numbers or booleans; else None."""
         kind = self.code.lstrip("<>=|")
         known = kind[:1] in "fiubc" and kind[1:].isdigit()
         return np.dtype(self.code) if known else None
@@ -137,6 +141,7 @@ class ArrayRecipe:
         self.state = tuple(state)[-4:]  # (version,) shape, dtype, is_fortran, data
 
     def build(self) -> Tensor | np.ndarray[Any, Any] | Discarded:
+        """The array as a tensor where torch has its type, else as NumPy's."""
         shape, dtype, fortran, data = self.state
         self.state = ()  # built once: the bytes go as their copy comes
         known = dtype.numpy() if isinstance(dtype, DType) else None

@@ -56,6 +56,7 @@ class Table:
     figures: dict[str, Path] = field(default_factory=dict)
 
     def summaries(self, group: Group) -> dict[str, Summary]:
+        """Mean and deviation of each metric that a group's runs have."""
         return {metric: summarize(group.values(metric)) for metric in group.metrics()}
 
     def rows(self, columns: Mapping[str, str]) -> tuple[list[str], list[list[str]]]:

@@ -30,6 +30,7 @@ class Stopped(Exception):  # noqa: N818 - it is no error
 
     @property
     def exit_status(self) -> int:
+        """128 and the signal's number, as shells have it."""
         return 128 + self.signal
 
 

@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 from pretrain.decoding import DecodeError, decode
 from pretrain.device_views import PendingViews, collect, finish
 from pretrain.errors import UserError
+from pretrain.image_source import Source
 from pretrain.order import uniform
-from pretrain.sources import Source
 from pretrain.views import MAX_DRAWS, ViewParameters, ViewRecipe, draw, render
 
 BAD_WINDOW = 1000  # samples over which the share of unreadable images is taken

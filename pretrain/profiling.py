@@ -65,6 +65,7 @@ class StageClock:
 
     @contextmanager
     def charge(self, name: str) -> Iterator[None]:
+        """Count what runs inside as a stage's own time."""
         self._settle()
         self._open.append(name)
         try:

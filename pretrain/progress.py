@@ -96,13 +96,16 @@ class Progress:
                 self.writer.add_scalar(name, value, step)
 
     def say(self, text: str) -> None:
+        """Print a line, unless the run is quiet."""
         if not self.quiet:
             print(text, file=self.stream, flush=True)
 
     def warn(self, text: str) -> None:
+        """Print a warning on standard error, quiet or not."""
         print(f"warning: {text}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
+        """Write what TensorBoard has not yet been given."""
         self.writer.close()
 
 

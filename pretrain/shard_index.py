@@ -17,7 +17,7 @@ import numpy as np
 
 from pretrain.errors import UserError
 from pretrain.files import replace_file
-from pretrain.sources import EXTENSIONS
+from pretrain.image_source import EXTENSIONS
 
 LOST = "the shard is damaged or cut off here, and what followed in it is lost"
 _SUFFIXES = frozenset(extension.decode().removeprefix(".") for extension in EXTENSIONS)

@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 
 from pretrain.errors import UserError
+from pretrain.image_source import Source
 from pretrain.order import hash64, permute
 from pretrain.shard_index import (
     LOST,
@@ -40,7 +41,6 @@ from pretrain.shard_index import (
     local_path,
     read_samples,
 )
-from pretrain.sources import Source
 from pretrain.wording import counted
 
 LANES = 64  # parts of the shards that are read side by side

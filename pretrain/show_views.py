@@ -9,8 +9,9 @@ from fvcore.common.config import CfgNode
 from pretrain.cells import enlarged, fitted, png, sheet
 from pretrain.decoding import decode
 from pretrain.files import replace_file
+from pretrain.image_source import Source
 from pretrain.loader import build_batches
-from pretrain.sources import Source, open_source
+from pretrain.sources import open_source
 from pretrain.views import ViewRecipe, build_recipes
 from pretrain.wording import counted
 

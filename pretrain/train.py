@@ -14,6 +14,7 @@ from fvcore.common.config import CfgNode
 from pretrain import checkpoint, distributed, guards
 from pretrain.errors import UserError
 from pretrain.files import remove_unfinished, replace_text
+from pretrain.image_source import Source
 from pretrain.interrupt import Interrupt, Stopped
 from pretrain.loader import Batch, build_batches
 from pretrain.lock import RunLock
@@ -29,7 +30,7 @@ from pretrain.records import Scalars, SkippedImages
 from pretrain.resume import capture, restore, shared
 from pretrain.schedules import learning_rate, total_steps, warmup_steps
 from pretrain.snapshot import Snapshots
-from pretrain.sources import Source, open_source
+from pretrain.sources import open_source
 from pretrain.step import TrainStep
 from pretrain.views import build_recipes
 from pretrain.wording import counted
@@ -231,8 +232,7 @@ def _banner(cfg: CfgNode, images: int, total: int, device: torch.device, start: 
         f"{cfg.METHOD}: ResNet-{cfg.MODEL.DEPTH} width {cfg.MODEL.WIDTH:g}, "
         f"{counted(images, 'image')}, batch {cfg.SOLVER.BATCH_SIZE} on {ranks} ({device.type}), "
         f"{counted(total, 'iteration')} ({total * cfg.SOLVER.BATCH_SIZE / images:.1f} epochs), "
-        f"lr {cfg.SOLVER.BASE_LR:g}"
-        + (f", resumed at iteration {start}" if start else "")
+        f"lr {cfg.SOLVER.BASE_LR:g}" + (f", resumed at iteration {start}" if start else "")
     )
 
 

@@ -94,6 +94,7 @@ class Architecture:
 
     @property
     def block(self) -> str:
+        """``basic`` (ResNet-18 and -34) or ``bottleneck``."""
         return "basic" if self.depth < 50 else "bottleneck"
 
     @property
@@ -145,6 +146,7 @@ class Architecture:
 
     @property
     def stem(self) -> Layer:
+        """The first layer: 7x7, stride 2."""
         return Layer("conv1", "bn1", self.stem_out_channels, 3, 7, 2)
 
     def layers(self) -> Iterator[Layer]:

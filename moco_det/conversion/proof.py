@@ -45,6 +45,7 @@ class Proof:
 
     @property
     def holds(self) -> bool:
+        """Whether no stage differs by more than `TOLERANCE`."""
         return self.worst <= TOLERANCE
 
     def __str__(self) -> str:

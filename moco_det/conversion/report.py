@@ -40,6 +40,7 @@ class Report:
 
     @property
     def mapped(self) -> int:
+        """Number of tensors that have a place in the target."""
         return sum(entry.target is not None for entry in self.entries)
 
     @property

@@ -14,12 +14,12 @@ from pretrain.cells import GAP, fitted, sheet
 from pretrain.decoding import decode
 from pretrain.encoders import ResNet
 from pretrain.errors import UserError
+from pretrain.image_source import Source
 from pretrain.probe.cache import ArrayCache
 from pretrain.probe.features import Features, Say, extract
 from pretrain.probe.images import LabelledImages, Preprocessing
 from pretrain.probe.knn import nearest
 from pretrain.show_views import first_images
-from pretrain.sources import Source
 
 _SIDE = 112  # pixels of a photograph in the picture
 _DPI = 100

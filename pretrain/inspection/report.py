@@ -13,6 +13,7 @@ from torch import Tensor
 from pretrain import distributed
 from pretrain.cells import png
 from pretrain.errors import UserError
+from pretrain.image_source import Source
 from pretrain.inspection.curves import draw_curves, draw_spectra, last_words
 from pretrain.inspection.dictionary import dictionary_of, judge_prototypes, prototype_use
 from pretrain.inspection.filters import GROWN, draw_filters, growth, measure_filters
@@ -31,7 +32,7 @@ from pretrain.monitor import patience
 from pretrain.probe.backbone import backbone_of, build_backbone
 from pretrain.probe.features import Features, Say
 from pretrain.show_views import views_picture
-from pretrain.sources import Source, open_source
+from pretrain.sources import open_source
 from pretrain.views import build_recipes
 
 VIEWS = 6  # images in the picture of views

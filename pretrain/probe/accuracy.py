@@ -20,6 +20,7 @@ class Accuracy:
     per_class: dict[str, float]  # top-1 among the images of each class that has any
 
     def as_dict(self) -> dict[str, Any]:
+        """For JSON, in percent."""
         return asdict(self)
 
     def __str__(self) -> str:

@@ -44,6 +44,7 @@ class Features:
         return len(self.labels)
 
     def pick(self, rows: Tensor) -> Features:
+        """Those of some rows, (n,) int64, in their order."""
         return Features(self.values[rows], self.labels[rows], self.classes)
 
 

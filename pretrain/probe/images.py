@@ -17,7 +17,8 @@ from torch import Tensor
 
 from pretrain.decoding import DecodeError, decode
 from pretrain.errors import UserError
-from pretrain.sources import Source, open_source
+from pretrain.image_source import Source
+from pretrain.sources import open_source
 from pretrain.wording import counted
 
 SPLITS = {"train", "test", "val", "valid", "validation"}
@@ -165,6 +166,7 @@ class Preprocessing:
 
     @classmethod
     def of(cls, crop_size: int, resize: int | None = None) -> Preprocessing:
+        """With a short side of 8/7 of the crop, where none is given."""
         return cls(crop_size, resize or round(crop_size * 256 / 224))
 
     def __call__(self, image: np.ndarray) -> Tensor:
