@@ -53,6 +53,7 @@ def test_only_the_online_network_and_the_predictor_are_trained():
 def test_the_targets_momentum_rises_from_its_base_to_one_by_half_a_cosine():
     taus = [target_momentum(0.996, step, 1000) for step in range(1001)]
     assert taus[0] == pytest.approx(0.996)
+    assert taus[250] == pytest.approx(1 - 0.004 * (2 + math.sqrt(2)) / 4)  # slow at first
     assert taus[500] == pytest.approx(0.998)
     assert taus[1000] == 1.0
     assert taus == sorted(taus)
