@@ -31,7 +31,8 @@ with warnings.catch_warnings():
     from . import necks, semantic  # noqa: F401
     from .convert import Converted, convert, load_detectron2_weights
     from .heads import Res5ROIHeadsExtraNorm
-    from .protocols import add_moco_det_config, get_protocol, load_config, protocol_names
+    from .keys import add_moco_det_config
+    from .protocols import get_protocol, load_config, protocol_names
 
 __all__ = [
     "Converted",

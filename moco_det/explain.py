@@ -7,18 +7,10 @@ from collections.abc import Iterable
 
 from detectron2.config import CfgNode, defaults
 
+from .keys import add_moco_det_config, check_keys, default_config, flatten
 from .meanings import end_sentence, explanation, meaning
 from .plan import Options, prepare
-from .protocols import (
-    HOUSEKEEPING,
-    add_moco_det_config,
-    check_keys,
-    default_config,
-    differences,
-    flatten,
-    get_protocol,
-    protocol_names,
-)
+from .protocols import HOUSEKEEPING, differences, get_protocol, protocol_names
 
 WIDTH = 100
 

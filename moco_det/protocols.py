@@ -7,14 +7,15 @@ but what the layout of the weights requires. ``NAME-GN`` and its siblings have g
 """
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 
 from .errors import UserError
+from .keys import apply_overrides, check_keys, check_values, default_config, flatten
+from .yaml_file import read_yaml
 
 INITIALISATIONS = ("moco", "supervised", "random")
 GROUP_NORM = "GN"  # the suffix of a protocol, and Detectron2's name of the norm
@@ -45,56 +46,6 @@ HOUSEKEEPING = frozenset(
 )
 
 
-def add_moco_det_config(cfg: CfgNode) -> None:
-    """Add this project's keys to a Detectron2 config, in place."""
-    # Name of the protocol that the run follows ("VOC", "COCO-FPN-1x-random"); set by load_config.
-    cfg.PROTOCOL = ""
-    # Where a protocol comes from (paper, section), and what in it is not confirmed.
-    cfg.SOURCE = ""
-    # Converted file whose architecture and pixel statistics the model takes, but not its weights:
-    # the way to compare random weights in the very network that given weights have.
-    cfg.MODEL.ARCHITECTURE_FROM = ""
-    # Class names of own data, in the order of the classifier; empty for Detectron2's data sets.
-    cfg.DATASETS.CLASSES = []
-    # Share of the training images that is used, in (0, 1]: stratified by class, the smaller inside
-    # the larger, and the same for every run's SEED.
-    cfg.DATASETS.LABEL_SHARE = 1.0
-    # Which of the possible subsets of that share.
-    cfg.DATASETS.LABEL_SEED = 0
-    # Whether anything wrong in own data is an error instead of an entry in the report.
-    cfg.DATASETS.STRICT = False
-    # Range of the random scale, relative to the image, before INPUT.CROP: semantic segmentation.
-    cfg.INPUT.SCALE_TRAIN = []
-    # Channels of the 3x3 convolution behind a dilated res5 (build_resnet_dc5_backbone).
-    cfg.MODEL.DC5_CHANNELS = 512
-    # FCNHead: 3x3 convolutions before the classifier, and their dilation.
-    cfg.MODEL.SEM_SEG_HEAD.NUM_CONV = 2
-    cfg.MODEL.SEM_SEG_HEAD.DILATION = 6
-    # Forward and backward passes of one optimisation step: each sees IMS_PER_BATCH / (processes *
-    # ACCUMULATION_STEPS) images. Equal to as many more processes, but BN sees one pass only.
-    cfg.SOLVER.ACCUMULATION_STEPS = 1
-    # With SOLVER.AMP.ENABLED: "float16" (GPU only, Detectron2's) or "bfloat16".
-    cfg.SOLVER.AMP.PRECISION = "float16"
-    # Keep weights and activations channels last in memory: the same numbers, often faster.
-    cfg.SOLVER.CHANNELS_LAST = False
-    # Whether the worst batch is tried before training: "auto" (on a GPU), "always", "only" (then
-    # stop) or "never".
-    cfg.PREFLIGHT = "auto"
-    # Iterations between two lines of progress (and two lines of metrics.json).
-    cfg.LOG_PERIOD = 20
-    # Every run is repeatable: a negative seed (Detectron2's default) would draw one from the clock.
-    cfg.SEED = 1
-    # Data loading competes with the step where there are few cores.
-    cfg.DATALOADER.NUM_WORKERS = 2
-
-
-def default_config() -> CfgNode:
-    """Detectron2's defaults and this project's own keys."""
-    cfg = get_cfg()
-    add_moco_det_config(cfg)
-    return cfg
-
-
 def configs_dir() -> Path:
     """Folder of the protocols: inside the installed package, else in the checkout beside it."""
     package = Path(__file__).resolve().parent
@@ -116,7 +67,7 @@ def split_name(name: str) -> tuple[str, str]:
 def get_protocol(name: str) -> CfgNode:
     """The config of a protocol or of one of its siblings (``UserError``: there is none)."""
     cfg = default_config()
-    _merge(cfg, _read_protocol(name), where=f"protocol {name}")
+    cfg.merge_from_other_cfg(CfgNode(_read_protocol(name)))
     return cfg
 
 
@@ -132,7 +83,7 @@ def load_config(name_or_file: str, overrides: Sequence[str] = ()) -> CfgNode:
     path = Path(name_or_file).expanduser()
     if path.suffix in (".yaml", ".yml"):
         cfg = default_config()
-        _merge(cfg, _read_yaml(path), where=str(path))
+        cfg.merge_from_other_cfg(CfgNode(_read_yaml(path)))
     else:
         cfg = get_protocol(name_or_file)
     apply_overrides(cfg, overrides)
@@ -149,50 +100,13 @@ def stated_keys(name_or_file: str) -> list[str]:
     path = Path(name_or_file).expanduser()
     if path.suffix not in (".yaml", ".yml"):
         return []
-    own = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    own = read_yaml(path)[0]
     bases = own.pop("_BASE_", [])
     keys = list(flatten(own))
     for base in [bases] if isinstance(bases, str) else bases:
         beside = path.parent / Path(base).expanduser()
         keys += stated_keys(str(beside if beside.suffix in (".yaml", ".yml") else base))
     return keys
-
-
-def apply_overrides(cfg: CfgNode, overrides: Sequence[str]) -> list[str]:
-    """Apply ``[KEY, VALUE, KEY, VALUE, ...]`` in place; returns the keys.
-
-    Raises:
-        UserError: a key without a value, an unknown key, or a value of the wrong type.
-    """
-    if len(overrides) % 2:
-        raise UserError(
-            f"overrides come as KEY VALUE pairs, but {overrides[-1]!r} has no partner in "
-            f"'{' '.join(overrides)}'."
-        )
-    keys = list(overrides[::2])
-    check_keys(keys, where="the command line")
-    for key, value in zip(keys, overrides[1::2], strict=True):
-        was = flatten(cfg)[key]
-        if isinstance(was, float) and value.lstrip("+-").isdigit():
-            value += ".0"  # yacs takes no int for a float: WEIGHT_DECAY 0
-        try:
-            cfg.merge_from_list([key, value])
-        except (ValueError, AssertionError) as error:
-            raise UserError(
-                f"{key} takes a {type(was).__name__} such as {was!r}, not {value!r}."
-            ) from error
-    return keys
-
-
-def flatten(cfg: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"SOLVER": {"BASE_LR": 0.02}}`` -> ``{"SOLVER.BASE_LR": 0.02}``."""
-    flat: dict[str, Any] = {}
-    for key, value in cfg.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def differences(old: CfgNode, new: CfgNode) -> list[str]:
@@ -260,17 +174,10 @@ def _read_yaml(path: Path, inside: tuple[Path, ...] = ()) -> dict[str, Any]:
     path = path.resolve()
     if path in inside:
         raise UserError(f"{path} is its own _BASE_ (through {inside[-1]}): break the circle.")
-    try:
-        own = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the config {path}: {error}.") from error
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} is not plain YAML (Python tags are refused): {reason}.") from error
-    if not isinstance(own, dict):
-        raise UserError(f"{path} must hold KEY: VALUE pairs, not a {type(own).__name__}.")
+    own, lines = read_yaml(path)
     bases = own.pop("_BASE_", [])
-    check_keys(flatten(own), where=str(path))
+    check_keys(flatten(own), str(path), lines)
+    own = check_values(own, str(path), lines)
     merged: dict[str, Any] = {}
     for base in [bases] if isinstance(bases, str) else bases:
         beside = path.parent / Path(base).expanduser()
@@ -287,22 +194,3 @@ def _update(base: dict[str, Any], other: Mapping[str, Any]) -> None:
             _update(base[key], value)
         else:
             base[key] = value
-
-
-def check_keys(keys: Iterable[str], where: str) -> None:
-    """Refuse a key that no config has (``UserError``), naming the nearest."""
-    known = flatten(default_config())
-    for key in keys:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
-            leaf = key.rpartition(".")[2]
-            near += [k for k in known if k.rpartition(".")[2] == leaf and k not in near][:3]
-            hint = f"; the nearest are {', '.join(near)}" if near else ""
-            raise UserError(f"unknown key {key!r} in {where}{hint}.")
-
-
-def _merge(cfg: CfgNode, nested: dict[str, Any], where: str) -> None:
-    try:
-        cfg.merge_from_other_cfg(CfgNode(nested))
-    except (ValueError, AssertionError, KeyError) as error:
-        raise UserError(f"{where}: {' '.join(str(error).split())}.") from error

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from moco_det.errors import UserError
-from moco_det.protocols import flatten
+from moco_det.keys import flatten
 
 
 @dataclass

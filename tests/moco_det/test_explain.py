@@ -6,12 +6,11 @@ import pytest
 
 from moco_det.errors import UserError, run_tool
 from moco_det.explain import explain_key
+from moco_det.keys import default_config, flatten
 from moco_det.meanings import MEANINGS, OTHER, explanation, meaning
 from moco_det.protocols import (
     HOUSEKEEPING,
-    default_config,
     deviations,
-    flatten,
     get_protocol,
     load_config,
     protocol_names,

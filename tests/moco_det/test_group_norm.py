@@ -11,9 +11,10 @@ from torch import nn
 from moco_det.detector import build_detector, load_weights
 from moco_det.errors import UserError
 from moco_det.explain import explain_key
+from moco_det.keys import flatten
 from moco_det.meanings import explanation
 from moco_det.plan import Options, prepare
-from moco_det.protocols import deviations, flatten, get_protocol, load_config, protocol_names
+from moco_det.protocols import deviations, get_protocol, load_config, protocol_names
 from moco_det.weights import BackboneWeights, load_backbone, read_backbone
 from tests.conftest import NARROW, QUICK, narrow_backbone
 from tests.moco_det.test_weights_command import write_caffe2

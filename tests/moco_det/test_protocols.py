@@ -10,13 +10,11 @@ from detectron2 import model_zoo
 from detectron2.config import get_cfg
 
 from moco_det.errors import UserError
+from moco_det.keys import apply_overrides, default_config, flatten
 from moco_det.protocols import (
-    apply_overrides,
     configs_dir,
-    default_config,
     deviations,
     differences,
-    flatten,
     get_protocol,
     load_config,
     protocol_names,
@@ -327,7 +325,9 @@ def test_unknown_key_names_the_nearest():
 
 
 def test_override_of_another_type_or_without_a_value_is_refused():
-    with pytest.raises(UserError, match="SOLVER.MAX_ITER takes a int such as 24000, not 'many'"):
+    with pytest.raises(
+        UserError, match="MAX_ITER takes a whole number such as 24000, not 'many'"
+    ):
         load_config("VOC", ["SOLVER.MAX_ITER", "many"])
     with pytest.raises(UserError, match="'SEED' has no partner"):
         load_config("VOC", ["SEED"])
@@ -368,6 +368,29 @@ def test_unknown_key_and_circle_in_a_file_are_named_with_the_file(tmp_path):
         load_config(str(tmp_path / "b.yaml"))
     with pytest.raises(UserError, match="cannot read the config .*none.yaml"):
         load_config(str(tmp_path / "none.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("_BASE_: VOC\nSOLVER:\n  MAX_ITR: 3\n", r"'SOLVER\.MAX_ITR' in .*own\.yaml, line 3; the"),
+        ("_BASE_: VOC\n\nSOLVER: {STEPS: 3}\n", r"own\.yaml, line 3: SOLVER\.STEPS takes a list"),
+        ("SEED: many\n", r"line 1: SEED takes a whole number such as 1, not 'many'"),
+        ("SEED: 1\nTEST: {}\nSEED: 2\n", r"line 3, states SEED again \(first in line 1\)"),
+        ("SEED: 1\nMODEL: [1, 2\n", r"not plain YAML .*: line 3: "),
+        ("- SEED\n", "must hold KEY: VALUE pairs, not a list"),
+    ],
+)
+def test_a_mistake_in_a_file_is_told_with_its_line(tmp_path, text, message):
+    (tmp_path / "own.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_config(str(tmp_path / "own.yaml"))
+
+
+def test_a_whole_number_in_a_file_is_taken_for_a_float(tmp_path):
+    (tmp_path / "own.yaml").write_text("_BASE_: VOC\nSOLVER:\n  BASE_LR: 1\n  WEIGHT_DECAY: 1e-5\n")
+    cfg = load_config(str(tmp_path / "own.yaml"))
+    assert (cfg.SOLVER.BASE_LR, cfg.SOLVER.WEIGHT_DECAY) == (1.0, 1e-5)
 
 
 def test_a_dumped_config_loads_as_itself(tmp_path):

@@ -3,8 +3,9 @@
 import pytest
 
 from moco_det.errors import UserError
+from moco_det.keys import flatten
 from moco_det.meanings import explanation, meaning
-from moco_det.protocols import flatten, load_config
+from moco_det.protocols import load_config
 from moco_det.scaling import scale_schedule
 
 
