@@ -2,7 +2,7 @@
 
 import warnings
 
-from .errors import UserError
+from moco_det.errors import UserError
 
 try:
     import cv2  # noqa: F401
@@ -28,11 +28,11 @@ with warnings.catch_warnings():
             name="detectron2",
         ) from None
     # Heads and backbone register themselves by name.
-    from . import necks, semantic  # noqa: F401
-    from .convert import Converted, convert, load_detectron2_weights
-    from .heads import Res5ROIHeadsExtraNorm
-    from .keys import add_moco_det_config
-    from .protocols import get_protocol, load_config, protocol_names
+    from moco_det import necks, semantic  # noqa: F401
+    from moco_det.convert import Converted, convert, load_detectron2_weights
+    from moco_det.heads import Res5ROIHeadsExtraNorm
+    from moco_det.keys import add_moco_det_config
+    from moco_det.protocols import get_protocol, load_config, protocol_names
 
 __all__ = [
     "Converted",

@@ -12,8 +12,8 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 from torch import Tensor, nn
 
-from .errors import UserError
-from .sampling import TRAINING, Batch, seed_model
+from moco_det.errors import UserError
+from moco_det.sampling import TRAINING, Batch, seed_model
 
 
 class TrainStep:

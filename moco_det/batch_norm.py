@@ -24,7 +24,7 @@ from fvcore.nn.distributed import differentiable_all_gather
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import Tensor, nn
 
-from .wording import counted
+from moco_det.wording import counted
 
 log = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ import torch
 from detectron2.utils import comm
 from fvcore.common.checkpoint import Checkpointer
 
-from .detector import load_detector, read_detector
-from .errors import UserError
-from .files import replace_file, replace_text
+from moco_det.detector import load_detector, read_detector
+from moco_det.errors import UserError
+from moco_det.files import replace_file, replace_text
 
 log = logging.getLogger(__name__)
 

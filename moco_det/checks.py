@@ -21,10 +21,10 @@ from typing import Any, TypeVar
 import numpy as np
 from detectron2.utils import comm
 
-from .errors import UserError
-from .files import replace_text
-from .headers import ImageHeader
-from .wording import counted
+from moco_det.errors import UserError
+from moco_det.files import replace_text
+from moco_det.headers import ImageHeader
+from moco_det.wording import counted
 
 logger = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 
-from .checks import PREDICTIONS_FILE, images_once, shares_of_ranks, write_json_atomically
-from .errors import UserError
-from .semantic import read_labels
+from moco_det.checks import PREDICTIONS_FILE, images_once, shares_of_ranks, write_json_atomically
+from moco_det.errors import UserError
+from moco_det.semantic import read_labels
 
 # Cityscapes' label ids. An instance has the id label * 1000 + number, a group its label alone.
 LABELS = {

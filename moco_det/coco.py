@@ -11,11 +11,11 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from .checks import DatasetReport, find_frame
-from .coco_objects import are_numbers, read_object, unify_masks
-from .errors import UserError
-from .headers import ImageHeader, read_headers
-from .keypoints import Skeleton, read_skeleton
+from moco_det.checks import DatasetReport, find_frame
+from moco_det.coco_objects import are_numbers, read_object, unify_masks
+from moco_det.errors import UserError
+from moco_det.headers import ImageHeader, read_headers
+from moco_det.keypoints import Skeleton, read_skeleton
 
 Json = dict[str, Any]
 

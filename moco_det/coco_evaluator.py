@@ -17,10 +17,10 @@ from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import BoxMode
 from detectron2.utils.logger import create_small_table
 
-from .checks import PREDICTIONS_FILE, images_once, shares_of_ranks, write_json_atomically
-from .coco_metrics import TASKS, coco_metrics
-from .errors import UserError
-from .wording import counted
+from moco_det.checks import PREDICTIONS_FILE, images_once, shares_of_ranks, write_json_atomically
+from moco_det.coco_metrics import TASKS, coco_metrics
+from moco_det.errors import UserError
+from moco_det.wording import counted
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from .checks import collector_paused
-from .errors import UserError
+from moco_det.checks import collector_paused
+from moco_det.errors import UserError
 
 TASKS = ("bbox", "segm", "keypoints")
 AP_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")

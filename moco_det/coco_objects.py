@@ -6,9 +6,9 @@ from typing import Any
 
 from detectron2.structures import BoxMode
 
-from .checks import DatasetReport, Frame, mend_box
-from .keypoints import Skeleton, read_keypoints
-from .masks import Mask, MaskError, mask_area, mask_box, read_mask, to_rle
+from moco_det.checks import DatasetReport, Frame, mend_box
+from moco_det.keypoints import Skeleton, read_keypoints
+from moco_det.masks import Mask, MaskError, mask_area, mask_box, read_mask, to_rle
 
 Json = dict[str, Any]
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from .datasets import dataset_report
-from .datasets import register as register_detection
-from .errors import UserError
-from .label_subsets import register_label_share
-from .semantic_data import is_semantic, register_semantic
-from .tasks import is_semantic_model
-from .wording import counted
+from moco_det.datasets import dataset_report
+from moco_det.datasets import register as register_detection
+from moco_det.errors import UserError
+from moco_det.label_subsets import register_label_share
+from moco_det.semantic_data import is_semantic, register_semantic
+from moco_det.tasks import is_semantic_model
+from moco_det.wording import counted
 
 # What Detectron2 needs to read some of its own data sets, by their evaluator_type.
 NEEDED = {

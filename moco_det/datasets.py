@@ -18,11 +18,11 @@ from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from .checks import DatasetReport, collector_paused, write_json_atomically
-from .coco import read_coco
-from .errors import UserError
-from .voc import read_voc
-from .wording import counted
+from moco_det.checks import DatasetReport, collector_paused, write_json_atomically
+from moco_det.coco import read_coco
+from moco_det.errors import UserError
+from moco_det.voc import read_voc
+from moco_det.wording import counted
 
 __all__ = ["DatasetReport", "dataset_report", "register", "write_findings"]
 

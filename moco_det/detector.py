@@ -13,10 +13,10 @@ from detectron2.modeling import build_model
 from detectron2.utils import comm
 from torch import nn
 
-from .errors import UserError
-from .reader import read_checkpoint
-from .weights import load_backbone, local_file, read_backbone
-from .wording import counted
+from moco_det.errors import UserError
+from moco_det.reader import read_checkpoint
+from moco_det.weights import load_backbone, local_file, read_backbone
+from moco_det.wording import counted
 
 log = logging.getLogger(__name__)
 

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 
-from .cityscapes_evaluator import CityscapesInstanceEvaluator
-from .coco_evaluator import InstanceEvaluator
-from .errors import UserError
-from .lvis_evaluator import LVISEvaluator
-from .semantic_evaluator import SemanticEvaluator
-from .voc_evaluator import VOCEvaluator
+from moco_det.cityscapes_evaluator import CityscapesInstanceEvaluator
+from moco_det.coco_evaluator import InstanceEvaluator
+from moco_det.errors import UserError
+from moco_det.lvis_evaluator import LVISEvaluator
+from moco_det.semantic_evaluator import SemanticEvaluator
+from moco_det.voc_evaluator import VOCEvaluator
 
 __all__ = [
     "CityscapesInstanceEvaluator",

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 
 from detectron2.config import CfgNode, defaults
 
-from .keys import add_moco_det_config, check_keys, default_config, flatten
-from .meanings import end_sentence, explanation, meaning
-from .plan import Options, prepare
-from .protocols import HOUSEKEEPING, differences, get_protocol, protocol_names
+from moco_det.keys import add_moco_det_config, check_keys, default_config, flatten
+from moco_det.meanings import end_sentence, explanation, meaning
+from moco_det.plan import Options, prepare
+from moco_det.protocols import HOUSEKEEPING, differences, get_protocol, protocol_names
 
 WIDTH = 100
 

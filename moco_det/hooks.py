@@ -14,12 +14,12 @@ from detectron2.utils.events import EventStorage
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
-from .batch_norm import update_statistics
-from .checkpoint import RunCheckpointer
-from .errors import UserError
-from .files import replace_text
-from .sampling import PRECISE_BN, Batch, seed_model
-from .stopping import Stopped, StopRequest
+from moco_det.batch_norm import update_statistics
+from moco_det.checkpoint import RunCheckpointer
+from moco_det.errors import UserError
+from moco_det.files import replace_text
+from moco_det.sampling import PRECISE_BN, Batch, seed_model
+from moco_det.stopping import Stopped, StopRequest
 
 log = logging.getLogger(__name__)
 

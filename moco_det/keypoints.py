@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from .checks import DatasetReport, Frame
-from .tasks import flip_map
+from moco_det.checks import DatasetReport, Frame
+from moco_det.tasks import flip_map
 
 BONE_COLOR = (86, 180, 233)  # RGB
 

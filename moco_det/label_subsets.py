@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from .errors import UserError
+from moco_det.errors import UserError
 
 CANDIDATES = 128  # images of which the best is taken
 

@@ -9,24 +9,24 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 
-from .checkpoint import newest_checkpoints
-from .datasets import write_findings
-from .detector import (
+from moco_det.checkpoint import newest_checkpoints
+from moco_det.datasets import write_findings
+from moco_det.detector import (
     build_detector,
     holds_detector,
     load_detector,
     load_weights,
     read_detector,
 )
-from .errors import UserError
-from .files import replace_text
-from .plan import Options, Plan, prepare, trials, with_registered_data
-from .preflight import preflight
-from .processes import launch, leave_group
-from .progress import duration, log, logging_to
-from .sampling import TrainingSet, load_training_set
-from .stopping import run_lock
-from .trainer import build_trainer, evaluate
+from moco_det.errors import UserError
+from moco_det.files import replace_text
+from moco_det.plan import Options, Plan, prepare, trials, with_registered_data
+from moco_det.preflight import preflight
+from moco_det.processes import launch, leave_group
+from moco_det.progress import duration, log, logging_to
+from moco_det.sampling import TrainingSet, load_training_set
+from moco_det.stopping import run_lock
+from moco_det.trainer import build_trainer, evaluate
 
 FINDINGS = "findings.json"  # everything that was wrong in own data, with file and object
 PREFLIGHTS = ("auto", "always", "only", "never")

@@ -20,9 +20,9 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 
-from .checks import PREDICTIONS_FILE, images_once, shares_of_ranks, write_json_atomically
-from .coco_metrics import mean_of_defined, percent
-from .errors import UserError
+from moco_det.checks import PREDICTIONS_FILE, images_once, shares_of_ranks, write_json_atomically
+from moco_det.coco_metrics import mean_of_defined, percent
+from moco_det.errors import UserError
 
 MAX_DETECTIONS = 300  # an image, over all classes
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from .checks import Frame
+from moco_det.checks import Frame
 
 Mask = list[list[float]] | dict[str, Any]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from detectron2.config import CfgNode
 
-from .protocols import HOUSEKEEPING, deviations, get_protocol, split_name
+from moco_det.protocols import HOUSEKEEPING, deviations, get_protocol, split_name
 
 
 @dataclass(frozen=True)

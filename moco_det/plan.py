@@ -9,16 +9,16 @@ from pathlib import Path
 import torch
 from detectron2.config import CfgNode
 
-from .accumulation import precision
-from .data_plan import settle_data, with_registered_data
-from .detector import holds_detector
-from .errors import UserError
-from .heads import BASIC_BLOCKS
-from .meanings import explanation
-from .protocols import GROUP_NORM, deviations, load_config, split_name, stated_keys
-from .sampling import share
-from .scaling import scale_schedule
-from .weights import apply_settings, check_norm, read_backbone
+from moco_det.accumulation import precision
+from moco_det.data_plan import settle_data, with_registered_data
+from moco_det.detector import holds_detector
+from moco_det.errors import UserError
+from moco_det.heads import BASIC_BLOCKS
+from moco_det.meanings import explanation
+from moco_det.protocols import GROUP_NORM, deviations, load_config, split_name, stated_keys
+from moco_det.sampling import share
+from moco_det.scaling import scale_schedule
+from moco_det.weights import apply_settings, check_norm, read_backbone
 
 __all__ = ["Options", "Plan", "prepare", "trials", "under_torchrun", "with_registered_data"]
 

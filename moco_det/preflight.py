@@ -15,12 +15,12 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from .accumulation import forward_backward, precision
-from .batch_norm import replace_sync_bn
-from .memory import CPUMemory, GPUMemory, agree, in_gb
-from .sampling import PREFLIGHT, Batch, TrainingSet, load_training_set, seed_model, share
-from .tasks import build_train_mapper
-from .wording import counted
+from moco_det.accumulation import forward_backward, precision
+from moco_det.batch_norm import replace_sync_bn
+from moco_det.memory import CPUMemory, GPUMemory, agree, in_gb
+from moco_det.sampling import PREFLIGHT, Batch, TrainingSet, load_training_set, seed_model, share
+from moco_det.tasks import build_train_mapper
+from moco_det.wording import counted
 
 HEADROOM = 0.95  # of the memory that there is: allocators and libraries round up
 

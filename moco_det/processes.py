@@ -17,9 +17,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from detectron2.utils import comm
 
-from .errors import UserError
-from .plan import under_torchrun
-from .stopping import SIGNALS, Stopped
+from moco_det.errors import UserError
+from moco_det.plan import under_torchrun
+from moco_det.stopping import SIGNALS, Stopped
 
 START_METHOD = "spawn"  # a forked process could not use a GPU that this one has touched
 GRACE = 30.0  # seconds that the other ranks have to end once one has failed

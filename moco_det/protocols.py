@@ -13,9 +13,9 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
-from .errors import UserError
-from .keys import apply_overrides, check_keys, check_values, default_config, flatten
-from .yaml_file import read_yaml
+from moco_det.errors import UserError
+from moco_det.keys import apply_overrides, check_keys, check_values, default_config, flatten
+from moco_det.yaml_file import read_yaml
 
 INITIALISATIONS = ("moco", "supervised", "random")
 GROUP_NORM = "GN"  # the suffix of a protocol, and Detectron2's name of the norm

@@ -9,8 +9,8 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
-from .files import replace_text
-from .protocols import deviations, split_name
+from moco_det.files import replace_text
+from moco_det.protocols import deviations, split_name
 
 
 def write_results(

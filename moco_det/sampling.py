@@ -22,8 +22,8 @@ from detectron2.data import DatasetFromList, get_detection_dataset_dicts
 from detectron2.data.samplers import RepeatFactorTrainingSampler
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .errors import UserError
-from .wording import counted
+from moco_det.errors import UserError
+from moco_det.wording import counted
 
 # Sequences of micro-batches that have nothing in common.
 TRAINING, PRECISE_BN, PREFLIGHT = range(3)

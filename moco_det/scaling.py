@@ -6,8 +6,8 @@ from collections.abc import Collection
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 
-from .errors import UserError
-from .protocols import differences
+from moco_det.errors import UserError
+from moco_det.protocols import differences
 
 # Longest warm-up, as a part of a schedule that the user has cut short.
 MAX_WARMUP_FRACTION = 0.1

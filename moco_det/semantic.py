@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .errors import UserError
+from moco_det.errors import UserError
 
 
 @SEM_SEG_HEADS_REGISTRY.register()

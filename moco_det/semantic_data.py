@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from .checks import DatasetReport
-from .errors import UserError
-from .headers import read_headers
-from .semantic import read_labels
-from .voc import IMAGE_SUFFIXES
-from .wording import counted
+from moco_det.checks import DatasetReport
+from moco_det.errors import UserError
+from moco_det.headers import read_headers
+from moco_det.semantic import read_labels
+from moco_det.voc import IMAGE_SUFFIXES
+from moco_det.wording import counted
 
 IGNORE_LABEL = 255
 CLASS_FILE = "classes.txt"

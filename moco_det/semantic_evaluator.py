@@ -12,9 +12,9 @@ import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 
-from .checks import images_once, shares_of_ranks
-from .errors import UserError
-from .semantic import read_labels
+from moco_det.checks import images_once, shares_of_ranks
+from moco_det.errors import UserError
+from moco_det.semantic import read_labels
 
 
 class SemanticEvaluator(DatasetEvaluator):

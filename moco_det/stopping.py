@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from detectron2.utils import comm
 
-from .errors import UserError
+from moco_det.errors import UserError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 

@@ -7,7 +7,7 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, MetadataCatalog
 
-from .semantic import SemanticMapper
+from moco_det.semantic import SemanticMapper
 
 SEMANTIC = "SemanticSegmentor"
 # The metric that stands for a task in one line of the log.

@@ -20,18 +20,18 @@ from detectron2.utils import comm
 from detectron2.utils.events import JSONWriter, TensorboardXWriter
 from torch import nn
 
-from .accumulation import TrainStep, precision
-from .batch_norm import replace_sync_bn, say_norms
-from .checkpoint import RunCheckpointer
-from .detector import assert_all_trained
-from .evaluation import build_evaluator
-from .hooks import Checkpoints, Evaluation, PreciseBN, forget_later_lines
-from .meanings import explanation
-from .progress import ProgressPrinter, Ticker, printing_to_log
-from .results import write_results
-from .sampling import PRECISE_BN, TRAINING, TrainingSet, load_training_set, numbers, share
-from .stopping import StopRequest
-from .tasks import build_train_mapper, evaluated_tasks, headline, with_classes_apart
+from moco_det.accumulation import TrainStep, precision
+from moco_det.batch_norm import replace_sync_bn, say_norms
+from moco_det.checkpoint import RunCheckpointer
+from moco_det.detector import assert_all_trained
+from moco_det.evaluation import build_evaluator
+from moco_det.hooks import Checkpoints, Evaluation, PreciseBN, forget_later_lines
+from moco_det.meanings import explanation
+from moco_det.progress import ProgressPrinter, Ticker, printing_to_log
+from moco_det.results import write_results
+from moco_det.sampling import PRECISE_BN, TRAINING, TrainingSet, load_training_set, numbers, share
+from moco_det.stopping import StopRequest
+from moco_det.tasks import build_train_mapper, evaluated_tasks, headline, with_classes_apart
 
 log = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from typing import Any
 
 from detectron2.structures import BoxMode
 
-from .checks import DatasetReport, find_frame, mend_box
-from .errors import UserError
-from .headers import read_headers
+from moco_det.checks import DatasetReport, find_frame, mend_box
+from moco_det.errors import UserError
+from moco_det.headers import read_headers
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"})
 CORNERS = ("xmin", "ymin", "xmax", "ymax")

@@ -13,9 +13,9 @@ import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 
-from .checks import PREDICTIONS_FILE, images_once, shares_of_ranks, write_json_atomically
-from .errors import UserError
-from .voc_eval import (
+from moco_det.checks import PREDICTIONS_FILE, images_once, shares_of_ranks, write_json_atomically
+from moco_det.errors import UserError
+from moco_det.voc_eval import (
     METRICS,
     THRESHOLDS,
     Detections,

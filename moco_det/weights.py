@@ -18,9 +18,9 @@ from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 
-from .convert import load_detectron2_weights
-from .errors import UserError
-from .keys import flatten
+from moco_det.convert import load_detectron2_weights
+from moco_det.errors import UserError
+from moco_det.keys import flatten
 
 # A backbone tensor's name, whatever module owns it. The extra norm (res5.norm.*) is not one.
 _BACKBONE = re.compile(r"(?:^|.*\.)((?:stem\.conv1|res[2-5]\.\d+)\..+)$")

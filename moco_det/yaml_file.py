@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from .errors import UserError
+from moco_det.errors import UserError
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
