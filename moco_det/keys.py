@@ -6,7 +6,7 @@ from typing import Any
 
 from detectron2.config import CfgNode, get_cfg
 
-from .errors import UserError
+from moco_det.errors import UserError
 
 # What a value is called that is not of the default's type.
 KINDS = {

@@ -5,7 +5,7 @@ Run by name, as pytest does not collect it: `pytest tests/moco_det/soak_readers.
 
 from hypothesis import HealthCheck, given, settings
 
-from .test_readers_fuzz import (
+from tests.moco_det.test_readers_fuzz import (
     check_coco,
     check_voc,
     damaged_json,

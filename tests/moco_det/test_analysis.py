@@ -15,8 +15,13 @@ from moco_det.errors import UserError
 from moco_det.objects import Objects, annotated_objects, assign, match, open_dataset
 from moco_det.report import build_report
 from moco_det.runs import read_runs
-
-from .report_cases import CLASSES, two_groups, write_coco, write_predictions, write_run
+from tests.moco_det.report_cases import (
+    CLASSES,
+    two_groups,
+    write_coco,
+    write_predictions,
+    write_run,
+)
 
 
 def random_objects(rng, count, scored):

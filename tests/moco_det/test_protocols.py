@@ -325,9 +325,7 @@ def test_unknown_key_names_the_nearest():
 
 
 def test_override_of_another_type_or_without_a_value_is_refused():
-    with pytest.raises(
-        UserError, match="MAX_ITER takes a whole number such as 24000, not 'many'"
-    ):
+    with pytest.raises(UserError, match="MAX_ITER takes a whole number such as 24000, not 'many'"):
         load_config("VOC", ["SOLVER.MAX_ITER", "many"])
     with pytest.raises(UserError, match="'SEED' has no partner"):
         load_config("VOC", ["SEED"])

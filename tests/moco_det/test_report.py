@@ -16,9 +16,8 @@ from moco_det.protocols import get_protocol
 from moco_det.published import TABLE, published
 from moco_det.report import build_report
 from moco_det.runs import read_run, read_runs, strip_trial
+from tests.moco_det.report_cases import two_groups, write_pretraining, write_run
 from tools.report import main
-
-from .report_cases import two_groups, write_pretraining, write_run
 
 
 def labels(paths):

@@ -11,8 +11,7 @@ import pytest
 
 from moco_det.report import build_report
 from moco_det.runs import read_runs
-
-from .report_cases import two_groups, write_pretraining
+from tests.moco_det.report_cases import two_groups, write_pretraining
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
 
