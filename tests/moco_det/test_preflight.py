@@ -145,7 +145,7 @@ def test_only_the_preflight_and_one_that_does_not_fit(voc_dir, tmp_path, capsys,
     args += ["--output-dir", str(tmp_path / "run"), "PREFLIGHT", "only"]
     assert main(args) == 0
     said = capsys.readouterr().out
-    assert "memory     the worst pass (2 of 77x64 with 1 objects each) needs" in said
+    assert "memory     the worst pass (2 of 77x64 with 1 object each) needs" in said
     assert "iter 1/2" not in said
     monkeypatch.setattr(CPUMemory, "limit", lambda self: 1e6)
     assert main(args) == 1

@@ -164,7 +164,7 @@ def test_strict_refuses_what_is_otherwise_mended(voc_dir, tmp_path, capsys):
     assert "1 x box partly outside the image: clipped" in capsys.readouterr().out
     assert main([*args, "--strict"]) == 1
     error = capsys.readouterr().err
-    assert "wrong in" in error
+    assert "1 fault in" in error
     assert "000000.xml" in error
     run = tmp_path / "run"
     args = ["--config", "VOC-random", "--train-data", f"voc:{other}:trainval"]

@@ -118,7 +118,7 @@ def test_a_backbone_is_rebuilt_from_its_tensors_without_a_random_number(depth, a
 def test_what_is_no_backbone_is_refused_with_the_name_of_a_tensor(tmp_path):
     state = tiny_backbone().state_dict()
     cases = {
-        "lacks 1 tensors, the first is layer3.1.bn2.bias": {
+        "lacks 1 tensor, the first is layer3.1.bn2.bias": {
             k: v for k, v in state.items() if k != "layer3.1.bn2.bias"
         },
         "layer4.0.bn1.weight is \\(3,\\)": {**state, "layer4.0.bn1.weight": torch.ones(3)},
