@@ -100,7 +100,7 @@ def test_all_cells_see_as_many_images(steps):
         for cell in figure.cells:
             solver = evidence_cell.config(dict(cell.overrides), seed=0).SOLVER
             assert abs(solver.MAX_ITER * solver.BATCH_SIZE - 64 * steps) < solver.BATCH_SIZE
-            if "learning rate" not in cell.label:
+            if figure.name != "plateau":  # which changes the rate itself
                 assert pytest.approx(base.BASE_LR / 64) == solver.BASE_LR / solver.BATCH_SIZE
             assert solver.WARMUP_ITERS < 0.15 * solver.MAX_ITER + 1
 
