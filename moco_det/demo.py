@@ -39,6 +39,7 @@ class Demo:
         scenes: numbers of images, for `write_scenes`.
         pretraining: KEY VALUE pairs that shorten the pre-training.
         fine_tuning: KEY VALUE pairs that shorten both fine-tunings.
+        quiet: print nothing but warnings.
     """
 
     folder: Path
@@ -47,6 +48,7 @@ class Demo:
     scenes: Mapping[str, int] = field(default_factory=dict)
     pretraining: Sequence[str] = ()
     fine_tuning: Sequence[str] = ()
+    quiet: bool = False
 
     def run(self) -> None:
         """Walk the road; print one table and name the pictures.
@@ -61,19 +63,19 @@ class Demo:
             "random weights": self.folder / "detect-random",
             "MoCo weights": self.folder / "detect-moco",
         }
-        self.say("1/5  draw the images")
+        self.head("1/5  draw the images")
         self.draw(data)
-        self.say("2/5  pre-train on the unlabelled images, without any label")
+        self.head("2/5  pre-train on the unlabelled images, without any label")
         self.pretrain(data / "unlabelled", pretrained)
-        self.say("3/5  convert to Detectron2, and prove that every tensor arrived")
+        self.head("3/5  convert to Detectron2, and prove that every tensor arrived")
         self.tools_side_by_side(
             {"": ["convert.py", pretrained / "checkpoint_last.pth", "-o", weights]}
         )
-        self.say("4/5  fine-tune Faster R-CNN C4 on the labelled images, from both")
+        self.head("4/5  fine-tune Faster R-CNN C4 on the labelled images, from both")
         self.fine_tune(data / "voc", weights, *detectors.values())
-        self.say("5/5  the table and the pictures")
+        self.head("5/5  the table and the pictures")
         self.report(data / "voc", pretrained, detectors)
-        self.say(f"done in {(time.monotonic() - start) / 60:.1f} minutes")
+        self.head(f"done in {(time.monotonic() - start) / 60:.1f} minutes")
 
     def draw(self, folder: Path) -> None:
         """Write the scenes, and say how far that is."""
@@ -82,7 +84,7 @@ class Demo:
             now = time.monotonic()
             if now - said > 3 or done == total:
                 eta = (now - start) / done * (total - done)
-                print(f"  {done}/{total} images  eta {eta:.0f} s", flush=True)
+                self.say(f"  {done}/{total} images  eta {eta:.0f} s")
                 said = now
 
     def pretrain(self, images: Path, folder: Path) -> None:
@@ -121,7 +123,7 @@ class Demo:
         """Print the report of pre-training and detectors, and write its page."""
         report = build_report(read_runs([pretrained, *detectors.values()]))
         report.analyse(self.folder / "report")
-        print(report.summary(), flush=True)
+        self.say(report.summary())
         found = "ground truth and detections on test images"
         pictures = {
             "pre-training": self.folder / "pretraining.png",
@@ -134,8 +136,8 @@ class Demo:
         compare_runs(f"voc:{voc}:test", detectors, detections, num_images=6, seed=self.seed)
         report.write(self.folder / "report", pictures={found: detections})  # it has all curves
         for caption, path in pictures.items():
-            print(f"  {caption}: {path}")
-        print(f"  all on one page: {self.folder / 'report' / 'report.html'}", flush=True)
+            self.say(f"  {caption}: {path}")
+        self.say(f"  all on one page: {self.folder / 'report' / 'report.html'}")
 
     def tools_side_by_side(self, commands: Mapping[str, Command], processes: int = 1) -> None:
         """Run command lines at once, each line of output behind the name of its command.
@@ -150,7 +152,8 @@ class Demo:
         running = []
         for name, (tool, *arguments) in commands.items():
             words = [str(argument) for argument in arguments]
-            print(f"  $ {shlex.join([f'tools/{tool}', *words])}", flush=True)
+            self.say(f"  $ {shlex.join([f'tools/{tool}', *words])}")
+            words += ["--quiet"] if self.quiet else []
             process = subprocess.Popen(
                 [sys.executable, str(self.tools / str(tool)), *words],
                 stdout=subprocess.PIPE,
@@ -175,10 +178,14 @@ class Demo:
                     f"the same command goes on from there."
                 )
 
-    @staticmethod
-    def say(text: str) -> None:
-        """Print a heading."""
-        print(f"\n{text}", flush=True)
+    def head(self, text: str) -> None:
+        """Print the name of a station, after an empty line."""
+        self.say(f"\n{text}")
+
+    def say(self, text: str) -> None:
+        """Print a line, unless the walk is quiet."""
+        if not self.quiet:
+            print(text, flush=True)
 
 
 def cores() -> int:

@@ -52,7 +52,8 @@ def run(plan: Plan) -> None:
     rank = comm.get_rank()
     output_dir = Path(plan.cfg.OUTPUT_DIR)
     writes = rank == 0 and not plan.eval_only
-    with logging_to(output_dir, rank), run_lock(output_dir) if writes else nullcontext():
+    locked = run_lock(output_dir) if writes else nullcontext()
+    with logging_to(output_dir, rank, plan.quiet), locked:
         for note in plan.notes:
             log.info(note)
         cfg = with_registered_data(plan.cfg, plan.eval_only)

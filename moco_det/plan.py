@@ -39,6 +39,7 @@ class Options:
     trial: int | None = None
     strict: bool = False
     explain: str | None = None  # a key, "" for the whole run, None to train
+    quiet: bool = False  # print nothing but warnings
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Plan:
     resume: bool = False
     explicit: tuple[str, ...] = ()
     explanation: tuple[str, ...] = ()
+    quiet: bool = False
 
 
 def prepare(options: Options) -> Plan:
@@ -102,6 +104,7 @@ def prepare(options: Options) -> Plan:
         options.resume,
         tuple(explicit),
         tuple(explanation(cfg)),
+        options.quiet,
     )
 
 

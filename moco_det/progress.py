@@ -6,12 +6,16 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
+from typing import TypeVar
 
+from detectron2.engine import HookBase
 from detectron2.utils.events import EventWriter, get_event_storage
+from tqdm import tqdm
 
+T = TypeVar("T")
 LOGGED = ("moco_det", "detectron2", "fvcore")
 log = logging.getLogger("moco_det")
 
@@ -27,11 +31,14 @@ def silence_detectron2() -> None:
 
 
 @contextmanager
-def logging_to(directory: Path, rank: int) -> Iterator[None]:
+def logging_to(directory: Path, rank: int, quiet: bool = False) -> Iterator[None]:
     """Log this project's messages to the console (rank 0) and everyone's to ``log.txt``.
 
     Detectron2's own messages (the model, the optimizer's hooks, class histograms) go to the file
     only. The handlers are removed at the end, so that runs in one process keep their logs apart.
+
+    Args:
+        quiet: of the messages, only warnings go to the console.
     """
     silence_detectron2()
     directory.mkdir(parents=True, exist_ok=True)
@@ -40,7 +47,7 @@ def logging_to(directory: Path, rank: int) -> Iterator[None]:
     file.setFormatter(
         logging.Formatter("[%(asctime)s] %(name)s %(levelname)s: %(message)s", "%m/%d %H:%M:%S")
     )
-    console = logging.StreamHandler(sys.stdout)
+    console = _Console(logging.WARNING if quiet else logging.INFO)
     console.setFormatter(logging.Formatter("%(message)s"))
     added: list[tuple[logging.Logger, logging.Handler]] = [
         (logging.getLogger(name), file) for name in LOGGED
@@ -67,6 +74,58 @@ def printing_to_log() -> Iterator[None]:
     """What a library prints goes line by line into ``log.txt`` instead of the console."""
     with redirect_stdout(_LogStream()):
         yield
+
+
+class _Console(logging.Handler):
+    """Lines on standard output, above a bar if there is one; warnings on standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
+        tqdm.write(self.format(record), file=stream)
+        stream.flush()
+
+
+class TerminalBar(HookBase):
+    """In a terminal, a bar of the iterations below the lines; elsewhere nothing."""
+
+    def before_train(self) -> None:
+        shown = sys.stdout.isatty() and _console_level() <= logging.INFO
+        self._bar = tqdm(
+            total=self.trainer.max_iter,
+            initial=self.trainer.iter,
+            disable=not shown,
+            leave=False,
+            file=sys.stdout,
+            unit="step",
+            ncols=80,
+        )
+
+    def after_step(self) -> None:
+        self._bar.update()
+
+    def after_train(self) -> None:
+        self._bar.close()
+
+
+def _console_level() -> int:
+    return min((h.level for h in log.handlers if isinstance(h, _Console)), default=logging.ERROR)
+
+
+def follow(items: Iterable[T], total: int, what: str, quiet: bool = False) -> Iterator[T]:
+    """The items, with a bar in a terminal, elsewhere a plain line now and then, on standard error.
+
+    Args:
+        total: how many there are; 0 where that is not known.
+        quiet: neither.
+    """
+    if quiet or not sys.stderr.isatty():
+        ticker = Ticker(what, total, say=lambda line: print(line, file=sys.stderr, flush=True))
+        for item in items:
+            yield item
+            if not quiet:
+                ticker.tick()
+        return
+    yield from tqdm(items, total=total or None, desc=what, unit="image", leave=False, ncols=80)
 
 
 class _LogStream(io.TextIOBase):
@@ -114,8 +173,10 @@ class ProgressPrinter(EventWriter):
 class Ticker:
     """Says now and then how far a loop over ``total`` things is; nothing where it is short."""
 
-    def __init__(self, what: str, total: int, period: float = 10.0) -> None:
-        self._what, self._total, self._period = what, total, period
+    def __init__(
+        self, what: str, total: int, period: float = 10.0, say: Callable[[str], None] = log.info
+    ) -> None:
+        self._what, self._total, self._period, self._say = what, total, period, say
         self._done = 0
         self._start = self._last = time.perf_counter()
 
@@ -125,5 +186,8 @@ class Ticker:
         now = time.perf_counter()
         if now - self._last >= self._period:
             self._last = now
-            left = (now - self._start) / self._done * (self._total - self._done)
-            log.info("%s %d/%d  eta %s", self._what, self._done, self._total, duration(left))
+            line = f"{self._what} {self._done}"
+            if self._total:
+                left = (now - self._start) / self._done * max(0, self._total - self._done)
+                line += f"/{self._total}  eta {duration(left)}"
+            self._say(line)

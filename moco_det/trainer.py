@@ -27,7 +27,7 @@ from moco_det.detector import assert_all_trained
 from moco_det.evaluation import build_evaluator
 from moco_det.hooks import Checkpoints, Evaluation, PreciseBN, forget_later_lines
 from moco_det.meanings import explanation
-from moco_det.progress import ProgressPrinter, Ticker, printing_to_log
+from moco_det.progress import ProgressPrinter, TerminalBar, Ticker, printing_to_log
 from moco_det.results import write_results
 from moco_det.sampling import PRECISE_BN, TRAINING, TrainingSet, load_training_set, numbers, share
 from moco_det.stopping import StopRequest
@@ -172,7 +172,7 @@ def build_trainer(
     if resume and trainer.resume():
         log.info("resumed    at iteration %d of %d", trainer.start_iter, trainer.max_iter)
     if comm.is_main_process():
-        trainer.register_hooks([_build_writer(cfg, trainer.start_iter)])
+        trainer.register_hooks([_build_writer(cfg, trainer.start_iter), TerminalBar()])
     return trainer
 
 

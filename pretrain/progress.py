@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from tqdm import tqdm
+
 from pretrain.files import append_text, full_disk_explained, replace_text
 
 METRICS = "metrics.json"
@@ -23,6 +25,10 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def silent(text: str) -> None:
+    """What says nothing, in the place of ``print``."""
+
+
 class Progress:
     """Records scalars of a run that has ``total`` steps and may start at ``start``.
 
@@ -31,7 +37,8 @@ class Progress:
 
     Args:
         quiet: print nothing but warnings.
-        stream: for what is said; warnings go to standard error.
+        stream: for what is said; warnings go to standard error. In a terminal a bar of the steps
+            stays below the lines; a file gets the lines alone.
         now: seconds of a clock.
     """
 
@@ -50,6 +57,11 @@ class Progress:
 
         self.total, self.batch_size, self.quiet, self.now = total, batch_size, quiet, now
         self.stream = stream or sys.stdout
+        self.bar = None
+        if self.stream.isatty() and not quiet:
+            self.bar = tqdm(
+                total=total, initial=start, leave=False, file=self.stream, unit="step", ncols=80
+            )
         self.path = folder / METRICS
         kept = []
         if self.path.exists():
@@ -66,6 +78,11 @@ class Progress:
         pays for its start (workers, memory, compilation)."""
         self._step, self._time = step, self.now()
         self._recent: deque[tuple[int, float]] = deque(maxlen=50)  # steps and seconds of each line
+
+    def advance(self) -> None:
+        """One step more is done."""
+        if self.bar is not None:
+            self.bar.update()
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -98,14 +115,22 @@ class Progress:
     def say(self, text: str) -> None:
         """Print a line, unless the run is quiet."""
         if not self.quiet:
-            print(text, file=self.stream, flush=True)
+            self._print(text, self.stream)
 
     def warn(self, text: str) -> None:
         """Print a warning on standard error, quiet or not."""
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        self._print(f"warning: {text}", sys.stderr)
+
+    def _print(self, text: str, stream: TextIO) -> None:
+        if self.bar is None:
+            print(text, file=stream, flush=True)
+        else:
+            tqdm.write(text, file=stream)  # above the bar
 
     def close(self) -> None:
-        """Write what TensorBoard has not yet been given."""
+        """Write what TensorBoard has not yet been given, and take the bar away."""
+        if self.bar is not None:
+            self.bar.close()
         self.writer.close()
 
 

@@ -123,6 +123,8 @@ def train(cfg: CfgNode, resume: bool = False, quiet: bool = False, profile: int 
                 scalars.add(run_step(batch.to(device), batch.index, step, lr))
                 skipped.add(batch.skipped)
                 step += 1
+                if progress:
+                    progress.advance()
 
                 snapshots.check()
                 stop = interrupt.agreed()

@@ -38,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     add("--format", choices=("RGB", "BGR"), help="order of the channels (default RGB)")
     add("--no-proof", action="store_true", help="write without comparing the two networks")
     add("--verbose", action="store_true", help="a line for every tensor of the file")
+    add("--quiet", action="store_true", help="print warnings and errors only")
     return arguments
 
 
@@ -61,6 +62,10 @@ def work(arguments: argparse.Namespace) -> None:
         pixel_format=arguments.format,
         proof=not arguments.no_proof,
     )
+    if arguments.quiet:
+        for warning in converted.report.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        return
     if arguments.verbose:
         print(converted.report.table())
     print(converted.report)
@@ -69,7 +74,7 @@ def work(arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
-    return run_tool(lambda: work(arguments), also=(OSError,))
+    return run_tool(lambda: work(arguments), "stopped: start again", also=(OSError,))
 
 
 if __name__ == "__main__":

@@ -19,9 +19,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="moco-demo", description=__doc__)
     parser.add_argument("-o", "--output-dir", type=Path, default=Path("runs/demo"))
     parser.add_argument("--seed", type=int, default=0, help="of data, weights and order")
+    parser.add_argument("--quiet", action="store_true", help="print warnings and errors only")
     args = parser.parse_args(argv)
     output_dir = args.output_dir if args.seed == 0 else Path(f"{args.output_dir}-seed{args.seed}")
-    demo = Demo(output_dir, tools=Path(__file__).resolve().parent, seed=args.seed)
+    demo = Demo(output_dir, Path(__file__).resolve().parent, args.seed, quiet=args.quiet)
     return run_tool(demo.run, "stopped: the same command goes on from here")
 
 

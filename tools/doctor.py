@@ -12,6 +12,7 @@ if __name__ == "__main__":  # run as a file: import from the checkout, not from 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from pretrain.doctor import examine, report
+from pretrain.errors import run_tool
 from pretrain.machine import FAILURE, WARNING
 
 MARKS = {"ok": "ok  ", WARNING: "warn", FAILURE: "FAIL"}
@@ -25,17 +26,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--report", action="store_true", help="print everything in Markdown, for a bug report"
     )
+    parser.add_argument("--quiet", action="store_true", help="print only what is not ok")
     args = parser.parse_args(argv)
-    findings = []
-    for finding in examine(Path(args.output_dir).resolve()):
-        findings.append(finding)
-        if not args.report:
+
+    def work() -> int:
+        findings = []
+        for finding in examine(Path(args.output_dir).resolve()):
+            findings.append(finding)
+            if args.report or (args.quiet and finding.state == "ok"):
+                continue
             print(f"{MARKS[finding.state]}  {finding.what:<22} {finding.found}", flush=True)
             if finding.advice:
                 print(f"      {'':<22} {finding.advice}")
-    if args.report:
-        print(report(findings))
-    return 1 if any(finding.state == FAILURE for finding in findings) else 0
+        if args.report:
+            print(report(findings))
+        return 1 if any(finding.state == FAILURE for finding in findings) else 0
+
+    return run_tool(work, "stopped")
 
 
 if __name__ == "__main__":

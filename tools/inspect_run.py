@@ -14,6 +14,7 @@ if __name__ == "__main__":  # run as a file: import from the checkout, not from 
 from pretrain.errors import run_tool
 from pretrain.inspection import Settings, inspect_run
 from pretrain.machine import cpu_count
+from pretrain.progress import silent
 
 EPILOG = """examples:
   inspect_run.py runs/moco                                # what it was trained on
@@ -39,19 +40,21 @@ def parser() -> argparse.ArgumentParser:
     add("--crop-size", type=int, metavar="PX", help="(that of the run)")
     add("--workers", type=int, default=min(8, cpu_count()), help="decoding images")
     add("--seed", type=int, default=0, help="of the draw of images")
+    add("--quiet", action="store_true", help="print warnings and errors only")
     add("-o", "--output", type=Path, metavar="DIR", help="(inspection/ in the run directory)")
     return result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = vars(parser().parse_args(argv))
+    say = silent if args.pop("quiet") else print
 
     def work() -> None:
         settings = Settings(**args | {"data": tuple(args["data"])})
-        seen = inspect_run(settings)
-        print(f"{seen['text']}\nwritten to {seen['folder']}: index.html is all of it on one page")
+        seen = inspect_run(settings, say)
+        say(f"{seen['text']}\nwritten to {seen['folder']}: index.html is all of it on one page")
 
-    return run_tool(work)
+    return run_tool(work, "stopped: start again; features of all images, once there, are kept")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from moco_det.predict import (
     predictor_of_run,
 )
 from moco_det.predictions import predict
-from moco_det.progress import silence_detectron2
+from moco_det.progress import follow, silence_detectron2
 from moco_det.protocols import load_config
 from moco_det.video import is_video
 from moco_det.wording import counted
@@ -32,16 +32,14 @@ def parser() -> argparse.ArgumentParser:
         "all in folders) and write predictions.json beside the pictures. The model is that of a "
         "fine-tuning run (--run), or a config with weights.",
     )
-    arguments.add_argument("images", nargs="+", metavar="IMAGE", help="image, video or folder")
-    arguments.add_argument("-o", "--output-dir", required=True, metavar="DIR", type=Path)
-    arguments.add_argument("--run", metavar="RUN_DIR", help="directory of a fine-tuning run")
-    arguments.add_argument("--config", metavar="NAME|FILE", help="protocol or config file")
-    arguments.add_argument("--weights", metavar="FILE", help="checkpoint of a whole model")
-    arguments.add_argument(
-        "--threshold",
-        type=float,
-        help="least score (default 0.5; of pixels 0: all have a label)",
-    )
+    add = arguments.add_argument
+    add("images", nargs="+", metavar="IMAGE", help="image, video or folder")
+    add("-o", "--output-dir", required=True, metavar="DIR", type=Path)
+    add("--run", metavar="RUN_DIR", help="directory of a fine-tuning run")
+    add("--config", metavar="NAME|FILE", help="protocol or config file")
+    add("--weights", metavar="FILE", help="checkpoint of a whole model")
+    add("--threshold", type=float, help="least score (default 0.5; of pixels 0: all are labelled)")
+    add("--quiet", action="store_true", help="print warnings and errors only")
     return arguments
 
 
@@ -54,7 +52,7 @@ def work(arguments: argparse.Namespace) -> int:
         config = load_config(arguments.config)
         model = build_predictor(config, arguments.weights, arguments.threshold)
     total, found = count_pictures(images), predict(model, images, arguments.output_dir)
-    for _, count, problem in tqdm(found, total=total, unit="image"):
+    for _, count, problem in follow(found, total, "predicting", arguments.quiet):
         objects += count or 0
         pictures += count is not None
         if problem is not None:
@@ -64,10 +62,11 @@ def work(arguments: argparse.Namespace) -> int:
     where = counted(pictures, "image")
     if any(is_video(file) for file, _ in images):
         where += " and frames"
-    print(
-        f"{what} in {where}: pictures and predictions.json are in {arguments.output_dir}"
-        + (f"; {counted(failures, 'file')} unreadable" if failures else "")
-    )
+    if not arguments.quiet:
+        print(
+            f"{what} in {where}: pictures and predictions.json are in {arguments.output_dir}"
+            + (f"; {counted(failures, 'file')} unreadable" if failures else "")
+        )
     return 1 if failures else 0
 
 
@@ -78,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if by_run == (arguments.config is not None) or by_run == (arguments.weights is not None):
         parsing.error("give either --run RUN_DIR, or --config and --weights")
     silence_detectron2()
-    return run_tool(lambda: work(arguments), also=(OSError,)) or None
+    stopped = f"stopped: {arguments.output_dir} holds the pictures so far, without predictions.json"
+    return run_tool(lambda: work(arguments), stopped, also=(OSError,)) or None
 
 
 if __name__ == "__main__":

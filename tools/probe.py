@@ -18,6 +18,7 @@ from pretrain.machine import cpu_count
 from pretrain.probe.knn import TEMPERATURE, K
 from pretrain.probe.linear import RATES, LinearProtocol
 from pretrain.probe.run import Settings, probe, summary, write
+from pretrain.progress import silent
 
 EPILOG = """examples:
   probe.py runs/moco-v2/checkpoint_last.pth --train imagenet/train --test imagenet/val --linear
@@ -28,11 +29,9 @@ EPILOG = """examples:
 
 
 def parser() -> argparse.ArgumentParser:
+    layout = argparse.RawDescriptionHelpFormatter
     result = argparse.ArgumentParser(
-        prog="moco-probe",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="moco-probe", description=__doc__, epilog=EPILOG, formatter_class=layout
     )
     add = result.add_argument
     add("checkpoint", help="ours, torchvision's names (tools/convert.py --to torchvision), random")
@@ -54,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=256, help="images at once, and of --linear (256)")
     add("--workers", type=int, default=min(8, cpu_count()), help="decoding images")
     add("--seed", type=int, default=0, help="of holdout, random weights and classifiers")
+    add("--quiet", action="store_true", help="print warnings only")
     add("-o", "--output", type=Path, metavar="FILE", help="report (CHECKPOINT_probe.json)")
     add("overrides", nargs="*", metavar="KEY VALUE", help="of --config")
     return result
@@ -65,19 +65,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0  # under torchrun: one process does it all
     output, features, no_cache = (args.pop(name) for name in ("output", "features", "no_cache"))
     config, overrides, linear = (args.pop(name) for name in ("config", "overrides", "linear"))
+    say = silent if args.pop("quiet") else print
     protocol = LinearProtocol(args.pop("lr"), args.pop("epochs"), args["batch_size"])
-    checkpoint = Path(args["checkpoint"])
-    output = output or checkpoint.with_name(f"{checkpoint.stem}_probe.json")
+    output = output or Path(f"{Path(args['checkpoint']).with_suffix('')}_probe.json")
     cache = None if no_cache else features or output.with_name(f"{output.stem}_features")
 
     def work() -> None:
         cfg = load_config(config, overrides) if config else None
         settings = Settings(**args, cache=cache, linear=protocol if linear else None)
-        result = probe(settings, cfg)
+        result = probe(settings, cfg, say)
         write(result, output)
-        print(f"{summary(result)}\n\nwritten to {output}")
+        say(f"{summary(result)}\n\nwritten to {output}")
 
-    return run_tool(work)
+    return run_tool(work, "stopped: start again; features of a whole set, once there, are kept")
 
 
 if __name__ == "__main__":

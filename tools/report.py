@@ -35,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
         help="images of each kind (best, worst, most different) to show with the runs' "
         "detections, 0 for none (default 4)",
     )
+    arguments.add_argument("--quiet", action="store_true", help="print warnings and errors only")
     return arguments
 
 
@@ -42,13 +43,17 @@ def work(arguments: argparse.Namespace) -> None:
     report = build_report(read_runs(arguments.runs))
     report.analyse(arguments.output_dir, arguments.pictures)
     page = report.write(arguments.output_dir)
+    if arguments.quiet:
+        for note in report.notes:
+            print(f"warning: {note}", file=sys.stderr)
+        return
     print(report.summary())
     print(f"written: {page} (one page with everything), report.md, report.json")
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     arguments = parser().parse_args(argv)
-    return run_tool(lambda: work(arguments), also=(OSError,)) or None
+    return run_tool(lambda: work(arguments), "stopped: start again", also=(OSError,)) or None
 
 
 if __name__ == "__main__":

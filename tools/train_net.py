@@ -39,6 +39,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     what = "print what would be run, from which source, deviating how (or all about KEY), and stop"
     add("--explain", nargs="?", const="", metavar="KEY", help=what)
     add("--preflight", action="store_true", help="try the worst batch, say what fits, and stop")
+    add("--quiet", action="store_true", help="print warnings and errors only")
     add("--output-dir", metavar="DIR", help="run directory (default: OUTPUT_DIR of the config)")
     add("overrides", nargs="*", metavar="KEY VALUE", help="config overrides")
     args = parser.parse_intermixed_args(argv)

@@ -18,7 +18,7 @@ DEAD = 0.01  # of the median norm: such a filter adds nothing
 GROWN = 10.0  # times the norm at the start
 NOISE = 0.8  # roughness from which on filters look as they did at the start
 INITIAL_NORM = math.sqrt(6)  # of conv1 at any width, see `growth`
-_SIDE = 42  # pixels of a filter: 7 x 7, each weight 6 x 6
+_SIDE = 84  # pixels of a filter: 7 x 7, each weight 12 x 12
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,7 @@ def _filters(state: Mapping[str, Tensor], seen: Findings) -> None:
             f"{name} has grown to {factor:.0f} times the norm that it started with: BN hides it "
             f"from the loss; lower SOLVER.BASE_LR or raise SOLVER.WARMUP_ITERS."
         )
-    blocks = ", then ".join(banks)
+    blocks = " above, ".join(banks) + (" below" if len(banks) > 1 else "")
     seen.draw(f"First convolution: {blocks}", "filters.png", png(draw_filters(banks)))
 
 

@@ -127,15 +127,15 @@ def test_filters_are_drawn_weight_by_weight_grey_for_zero_and_dead():
     weight[1] = 1.0
     weight[2] = 1e-6
     picture = draw_filters({"encoder_q": weight, "encoder_k": -weight})
-    assert picture.shape == (3 * 46 - 4, 3 * 46 - 4, 3)
-    first = picture[:42:6, :42:6]
+    assert picture.shape == (3 * 88 - 4, 3 * 88 - 4, 3)
+    first = picture[:84:12, :84:12]
     assert first[2, 3].tolist() == [255, 128, 128]
     assert first[6, 6].tolist() == [128, 64, 128]
     assert (first[0] == 128).all()
-    assert (picture[:42, 46:88] == 255).all()
-    assert (picture[:42, 92:] == 128).all()
-    assert (picture[46:88] == 255).all()  # between the encoders
-    assert (picture[92:, 46:88] == 0).all()
+    assert (picture[:84, 88:172] == 255).all()
+    assert (picture[:84, 176:] == 128).all()
+    assert (picture[88:172] == 255).all()  # between the encoders
+    assert (picture[176:, 88:172] == 0).all()
 
 
 def test_neighbours_are_those_of_a_sort_and_never_the_query_itself():

@@ -1,0 +1,84 @@
+"""What is printed: with --quiet nothing, in a file plain lines, in a terminal a bar below them."""
+
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moco_det.progress import follow
+from tests.conftest import QUICK
+from tests.pretrain.runs import write_photographs
+from tests.test_docs_walk import TINY
+
+ROOT = Path(__file__).parents[1]
+
+
+def road(folder):
+    """Each tool's shortest use, in the order of the road."""
+    photos = write_photographs(folder / "photos")
+    moco, boxes = folder / "moco", folder / "boxes"
+    weights, last = folder / "moco.pkl", moco / "checkpoint_last.pth"
+    data = f"voc:{folder / 'voc'}:"
+    yield (
+        "pretrain",
+        ["--config", "small-data", "--data", photos, "--output-dir", moco, *TINY["pretrain"]],
+    )
+    yield "inspect_run", [moco, "--images", "4", "--queries", "1", "-k", "1", "--workers", "0"]
+    yield "convert", [last, "-o", weights]
+    yield "train_net", [
+        *("--config", "VOC-small", "--train-data", f"{data}trainval", "--test-data", f"{data}test"),
+        *("--output-dir", boxes, "MODEL.WEIGHTS", weights, *QUICK),
+    ]  # fmt: skip
+    yield "predict", ["--run", boxes, folder / "voc" / "JPEGImages", "-o", folder / "drawn"]
+    yield "report", [boxes, "-o", folder / "report"]
+
+
+@pytest.mark.timeout(600)
+def test_a_quiet_tool_prints_nothing_at_all(tmp_path, voc_dir):
+    """Neither its own lines nor third parties' warnings, which show in a process of its own."""
+    (tmp_path / "voc").symlink_to(voc_dir)
+    for tool, words in road(tmp_path):
+        command = [sys.executable, ROOT / "tools" / f"{tool}.py", *words, "--quiet"]
+        if tool in ("pretrain", "train_net"):  # KEY VALUE pairs end the line
+            command = [*command[:2], "--quiet", *command[2:-1]]
+        ran = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", ""), tool
+    assert (tmp_path / "report" / "report.html").is_file()
+    assert (tmp_path / "drawn" / "predictions.json").is_file()
+
+
+def test_a_loop_is_followed_by_plain_lines_in_a_file(capsys, monkeypatch):
+    clock = iter(range(0, 1000, 7))
+    monkeypatch.setattr("moco_det.progress.time.perf_counter", lambda: next(clock))
+    assert list(follow("abcd", 4, "looking")) == list("abcd")
+    assert capsys.readouterr().err == "looking 2/4  eta 0:00:14\nlooking 4/4  eta 0:00:00\n"
+    assert list(follow("abcd", 4, "looking", quiet=True)) == list("abcd")
+    assert capsys.readouterr().err == ""
+
+
+BAR = """
+from pretrain.progress import Progress
+progress = Progress(Path("."), start=0, total=4, batch_size=8)
+for step in range(1, 5):
+    progress.advance()
+    progress.log(step, "hello", loss=1.0)
+progress.close()
+"""
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_bar_stays_below_the_lines_in_a_terminal_and_nowhere_else(tmp_path, terminal):
+    reader, writer = pty.openpty() if terminal else os.pipe()
+    code = f"import sys; from pathlib import Path; sys.path.insert(0, {str(ROOT)!r}){BAR}"
+    subprocess.run([sys.executable, "-c", code], stdout=writer, cwd=tmp_path, check=True)
+    os.close(writer)
+    shown = os.read(reader, 100_000).decode()
+    os.close(reader)
+    lines = [line.split("\r")[-1] for line in shown.replace("\r\n", "\n").split("\n")]
+    assert [line[:10] for line in lines if line.strip()] == [
+        f"iter {i}/4  h"[:10] for i in range(1, 5)
+    ]
+    assert ("%|" in shown) == terminal
