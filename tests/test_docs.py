@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import moco_det.keys
 import moco_det.protocols
 import pretrain.config
 
@@ -82,6 +83,20 @@ def test_every_protocol_is_documented(name):
 def test_every_recipe_is_documented(name):
     text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
     assert f"`{name}`" in text or name == "scenes"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_key_that_a_page_names_exists(page):
+    known = {
+        *pretrain.config.leaves(pretrain.config.get_defaults()),
+        *moco_det.keys.flatten(moco_det.keys.default_config()),
+    }
+    sections = {key.partition(".")[0] for key in known if "." in key}
+    named = re.findall(r"`([A-Z]+)\.([A-Z0-9_.]*[A-Z0-9])", page.read_text(encoding="utf-8"))
+    for section, rest in named:
+        key = f"{section}.{rest}"
+        part = any(name.startswith(f"{key}.") for name in known)  # `MODEL.RESNETS.*`
+        assert section not in sections or key in known or part, key
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
