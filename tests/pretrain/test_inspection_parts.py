@@ -61,13 +61,14 @@ def test_of_a_stream_the_first_images_are_held(tmp_path, monkeypatch):
             member = tarfile.TarInfo(f"{i:03}.png")
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
-    source = open_source([f"shards:{tmp_path}/0.tar"])
+    source = open_source([f"shards:pipe:cat {tmp_path}/0.tar"])
+    assert source.streamed  # as a file on a disk is not
     sample = sample_images(source, 4, seed=0)
     assert len(sample) == 4
     assert class_names(sample) is None
     shades = [cv2.imdecode(np.frombuffer(sample.read(i), np.uint8), 1)[0, 0, 0] for i in range(4)]
     names = [sample.name(i) for i in range(4)]
-    assert names == [f"{tmp_path}/0.tar#{shade // 40}" for shade in shades]
+    assert names == [f"pipe:cat {tmp_path}/0.tar#{shade // 40}" for shade in shades]
     assert len(set(names)) == 4
 
 
