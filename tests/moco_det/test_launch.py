@@ -91,3 +91,16 @@ def test_training_is_refused_where_another_process_trains_and_evaluation_is_not(
         assert in_another_process("--resume", "--output-dir", run) == 1
         assert in_another_process("--eval-only", "--output-dir", run) == 0
     assert (run / "results.json").is_file()
+
+
+def test_new_layers_are_drawn_by_the_seed(voc_dir, tmp_path):
+    """At a learning rate of 0 the weights at the end are those of the start."""
+    args = ["--config", "VOC-random", "--train-data", f"voc:{voc_dir}:trainval", *NARROW, *QUICK]
+    args += ["SOLVER.MAX_ITER", "1", "SOLVER.BASE_LR", "0.0", "TEST.PRECISE_BN.ENABLED", "False"]
+    drawn = []
+    for i, seed in enumerate(("5", "6", "5")):
+        assert main([*args, "--output-dir", str(tmp_path / str(i)), "SEED", seed]) == 0
+        state = torch.load(tmp_path / str(i) / "model_final.pth", weights_only=True)["model"]
+        drawn.append(state["roi_heads.box_predictor.cls_score.weight"])
+    assert torch.equal(drawn[0], drawn[2])
+    assert not torch.equal(drawn[0], drawn[1])
