@@ -30,7 +30,8 @@ if __name__ == "__main__":  # run as a file: import from the checkout, not from 
 
 from benchmarks.evidence_cell import RESULT, SPEC, config
 from benchmarks.evidence_document import Measured, write_document
-from benchmarks.evidence_figures import STEPS, Cell, Figure, figures
+from benchmarks.evidence_figures import STEPS, figures
+from benchmarks.evidence_terms import Cell, Figure
 from pretrain.errors import UserError, run_tool
 from pretrain.files import replace_text
 from pretrain.probe.images import LabelledImages, open_train_and_test, stratified_split
@@ -178,9 +179,9 @@ def measurements(
 ) -> dict[str, list[dict[str, float]]]:
     """Results of each label, one dictionary a finished seed."""
     found: dict[str, list[dict[str, float]]] = {}
-    for (label, _), folder in cells.items():
+    for (label, seed), folder in cells.items():
         if (folder / RESULT).exists():
-            result = json.loads((folder / RESULT).read_text())
+            result = {"seed": seed, **json.loads((folder / RESULT).read_text())}
             detected = folder / detection / "results.json"
             if detected.exists():
                 boxes = json.loads(detected.read_text())["bbox"]

@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
 
-from benchmarks.evidence_figures import METRICS, RANDOM, Expectation, Figure
+from benchmarks.evidence_terms import METRICS, RANDOM, Expectation, Figure
 from moco_det.files import replace_file, replace_text
 from moco_det.statistics import summarize, welch_difference
 
@@ -44,6 +44,19 @@ class Measured:
     def values(self, label: str, metric: str) -> list[float]:
         """Of the seeds that have the metric."""
         return [r[metric] for r in self.results.get(label, ()) if r.get(metric) is not None]
+
+    def means(self, labels: Sequence[str], metric: str) -> list[float]:
+        """Of each seed that has the metric of all these cells, their mean."""
+        found = [
+            {
+                r.get("seed", i): r[metric]
+                for i, r in enumerate(self.results.get(label, ()))
+                if r.get(metric) is not None
+            }
+            for label in labels
+        ]
+        seeds = sorted(set.intersection(*map(set, found)))
+        return [sum(of[seed] for of in found) / len(found) for seed in seeds]
 
     def labels(self, metric: str) -> list[str]:
         """Of the cells that have the metric, in the figure's order."""
@@ -149,7 +162,7 @@ def expectation_table(part: Measured) -> str:
         "|---|---|---|---|",
     ]
     for e in part.figure.expectations:
-        a, b = part.values(e.better, e.metric), part.values(e.worse, e.metric)
+        a, b = (part.means(side, e.metric) for side in e.sides)
         if a and b:
             word, difference = verdict(a, b)
             lines.append(f"| {_claim(e)} | {METRICS[e.metric]} | {difference} | {word} |")
@@ -157,7 +170,10 @@ def expectation_table(part: Measured) -> str:
 
 
 def _claim(e: Expectation) -> str:
-    return f"{e.text}: {e.better} above {e.worse}"
+    better, worse = (
+        side[0] if len(side) == 1 else f"the mean of {_list(side)}" for side in e.sides
+    )
+    return f"{e.text}: {better} above {worse}"
 
 
 def _list(words: Sequence[str]) -> str:

@@ -2,76 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
+
+from benchmarks.evidence_terms import RANDOM, Cell, Expectation, Figure
 
 STEPS, BATCH, WARMUP = 400, 64, 50  # of evidence.yaml
 NEGATIVES, BATCHES = (64, 512, 2048), (32, 64, 256)
-RANDOM = "random weights"
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One training, or none, and its probe; run once a seed.
-
-    Attributes:
-        label: its row in the table; equal cells of several figures are run once.
-        overrides: KEY -> value on top of evidence.yaml.
-        x: place on the horizontal axis; None for one place a row.
-        series: which line of the plot it belongs to.
-        trained: False for untrained weights, whose BN statistics are fitted to the images.
-    """
-
-    label: str
-    overrides: Mapping[str, Any] = field(default_factory=dict)
-    x: float | None = None
-    series: str = ""
-    trained: bool = True
-
-
-@dataclass(frozen=True)
-class Expectation:
-    """``better`` is above ``worse`` in ``metric``: two labels of a figure's cells."""
-
-    text: str
-    better: str
-    worse: str
-    metric: str = "knn"
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A section of the document.
-
-    Attributes:
-        metrics: in the order of the table's columns; the plots show the first three.
-        best: whether to say which cell is best, and what it beats.
-        detection: whether its cells are fine-tuned as detectors, too.
-    """
-
-    name: str
-    title: str
-    about: str
-    cells: Sequence[Cell]
-    metrics: Sequence[str]
-    expectations: Sequence[Expectation] = ()
-    best: bool = True
-    x_label: str = ""
-    log_x: bool = False
-    detection: bool = False
-
-
-METRICS = {
-    "knn": "kNN top-1 (%)",
-    "linear": "linear top-1 (%)",
-    "accuracy": "contrastive accuracy (%)",
-    "loss": "loss",
-    "spread": "spread",
-    "rss": "peak memory of the training (MB)",
-    "AP": "box AP (%)",
-    "AP50": "box AP50 (%)",
-}
 
 
 def figures(steps: int = STEPS) -> list[Figure]:
@@ -134,7 +71,11 @@ def _mechanisms(base: dict[str, Any], steps: int) -> Figure:
             Expectation(
                 "a larger batch helps end-to-end", "end-to-end, batch 256", "end-to-end, batch 32"
             ),
-            Expectation("MoCo is above the bank at K 512", "MoCo, K 512", "memory bank, K 512"),
+            Expectation(
+                "MoCo is above the bank at the same K",
+                tuple(f"MoCo, K {k}" for k in NEGATIVES),
+                tuple(f"memory bank, K {k}" for k in NEGATIVES),
+            ),
             Expectation(
                 "a queue goes where a batch cannot", "MoCo, K 2048", "end-to-end, batch 64"
             ),
@@ -168,12 +109,19 @@ def _momentum(base: dict[str, Any]) -> Figure:
             Expectation("without momentum it is worse", "m 0.99", "m 0"),
             Expectation("slow beats fast", "m 0.99", "m 0.9"),
             Expectation("slower is better still", "m 0.999", "m 0.99"),
+            Expectation(
+                "a run can be too short for it", ("m 0.98", "m 0.99"), ("m 0.999", "m 0.9999")
+            ),
         ),
         x_label="momentum",
     )
 
 
 def _shuffling(base: dict[str, Any]) -> Figure:
+    sides = {
+        word: tuple(f"{word} shuffling, {groups} groups" for groups in (2, 8))
+        for word in ("with", "without")
+    }
     cells = [
         Cell(
             f"{word} shuffling, {groups} groups",
@@ -192,13 +140,12 @@ def _shuffling(base: dict[str, Any]) -> Figure:
         "the last fifth of the run.",
         cells,
         ("accuracy", "loss", "knn", "linear"),
-        tuple(
-            Expectation(text, f"{a} shuffling, {g} groups", f"{b} shuffling, {g} groups", metric)
-            for g in (8, 2)
-            for text, a, b, metric in (
-                (f"without it the task is easier ({g} groups)", "without", "with", "accuracy"),
-                (f"with it the features are better ({g} groups)", "with", "without", "knn"),
-            )
+        (
+            Expectation(
+                "without it the task is easier", sides["without"], sides["with"], "accuracy"
+            ),
+            Expectation("with it the features are better", sides["with"], sides["without"]),
+            Expectation("and linearly", sides["with"], sides["without"], "linear"),
         ),
         best=False,
     )

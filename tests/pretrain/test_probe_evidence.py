@@ -8,17 +8,16 @@ from pathlib import Path
 import pytest
 
 from benchmarks import evidence, evidence_cell
-from benchmarks.evidence_document import Measured, best_sentence, table, verdict, write_document
-from benchmarks.evidence_figures import (
-    BATCH,
-    METRICS,
-    STEPS,
-    WARMUP,
-    Cell,
-    Expectation,
-    Figure,
-    figures,
+from benchmarks.evidence_document import (
+    Measured,
+    best_sentence,
+    expectation_table,
+    table,
+    verdict,
+    write_document,
 )
+from benchmarks.evidence_figures import BATCH, STEPS, WARMUP, figures
+from benchmarks.evidence_terms import METRICS, Cell, Expectation, Figure
 from pretrain.probe.images import open_labelled, open_train_and_test
 from tests.pretrain.probe_data import write_classes
 
@@ -54,6 +53,20 @@ def test_the_sentence_about_the_best_cell_follows_the_data():
     assert best_sentence(measured(a=[1.0]), "knn") == ""
 
 
+def test_several_cells_are_averaged_within_the_seeds_that_all_of_them_have():
+    results = {
+        "a": [{"seed": 0, "knn": 1.0}, {"seed": 1, "knn": 2.0}, {"seed": 2, "knn": 9.0}],
+        "b": [{"seed": 1, "knn": 6.0}, {"seed": 0, "knn": 3.0}],
+        "c": [{"seed": seed, "knn": 10.0 + 3 * seed} for seed in range(3)],
+    }
+    e = Expectation("c wins", "c", ("a", "b"))
+    figure = Figure("f", "A title", "About.", [Cell(x) for x in results], ("knn",), [e])
+    part = Measured(figure, results)
+    assert part.means(("a", "b"), "knn") == [2.0, 4.0]  # seeds 0 and 1, in either's order
+    row = expectation_table(part).splitlines()[2]
+    assert row.startswith("| c wins: c above the mean of a and b | kNN top-1 (%) | +10.0 [")
+
+
 def test_remarks_survive_and_the_rest_is_made_anew(tmp_path):
     page = tmp_path / "evidence.md"
     write_document([measured(a=[1.0, 2.0], b=[5.0, 5.5])], page, {"seeds": "2"})
@@ -86,7 +99,7 @@ def test_every_figure_names_cells_and_metrics_that_are_there():
         assert len(labels) == len(set(labels))
         assert set(figure.metrics) <= set(METRICS)
         for e in figure.expectations:
-            assert {e.better, e.worse} <= set(labels), e
+            assert {label for side in e.sides for label in side} <= set(labels), e
             assert e.metric in figure.metrics
         for cell in figure.cells:
             evidence_cell.config(dict(cell.overrides), seed=0)  # no unknown key
@@ -209,8 +222,8 @@ def test_a_detector_starts_from_its_cell_or_from_random_weights_in_the_same_netw
     (tmp_path / "r" / "result.json").write_text('{"knn": 1.0}')
     jobs[0].done.write_text('{"bbox": {"AP": 5.0, "AP50": 9.0}}')
     found = evidence.measurements(folders, evidence.detection_name(args))
-    assert found == {random: [{"knn": 1.0, "AP": 5.0, "AP50": 9.0}]}
-    assert evidence.measurements(folders, "detection-300") == {random: [{"knn": 1.0}]}
+    assert found == {random: [{"seed": 0, "knn": 1.0, "AP": 5.0, "AP50": 9.0}]}
+    assert evidence.measurements(folders, "detection-300") == {random: [{"seed": 0, "knn": 1.0}]}
 
 
 def test_a_page_is_written_from_what_has_been_run_so_far(tmp_path, capsys):
