@@ -96,8 +96,8 @@ class TerminalBar(HookBase):
             disable=not shown,
             leave=False,
             file=sys.stdout,
-            unit="step",
             ncols=80,
+            bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}",  # the lines tell the rest
         )
 
     def after_step(self) -> None:

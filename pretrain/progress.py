@@ -16,6 +16,7 @@ from tqdm import tqdm
 from pretrain.files import append_text, full_disk_explained, replace_text
 
 METRICS = "metrics.json"
+BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}"  # the lines tell the time left
 
 
 def clock(seconds: float) -> str:
@@ -59,9 +60,8 @@ class Progress:
         self.stream = stream or sys.stdout
         self.bar = None
         if self.stream.isatty() and not quiet:
-            self.bar = tqdm(
-                total=total, initial=start, leave=False, file=self.stream, unit="step", ncols=80
-            )
+            shape = {"leave": False, "ncols": 80, "bar_format": BAR}
+            self.bar = tqdm(total=total, initial=start, file=self.stream, **shape)
         self.path = folder / METRICS
         kept = []
         if self.path.exists():

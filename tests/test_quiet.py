@@ -1,14 +1,20 @@
 """What is printed: with --quiet nothing, in a file plain lines, in a terminal a bar below them."""
 
+import contextlib
+import fcntl
+import importlib
 import os
 import pty
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
 
 from moco_det.progress import follow
+from pretrain.machine import WARNING, Finding
 from tests.conftest import QUICK
 from tests.pretrain.runs import write_photographs
 from tests.test_docs_walk import TINY
@@ -69,16 +75,67 @@ progress.close()
 """
 
 
+def everything(reader):
+    """All that was written before the other end was closed; it may come in parts."""
+    parts = b""
+    with contextlib.suppress(OSError):  # how a terminal says that it has ended
+        while part := os.read(reader, 100_000):
+            parts += part
+    return parts
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_bar_stays_below_the_lines_in_a_terminal_and_nowhere_else(tmp_path, terminal):
     reader, writer = pty.openpty() if terminal else os.pipe()
+    if terminal:
+        fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
     code = f"import sys; from pathlib import Path; sys.path.insert(0, {str(ROOT)!r}){BAR}"
     subprocess.run([sys.executable, "-c", code], stdout=writer, cwd=tmp_path, check=True)
     os.close(writer)
-    shown = os.read(reader, 100_000).decode()
+    shown = everything(reader).decode()
     os.close(reader)
     lines = [line.split("\r")[-1] for line in shown.replace("\r\n", "\n").split("\n")]
     assert [line[:10] for line in lines if line.strip()] == [
         f"iter {i}/4  h"[:10] for i in range(1, 5)
     ]
     assert ("%|" in shown) == terminal
+
+
+@pytest.mark.parametrize(
+    ("tool", "work", "words"),
+    [
+        ("convert", "convert", ["x.pth"]),
+        ("demo", "Demo.run", []),
+        ("doctor", "examine", []),
+        ("inspect_run", "inspect_run", ["run"]),
+        ("predict", "find_images", ["x.jpg", "--run", "run", "-o", "out"]),
+        ("pretrain", "launch", ["--config", "moco-v2", "--data", "x"]),
+        ("probe", "probe", ["x.pth", "--train", "x"]),
+        ("report", "read_runs", ["run", "-o", "out"]),
+    ],
+)
+def test_ctrl_c_ends_a_tool_with_one_line_that_says_how_to_go_on(
+    tool, work, words, monkeypatch, tmp_path, capsys
+):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(f"tools.{tool}")
+    monkeypatch.setattr(f"tools.{tool}.{work}", interrupted)
+    assert module.main(words) == 130
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("stopped")
+    assert err.count("\n") == 1
+    assert tool == "doctor" or any(way in err for way in ("--resume", "again", "goes on", "holds"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_quiet_doctor_names_only_what_is_not_ok(monkeypatch, capsys):
+    found = [Finding("Python", "ok", "3.11"), Finding("memory", WARNING, "1 GB", "buy some")]
+    monkeypatch.setattr("tools.doctor.examine", lambda folder: found)
+    assert importlib.import_module("tools.doctor").main(["--quiet"]) == 0
+    said = capsys.readouterr().out
+    assert "Python" not in said
+    assert "buy some" in said
