@@ -191,7 +191,7 @@ def plot(part: Measured) -> FigureCanvasAgg:
     """One panel a measured metric: lines where cells have an x, else a point a row."""
     metrics = [m for m in part.figure.metrics if part.labels(m)][:3]
     lines = any(cell.x is not None for cell in part.figure.cells)
-    size = (3.7 * len(metrics) + (0.3 if lines else 2.0), 3.0)
+    size = (3.7 * len(metrics) + (1.5 if lines else 2.0), 3.0)
     canvas = Canvas(figsize=size, dpi=80, layout="constrained")
     axes = canvas.subplots(1, len(metrics), squeeze=False)[0]
     draw: Callable[[Axes, Measured, str], None] = _draw_lines if lines else _draw_rows
@@ -202,6 +202,8 @@ def plot(part: Measured) -> FigureCanvasAgg:
         axis.spines[["top", "right"]].set_visible(False)
         if axis is not axes[0] and not lines:
             axis.set_yticklabels([])
+    if lines:
+        canvas.legend(*axes[0].get_legend_handles_labels(), loc="outside right", frameon=False)
     return FigureCanvasAgg(canvas)
 
 
@@ -221,7 +223,6 @@ def _draw_lines(axis: Axes, part: Measured, metric: str) -> None:
     if part.figure.log_x:
         axis.set_xscale("log", base=2)
     axis.set_xlabel(part.figure.x_label)
-    axis.legend(fontsize=8, frameon=False)
 
 
 def _draw_rows(axis: Axes, part: Measured, metric: str) -> None:
