@@ -128,7 +128,8 @@ def write_pool(images: LabelledImages, size: int, output: Path) -> str:
 def cell_folder(output: Path, cell: Cell, seed: int, how: dict[str, Any]) -> Path:
     """A folder for what is trained and measured, whatever figure and label it comes under."""
     cfg = config(dict(cell.overrides), seed)
-    key = json.dumps([cfg.dump(), cell.trained, how], sort_keys=True)
+    other = [] if cell.script == Cell.script else [cell.script]
+    key = json.dumps([cfg.dump(), cell.trained, how, *other], sort_keys=True)
     digest = hashlib.sha256(key.encode()).hexdigest()[:10]
     return output / "cells" / f"{cfg.METHOD if cell.trained else 'random'}-s{seed}-{digest}"
 
@@ -139,7 +140,7 @@ def cell_job(folder: Path, cell: Cell, seed: int, how: dict[str, Any], write: bo
     if write:
         folder.mkdir(parents=True, exist_ok=True)
         replace_text(folder / SPEC, json.dumps(spec, indent=1) + "\n")
-    command = [sys.executable, str(ROOT / "benchmarks" / "evidence_cell.py"), str(folder)]
+    command = [sys.executable, str(ROOT / "benchmarks" / cell.script), str(folder)]
     return Job(f"{cell.label} seed {seed}", folder, [command], folder / RESULT)
 
 

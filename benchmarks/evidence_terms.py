@@ -17,6 +17,7 @@ class Cell:
         x: place on the horizontal axis; None for one place a row.
         series: which line of the plot it belongs to.
         trained: False for untrained weights, whose BN statistics are fitted to the images.
+        script: beside this file; runs the cell.
     """
 
     label: str
@@ -24,6 +25,7 @@ class Cell:
     x: float | None = None
     series: str = ""
     trained: bool = True
+    script: str = "evidence_cell.py"
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ METRICS = {
     "accuracy": "contrastive accuracy (%)",
     "loss": "loss",
     "spread": "spread",
+    "company": "nearest key from the query's company (%)",
     "rss": "peak memory of the training (MB)",
     "AP": "box AP (%)",
     "AP50": "box AP50 (%)",

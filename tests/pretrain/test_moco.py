@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pretrain import distributed
-from pretrain.encoders import ResNet, SplitBatchNorm1d
+from pretrain.encoders import ResNet, SplitBatchNorm1d, SplitBatchNorm2d
 from pretrain.errors import UserError
 from pretrain.methods.moco import MoCo
 from pretrain.methods.networks import embedding_spread, linear_head, mlp_head
@@ -131,6 +131,35 @@ def test_shuffling_changes_which_images_share_bn_statistics_and_nothing_else():
         whole.shuffle = False
         torch.testing.assert_close(same, whole.encode_keys(view, 0), rtol=1e-9, atol=1e-9)
     assert (shuffled - plain).abs().max() > 1e-3
+
+
+class Company(nn.Module):
+    """Sees nothing of an image but the BN statistics of those it is normalised with: beside eight
+    of its pixels stands a constant, and what BN makes of that is the embedding."""
+
+    def __init__(self, groups):
+        super().__init__()
+        self.norm = SplitBatchNorm2d(DIM, groups)
+        self.scale = nn.Parameter(torch.ones(()))  # something to follow
+
+    def forward(self, x):
+        pixels = x.flatten(1)[:, :DIM, None, None]
+        return self.scale * self.norm(torch.cat([pixels, torch.ones_like(pixels)], 2))[:, :, 1, 0]
+
+
+def test_an_encoder_of_nothing_but_its_company_finds_its_key_only_without_shuffling():
+    accuracy = {}
+    for shuffle in (True, False):
+        method = MoCo(partial(Company, 4), dim=DIM, queue_size=64, shuffle=shuffle).double()
+        found = []
+        for step in range(24):
+            view = images(step)[0]
+            outputs = method([view, view], step, torch.arange(BATCH))
+            if step >= 64 / BATCH:  # the queue is keys of other companies
+                found.append(outputs["accuracy"].item())
+        accuracy[shuffle] = sum(found) / len(found)
+    assert accuracy[False] == 1.0
+    assert accuracy[True] < 0.5  # other companies share an image or two with the query's
 
 
 def test_spread_is_zero_for_collapsed_and_one_for_opposite_embeddings():
