@@ -188,7 +188,9 @@ def _remarks(name: str, old: str) -> str:
 
 
 def plot(part: Measured) -> FigureCanvasAgg:
-    """One panel a measured metric: lines where cells have an x, else a point a row."""
+    """A curve over the run; or one panel a metric: lines where cells have an x, else points."""
+    if part.figure.curve:
+        return _plot_curves(part)
     metrics = [m for m in part.figure.metrics if part.labels(m)][:3]
     lines = any(cell.x is not None for cell in part.figure.cells)
     size = (3.7 * len(metrics) + (1.5 if lines else 2.0), 3.0)
@@ -204,6 +206,23 @@ def plot(part: Measured) -> FigureCanvasAgg:
             axis.set_yticklabels([])
     if lines:
         canvas.legend(*axes[0].get_legend_handles_labels(), loc="outside right", frameon=False)
+    return FigureCanvasAgg(canvas)
+
+
+def _plot_curves(part: Measured) -> FigureCanvasAgg:
+    canvas = Canvas(figsize=(6.5, 3.0), dpi=80, layout="constrained")
+    axis = canvas.subplots()
+    for i, cell in enumerate(part.figure.cells):
+        for seed, result in enumerate(part.results.get(cell.label, ())):
+            curve = result["curve"]
+            share = [100 * (tenth + 0.5) / len(curve) for tenth in range(len(curve))]
+            axis.plot(share, curve, color=f"C{i}", label=cell.label if seed == 0 else None)
+    axis.set_title(METRICS[part.figure.curve], fontsize=10)
+    axis.set_xlabel("% of the run")
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False)
     return FigureCanvasAgg(canvas)
 
 

@@ -181,6 +181,7 @@ def _leak(scale: float) -> Figure:
         ("company", "accuracy", "loss"),
         (Expectation("the company is learnt", cells[1].label, cells[0].label, "company"),),
         best=False,
+        curve="company",
     )
 
 

@@ -59,6 +59,7 @@ class Figure:
         metrics: in the order of the table's columns; the plots show the first three.
         best: whether to say which cell is best, and what it beats.
         detection: whether its cells are fine-tuned as detectors, too.
+        curve: metric that the plot shows over the run, by the tenths in the results' ``curve``.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Figure:
     x_label: str = ""
     log_x: bool = False
     detection: bool = False
+    curve: str = ""
 
 
 RANDOM = "random weights"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import evidence, evidence_cell, evidence_leak
+from benchmarks import evidence, evidence_cell, evidence_document, evidence_leak
 from benchmarks.evidence_document import (
     Measured,
     best_sentence,
@@ -259,6 +259,15 @@ def test_the_leaks_cell_measures_a_run_whose_keys_are_of_other_images(tmp_path):
         assert 0 <= result["company"] <= 100
         assert len(result["curve"]) == 10
         assert np.isfinite(result["loss"])
+
+
+def test_a_curve_is_drawn_of_every_seed():
+    figure = next(figure for figure in figures() if figure.curve)
+    results = {c.label: [{"curve": [1.0, 2.0]}, {"curve": [2.0, 5.0]}] for c in figure.cells}
+    (axis,) = evidence_document.plot(Measured(figure, results)).figure.axes
+    drawn = [(list(line.get_xdata()), list(line.get_ydata())) for line in axis.lines]
+    assert drawn == 2 * [([25.0, 75.0], [1.0, 2.0]), ([25.0, 75.0], [2.0, 5.0])]
+    assert axis.get_ylim()[0] == 0
 
 
 def test_a_page_is_written_from_what_has_been_run_so_far(tmp_path, capsys):
