@@ -140,7 +140,7 @@ def test_own_keypoints_from_a_coco_file(datasets_root, tmp_path, capsys):
     assert main([*args, "--output-dir", str(tmp_path / "run"), *SMALL]) == 0, (
         capsys.readouterr().err
     )
-    assert "keypoints  3, of which a flip swaps 1 pairs" in capsys.readouterr().out
+    assert "keypoints  3, of which a flip swaps 1 pair" in capsys.readouterr().out
     results = json.loads((tmp_path / "run/results.json").read_text())
     assert {"bbox", "keypoints"} <= results.keys()
     state = torch.load(tmp_path / "run/model_final.pth", weights_only=True)["model"]
