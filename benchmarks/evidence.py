@@ -128,8 +128,7 @@ def write_pool(images: LabelledImages, size: int, output: Path) -> str:
 def cell_folder(output: Path, cell: Cell, seed: int, how: dict[str, Any]) -> Path:
     """A folder for what is trained and measured, whatever figure and label it comes under."""
     cfg = config(dict(cell.overrides), seed)
-    other = [] if cell.script == Cell.script else [cell.script]
-    key = json.dumps([cfg.dump(), cell.trained, how, *other], sort_keys=True)
+    key = json.dumps([cfg.dump(), cell.trained, cell.script, how], sort_keys=True)
     digest = hashlib.sha256(key.encode()).hexdigest()[:10]
     return output / "cells" / f"{cfg.METHOD if cell.trained else 'random'}-s{seed}-{digest}"
 
@@ -171,8 +170,7 @@ def detection_jobs(
 
 def detection_name(args: argparse.Namespace) -> str:
     """Name of a cell's folder for its detector."""
-    share = "" if args.detection_share == 1 else f"-share-{args.detection_share:g}"
-    return f"detection-{args.detection_iterations}{share}"
+    return f"detection-{args.detection_iterations}-share-{args.detection_share:g}"
 
 
 def measurements(

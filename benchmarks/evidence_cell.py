@@ -9,6 +9,7 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,13 @@ def peak_memory() -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-if __name__ == "__main__":
+def run_as_a_process(run: Callable[[Path], dict[str, Any]]) -> None:
+    """Of the folder that the command line names: run the cell on one thread, write its result."""
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
-    where = Path(sys.argv[1])
-    replace_text(where / RESULT, json.dumps(run(where), indent=1) + "\n")
+    folder = Path(sys.argv[1])
+    replace_text(folder / RESULT, json.dumps(run(folder), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run_as_a_process(run)

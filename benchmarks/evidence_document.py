@@ -199,9 +199,7 @@ def plot(part: Measured) -> FigureCanvasAgg:
     draw: Callable[[Axes, Measured, str], None] = _draw_lines if lines else _draw_rows
     for axis, metric in zip(axes, metrics, strict=True):
         draw(axis, part, metric)
-        axis.set_title(METRICS[metric], fontsize=10)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
+        _frame(axis, metric)
         if axis is not axes[0] and not lines:
             axis.set_yticklabels([])
     if lines:
@@ -217,13 +215,17 @@ def _plot_curves(part: Measured) -> FigureCanvasAgg:
             curve = result["curve"]
             share = [100 * (tenth + 0.5) / len(curve) for tenth in range(len(curve))]
             axis.plot(share, curve, color=f"C{i}", label=cell.label if seed == 0 else None)
-    axis.set_title(METRICS[part.figure.curve], fontsize=10)
+    _frame(axis, part.figure.curve)
     axis.set_xlabel("% of the run")
     axis.set_ylim(bottom=0)
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)
     return FigureCanvasAgg(canvas)
+
+
+def _frame(axis: Axes, metric: str) -> None:
+    axis.set_title(METRICS[metric], fontsize=10)
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def _draw_lines(axis: Axes, part: Measured, metric: str) -> None:

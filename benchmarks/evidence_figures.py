@@ -24,7 +24,7 @@ def figures(steps: int = STEPS) -> list[Figure]:
         _mechanisms(base, steps),
         _momentum(base),
         _shuffling(base),
-        _leak(scale),
+        _leak(max(50, round(LEAK_STEPS * scale))),
         _steps_to_v2(base),
         _plateau(base),
         _methods(base),
@@ -153,7 +153,7 @@ def _shuffling(base: dict[str, Any]) -> Figure:
     )
 
 
-def _leak(scale: float) -> Figure:
+def _leak(steps: int) -> Figure:
     cells = [
         Cell(
             f"{word} shuffling",
@@ -163,7 +163,7 @@ def _leak(scale: float) -> Figure:
                 "MOCO.SHUFFLE_BN": word == "with",
                 "INPUT.CROP_SIZE": 32,
                 "SOLVER.BASE_LR": 0.05,
-                "SOLVER.MAX_ITER": max(50, round(LEAK_STEPS * scale)),
+                "SOLVER.MAX_ITER": steps,
             },
             script="evidence_leak.py",
         )
@@ -174,7 +174,7 @@ def _leak(scale: float) -> Figure:
         "The leak by itself",
         "A task that only a cheat can solve: the key of an image is made from *another* image, one"
         " of the 8 in its BN group. What query and key then have in common is their company. "
-        f"ResNet-18 at a quarter of the width, {LEAK_STEPS:,} steps of 64 images in 8 groups, no "
+        f"ResNet-18 at a quarter of the width, {steps:,} steps of 64 images in 8 groups, no "
         "augmentation. Of the batch's 63 keys of other images, the nearest is by chance from the "
         "query's own group in 11.1 % of cases; the mean over the last tenth of the run.",
         cells,

@@ -16,14 +16,16 @@ if __name__ == "__main__":  # run as a file: import from the checkout, not from 
 import cv2
 import numpy as np
 import torch
-import torch.nn.functional as F
 from fvcore.common.config import CfgNode
 from torch import Tensor
 
-from benchmarks.evidence_cell import RESULT, SPEC, config
-from pretrain.files import replace_text
+from benchmarks.evidence_cell import SPEC, config, run_as_a_process
 from pretrain.methods import build_method
 from pretrain.methods.moco import MoCo
+from pretrain.methods.networks import unit
+from pretrain.optimizers import build_optimizer
+from pretrain.schedules import learning_rate
+from pretrain.step import TrainStep
 
 MEASURED_EVERY = 5  # steps
 
@@ -59,32 +61,24 @@ def run(folder: Path) -> dict[str, Any]:
 
 def cheat(method: MoCo, images: Tensor, cfg: CfgNode) -> dict[str, Any]:
     """Train by SGD after a linear warm-up; means of the last tenth, and the curve by tenths."""
-    groups, steps = cfg.MODEL.BN_GROUPS, cfg.SOLVER.MAX_ITER
-    optimizer = torch.optim.SGD(
-        [p for p in method.parameters() if p.requires_grad],
-        lr=cfg.SOLVER.BASE_LR,
-        momentum=0.9,
-        weight_decay=1e-4,
-    )
+    groups, solver, steps = cfg.MODEL.BN_GROUPS, cfg.SOLVER, cfg.SOLVER.MAX_ITER
+    take_step = TrainStep(method, build_optimizer(cfg, method), total_steps=steps)
     generator = torch.Generator().manual_seed(cfg.SEED)
-    seen: dict[str, list[float]] = {"company": [], "accuracy": [], "loss": [], "spread": []}
+    seen: dict[str, list[float]] = {"company": [], "accuracy": [], "loss": []}
     for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = cfg.SOLVER.BASE_LR * min(1.0, (step + 1) / cfg.SOLVER.WARMUP_ITERS)
-        rows = torch.randint(len(images), (cfg.SOLVER.BATCH_SIZE,), generator=generator)
+        rows = torch.randint(len(images), (solver.BATCH_SIZE,), generator=generator)
         view = images[rows]
-        outputs = method([view, partners(view, groups)], step, rows)
-        optimizer.zero_grad()
-        outputs["loss"].backward()
-        optimizer.step()
+        lr = learning_rate(
+            step, steps, base=solver.BASE_LR, schedule="constant", warmup=solver.WARMUP_ITERS
+        )
+        outputs = take_step([view, partners(view, groups)], rows, step, lr)
         if step % MEASURED_EVERY == 0:
             with torch.no_grad():
-                q = F.normalize(method.encoder_q(view), dim=1)
+                q = unit(method.encoder_q(view))
                 k = method.encode_keys(partners(view, groups), step)
             seen["company"].append(100 * from_company(q, k, groups))
             seen["accuracy"].append(100 * outputs["accuracy"].item())
             seen["loss"].append(outputs["loss"].item())
-            seen["spread"].append(outputs["spread"].item())
     tenths = {name: [part.mean() for part in np.array_split(v, 10)] for name, v in seen.items()}
     result: dict[str, Any] = {name: float(parts[-1]) for name, parts in tenths.items()}
     return result | {"curve": [round(float(part), 2) for part in tenths["company"]]}
@@ -100,7 +94,4 @@ def read_images(names: list[str], size: int) -> Tensor:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    cv2.setNumThreads(1)
-    where = Path(sys.argv[1])
-    replace_text(where / RESULT, json.dumps(run(where), indent=1) + "\n")
+    run_as_a_process(run)
