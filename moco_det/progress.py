@@ -118,14 +118,15 @@ def follow(items: Iterable[T], total: int, what: str, quiet: bool = False) -> It
         total: how many there are; 0 where that is not known.
         quiet: neither.
     """
-    if quiet or not sys.stderr.isatty():
+    if quiet:
+        yield from items
+    elif sys.stderr.isatty():
+        yield from tqdm(items, total=total or None, desc=what, unit="image", leave=False, ncols=80)
+    else:
         ticker = Ticker(what, total, say=lambda line: print(line, file=sys.stderr, flush=True))
         for item in items:
             yield item
-            if not quiet:
-                ticker.tick()
-        return
-    yield from tqdm(items, total=total or None, desc=what, unit="image", leave=False, ncols=80)
+            ticker.tick()
 
 
 class _LogStream(io.TextIOBase):

@@ -6,6 +6,7 @@ import ast
 import difflib
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +189,7 @@ def split_specs(values: Sequence[str]) -> tuple[list[str], list[str]]:
 
     The pairs begin at the first value that is a key of the configuration and no existing path.
     """
-    keys = leaves(get_defaults())
+    keys = key_names()
     for i, value in enumerate(values):
         if (value in keys or re.fullmatch(r"[A-Z_]+\.[A-Z0-9_.]+", value)) and not (
             Path(value).exists()
@@ -225,9 +226,15 @@ def leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+@cache
+def key_names() -> tuple[str, ...]:
+    """All keys, dotted, in the order of the defaults."""
+    return tuple(leaves(get_defaults()))
+
+
 def check_key(key: str, where: str) -> None:
     """Refuse what is no key (`UserError`), naming the nearest; ``where`` it stands."""
-    known = leaves(get_defaults())
+    known = key_names()
     if key in known:
         return
     if key in NOT_KEYS:
