@@ -8,6 +8,9 @@ import cv2
 import numpy as np
 
 GAP = 4  # pixels to the right of a cell and below it
+_HEADING = 20  # height of a heading
+_INK = (40, 40, 40)
+_FONT, _SCALE = cv2.FONT_HERSHEY_SIMPLEX, 0.5
 
 
 def cell(image: np.ndarray, side: int) -> np.ndarray:
@@ -35,11 +38,24 @@ def enlarged(image: np.ndarray, side: int) -> np.ndarray:
     return cell(image.repeat(factor, axis=0).repeat(factor, axis=1), side)
 
 
+def heading(text: str, side: int) -> np.ndarray:
+    """A line above a column of cells of ``side``, in its centre; smaller where it would not fit:
+    (20, side + GAP, 3)."""
+    line = np.full((_HEADING, side + GAP, 3), 255, np.uint8)
+    (width, _), _ = cv2.getTextSize(text, _FONT, _SCALE, 1)
+    place = max(0, side - width) // 2, _HEADING - 6
+    scale = _SCALE * min(1.0, side / width)
+    return cv2.putText(line, text, place, _FONT, scale, _INK, 1, cv2.LINE_AA)
+
+
 def sheet(rows: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
-    """Cells of one size, row by row, as one picture; shorter rows end in white."""
+    """Cells, row by row, as one picture: those of a row of one height, those of a column of one
+    width; shorter rows end in white."""
     columns = max(map(len, rows))
-    blank = np.full_like(rows[0][0], 255)
-    lines = [np.concatenate([*row, *[blank] * (columns - len(row))], axis=1) for row in rows]
+    lines = [
+        np.concatenate([*row, *[np.full_like(row[0], 255)] * (columns - len(row))], axis=1)
+        for row in rows
+    ]
     return np.concatenate(lines)[:-GAP, :-GAP]
 
 

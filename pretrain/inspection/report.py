@@ -97,7 +97,11 @@ def inspect_run(settings: Settings, say: Say = print) -> dict[str, Any]:
             "The first images of the run, and the views that the network sees of them",
             "views.png",
             views_picture(
-                source, build_recipes(run.cfg), min(VIEWS, len(source)), seed=run.cfg.SEED
+                source,
+                build_recipes(run.cfg),
+                min(VIEWS, len(source)),
+                method=run.cfg.METHOD,
+                seed=run.cfg.SEED,
             ),
         )
         if run.state is not None:

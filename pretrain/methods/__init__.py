@@ -6,7 +6,6 @@ What a method is stands in `pretrain.methods.base`; `docs/adding-a-method.md` sh
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from fvcore.common.config import CfgNode
 
@@ -21,6 +20,7 @@ from pretrain.methods.moco import build_moco
 from pretrain.methods.simclr import build_simclr
 from pretrain.methods.swav import build_swav
 from pretrain.sync_batch_norm import synchronise_batch_norm
+from pretrain.wording import counted
 
 METHODS: dict[str, Callable[[CfgNode, Run], Method]] = {
     "moco": build_moco,
@@ -38,9 +38,13 @@ def build_method(cfg: CfgNode, *, num_images: int, total_steps: int) -> Method:
         raise UserError(f"METHOD is '{cfg.METHOD}': choose one of {', '.join(METHODS)}.")
     world = distributed.world_size()
     groups = bn_groups_per_rank(cfg.MODEL.BN_GROUPS, cfg.SOLVER.BATCH_SIZE // world, world)
-    run = Run(num_images, total_steps, groups)
-    if not cfg.MODEL.SYNC_BN:
-        return METHODS[cfg.METHOD](cfg, run)
-    method = METHODS[cfg.METHOD](cfg, replace(run, bn_groups=1))
-    synchronise_batch_norm(method)
+    run = Run(num_images, total_steps, 1 if cfg.MODEL.SYNC_BN else groups)
+    method = METHODS[cfg.METHOD](cfg, run)
+    if cfg.INPUT.SMALL_CROPS and method.num_views is not None:
+        raise UserError(
+            f"INPUT.SMALL_CROPS is {cfg.INPUT.SMALL_CROPS}, and {cfg.METHOD} looks at no more than "
+            f"{counted(method.num_views, 'view')} of an image: set it to 0, or take METHOD swav."
+        )
+    if cfg.MODEL.SYNC_BN:
+        synchronise_batch_norm(method)
     return method

@@ -33,7 +33,7 @@ class Method(nn.Module):
     """
 
     encoder_q: nn.Module
-    num_views: int | None = None  # how many of the recipe's views it looks at; None: all of them
+    num_views: int | None = None  # of an image that it looks at; None: all that the recipe has
     settling_images: int = 0  # shown before its figures mean something: a queue has to fill
     remedies: Mapping[str, str] = REMEDIES  # of what the monitor warns
 

@@ -37,6 +37,8 @@ class BYOL(Method):
         momentum: tau at the first step; it rises to 1 by half a cosine.
     """
 
+    num_views = 2
+
     def __init__(
         self,
         build_encoder: Callable[[], ResNet],

@@ -53,6 +53,8 @@ class EndToEnd(Method):
         seed: of the permutations.
     """
 
+    num_views = 2
+
     def __init__(
         self,
         build_encoder: Callable[[], ResNet],

@@ -55,6 +55,7 @@ class MoCo(Method):
         seed: of the initial queue and of the permutations.
     """
 
+    num_views = 2
     queue: Tensor
     queue_ptr: Tensor
     remedies = {

@@ -46,6 +46,8 @@ class SimCLR(Method):
         bn_groups: of the encoder; both views of a group's images share BN statistics.
     """
 
+    num_views = 2
+
     def __init__(
         self, encoder: ResNet, *, batch_size: int, temperature: float = 0.1, bn_groups: int = 1
     ) -> None:

@@ -206,6 +206,7 @@ def test_an_unknown_method_is_refused_with_the_names():
         ("byol", "BYOL.MOMENTUM", 1.5),
         ("swav", "SWAV.EPSILON", 0.001),
         ("swav", "SWAV.PROTOTYPES", 0),
+        *((name, "INPUT.SMALL_CROPS", 2) for name in METHODS if name != "swav"),
     ],
 )
 def test_an_impossible_setting_names_its_key(method, key, value):
