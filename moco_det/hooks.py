@@ -89,7 +89,6 @@ class Checkpoints(HookBase):
             self.checkpointer.save(name, iteration=iteration)
         if asked:
             comm.synchronize()  # nobody ends the job before the file is written
-            log.info("stopped    after iteration %d, saved: go on with --resume", iteration + 1)
             raise Stopped(asked)
 
     def _refuse_nonsense(self, iteration: int) -> None:

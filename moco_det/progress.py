@@ -79,10 +79,14 @@ def printing_to_log() -> Iterator[None]:
 class _Console(logging.Handler):
     """Lines on standard output, above a bar if there is one; warnings on standard error."""
 
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self._out = sys.stdout  # what this is now: `printing_to_log` puts another in its place
+
     def emit(self, record: logging.LogRecord) -> None:
-        stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
-        tqdm.write(self.format(record), file=stream)
-        stream.flush()
+        stream = sys.stderr if record.levelno >= logging.WARNING else self._out
+        with tqdm.external_write_mode(file=self._out):
+            print(self.format(record), file=stream, flush=True)
 
 
 class TerminalBar(HookBase):
@@ -96,7 +100,7 @@ class TerminalBar(HookBase):
             disable=not shown,
             leave=False,
             file=sys.stdout,
-            ncols=80,
+            dynamic_ncols=True,
             bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}",  # the lines tell the rest
         )
 
@@ -121,7 +125,9 @@ def follow(items: Iterable[T], total: int, what: str, quiet: bool = False) -> It
     if quiet:
         yield from items
     elif sys.stderr.isatty():
-        yield from tqdm(items, total=total or None, desc=what, unit="image", leave=False, ncols=80)
+        yield from tqdm(
+            items, total=total or None, desc=what, unit="image", leave=False, dynamic_ncols=True
+        )
     else:
         ticker = Ticker(what, total, say=lambda line: print(line, file=sys.stderr, flush=True))
         for item in items:

@@ -30,7 +30,7 @@ from moco_det.meanings import explanation
 from moco_det.progress import ProgressPrinter, TerminalBar, Ticker, printing_to_log
 from moco_det.results import write_results
 from moco_det.sampling import PRECISE_BN, TRAINING, TrainingSet, load_training_set, numbers, share
-from moco_det.stopping import StopRequest
+from moco_det.stopping import Stopped, StopRequest
 from moco_det.tasks import build_train_mapper, evaluated_tasks, headline, with_classes_apart
 
 log = logging.getLogger(__name__)
@@ -94,6 +94,10 @@ class Trainer(TrainerBase):
         try:
             with self.stop.listening():
                 self.train(self.start_iter, self.max_iter)
+        except Stopped:  # after the last line of progress
+            done = min(self.iter + 1, self.max_iter)
+            log.warning("stopped    after iteration %d, saved: go on with --resume", done)
+            raise
         finally:
             self.step.close()
 
@@ -168,11 +172,13 @@ def build_trainer(
             seed=cfg.SEED,
             images=count * cfg.SOLVER.IMS_PER_BATCH,
         )
+    if comm.is_main_process():
+        trainer.register_hooks([TerminalBar()])  # first: its figure is then that of the line above
     trainer.register_hooks(_build_hooks(cfg, trainer, run, precise))
     if resume and trainer.resume():
         log.info("resumed    at iteration %d of %d", trainer.start_iter, trainer.max_iter)
     if comm.is_main_process():
-        trainer.register_hooks([_build_writer(cfg, trainer.start_iter), TerminalBar()])
+        trainer.register_hooks([_build_writer(cfg, trainer.start_iter)])
     return trainer
 
 

@@ -60,7 +60,7 @@ class Progress:
         self.stream = stream or sys.stdout
         self.bar = None
         if self.stream.isatty() and not quiet:
-            shape = {"leave": False, "ncols": 80, "bar_format": BAR}
+            shape = {"leave": False, "dynamic_ncols": True, "bar_format": BAR}
             self.bar = tqdm(total=total, initial=start, file=self.stream, **shape)
         self.path = folder / METRICS
         kept = []

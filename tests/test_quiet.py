@@ -5,6 +5,7 @@ import fcntl
 import importlib
 import os
 import pty
+import re
 import struct
 import subprocess
 import sys
@@ -65,13 +66,31 @@ def test_a_loop_is_followed_by_plain_lines_in_a_file(capsys, monkeypatch):
     assert capsys.readouterr().err == ""
 
 
-BAR = """
+PRETRAINING = """
 from pretrain.progress import Progress
 progress = Progress(Path("."), start=0, total=4, batch_size=8)
 for step in range(1, 5):
     progress.advance()
     progress.log(step, "hello", loss=1.0)
 progress.close()
+"""
+FINE_TUNING = """
+from moco_det.progress import TerminalBar, log, logging_to
+with logging_to(Path("."), rank=0):
+    bar = TerminalBar()
+    bar.trainer = SimpleNamespace(iter=0, max_iter=4)
+    bar.before_train()
+    for step in range(1, 5):
+        bar.after_step()
+        log.info(f"iter {step}/4  hello")
+    bar.after_train()
+"""
+LOOP = """
+from moco_det.progress import follow
+from tqdm import tqdm
+sys.stderr = sys.stdout
+for step in follow(range(1, 5), 4, "predicting"):
+    tqdm.write(f"iter {step}/4  hello", file=sys.stderr)
 """
 
 
@@ -84,13 +103,15 @@ def everything(reader):
     return parts
 
 
-@pytest.mark.parametrize("terminal", [True, False])
-def test_a_bar_stays_below_the_lines_in_a_terminal_and_nowhere_else(tmp_path, terminal):
-    reader, writer = pty.openpty() if terminal else os.pipe()
-    if terminal:
-        fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    code = f"import sys; from pathlib import Path; sys.path.insert(0, {str(ROOT)!r}){BAR}"
-    subprocess.run([sys.executable, "-c", code], stdout=writer, cwd=tmp_path, check=True)
+@pytest.mark.parametrize("columns", [30, 100, 0])
+@pytest.mark.parametrize("code", [PRETRAINING, FINE_TUNING, LOOP])
+def test_a_bar_stays_below_the_lines_in_a_terminal_and_nowhere_else(tmp_path, code, columns):
+    reader, writer = pty.openpty() if columns else os.pipe()
+    if columns:
+        fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    start = f"import sys; from pathlib import Path; sys.path.insert(0, {str(ROOT)!r})\n"
+    start += "from types import SimpleNamespace"
+    subprocess.run([sys.executable, "-c", start + code], stdout=writer, cwd=tmp_path, check=True)
     os.close(writer)
     shown = everything(reader).decode()
     os.close(reader)
@@ -98,7 +119,9 @@ def test_a_bar_stays_below_the_lines_in_a_terminal_and_nowhere_else(tmp_path, te
     assert [line[:10] for line in lines if line.strip()] == [
         f"iter {i}/4  h"[:10] for i in range(1, 5)
     ]
-    assert ("%|" in shown) == terminal
+    bars = [part for part in re.split("[\r\n]", shown) if "%|" in part]
+    assert bool(bars) == bool(columns)
+    assert all(20 < len(bar) <= columns for bar in bars)  # one too long for its line stays there
 
 
 @pytest.mark.parametrize(

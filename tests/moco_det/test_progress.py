@@ -5,7 +5,7 @@ import logging
 import pytest
 from detectron2.utils.events import EventStorage
 
-from moco_det.progress import ProgressPrinter, log, logging_to
+from moco_det.progress import ProgressPrinter, log, logging_to, printing_to_log
 
 
 @pytest.mark.parametrize("paces", [(0.5, 0.5), (0.5, 0.6)])
@@ -42,3 +42,15 @@ def test_a_quiet_run_logs_everything_to_its_file_and_prints_warnings_alone(tmp_p
         text = (tmp_path / str(quiet) / "log.txt").read_text()
         assert "hello" in text
         assert "mind this" in text
+
+
+def test_the_console_hears_of_an_evaluation_whose_library_prints_into_the_log(tmp_path, capsys):
+    with logging_to(tmp_path, rank=0):
+        with printing_to_log():
+            print("a table of the library's")
+            log.info("evaluating 20/60")
+        log.info("done")
+    assert capsys.readouterr() == ("evaluating 20/60\ndone\n", "")
+    text = (tmp_path / "log.txt").read_text()
+    assert "a table of the library's" in text
+    assert text.count("evaluating 20/60") == 1

@@ -81,7 +81,9 @@ def test_a_stopped_a_crashed_and_a_damaged_run_end_as_the_whole_one(voc_dir, tmp
     with pytest.raises(SystemExit) as stopped:
         main([*train, "--output-dir", str(parts)])
     assert stopped.value.code == 143
-    assert "stopped    after iteration 1, saved: go on with --resume" in capsys.readouterr().out
+    stop = "stopped    after iteration 1, saved: go on with --resume"
+    assert capsys.readouterr().err.splitlines()[-1] == stop
+    assert (parts / "log.txt").read_text().splitlines()[-1].endswith(stop)  # no line after it
     assert (parts / "last_checkpoint").read_text() == "model_0000000.pth"
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
