@@ -17,6 +17,7 @@ from pretrain.files import append_text, full_disk_explained, replace_text
 
 METRICS = "metrics.json"
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}"  # the lines tell the time left
+LOOP = "{desc} {percentage:3.0f}%|{bar}| eta {remaining}{postfix}"
 
 
 def clock(seconds: float) -> str:
@@ -28,6 +29,56 @@ def clock(seconds: float) -> str:
 
 def silent(text: str) -> None:
     """What says nothing, in the place of ``print``."""
+
+
+class Loop:
+    """How far a loop over ``total`` things is: in a terminal a bar, elsewhere a line now and then.
+    To be used with ``with``, that no bar is left behind.
+
+    Args:
+        what: they begin with.
+        say: takes the lines; a bar only comes in the place of ``print``.
+        period: seconds between two lines; a bar's words change more often.
+    """
+
+    def __init__(
+        self, what: str, total: int, say: Callable[[str], None] = print, period: float = 3.0
+    ) -> None:
+        self.what, self.total, self.say, self.period = what, total, say, period
+        self._began = self._said = time.monotonic()
+        self._bar = tqdm(
+            desc=what,
+            total=total,
+            file=sys.stdout,
+            disable=say is not print or not sys.stdout.isatty(),
+            leave=False,
+            dynamic_ncols=True,
+            bar_format=LOOP,
+        )
+
+    def at(self, done: int) -> bool:
+        """So many are done; whether it is time to `tell` of it."""
+        now = time.monotonic()
+        self._done, self.rate = done, done / max(now - self._began, 1e-9)  # and how many a second
+        self._bar.update(done - self._bar.n)
+        if now - self._said < (self.period if self._bar.disable else 0.5):
+            return False
+        self._said = now
+        return True
+
+    def tell(self, text: str) -> None:
+        """A line with this and the time left, or this beside the bar."""
+        if self._bar.disable:
+            left = clock((self.total - self._done) / self.rate)
+            self.say(f"{self.what}: {text}  eta {left}")
+        else:
+            self._bar.set_postfix_str(text)
+
+    def __enter__(self) -> Loop:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
 
 
 class Progress:

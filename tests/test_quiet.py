@@ -66,6 +66,7 @@ def test_a_loop_is_followed_by_plain_lines_in_a_file(capsys, monkeypatch):
     assert capsys.readouterr().err == ""
 
 
+IMPORTS = "from pathlib import Path; from types import SimpleNamespace"
 PRETRAINING = """
 from pretrain.progress import Progress
 progress = Progress(Path("."), start=0, total=4, batch_size=8)
@@ -92,6 +93,15 @@ sys.stderr = sys.stdout
 for step in follow(range(1, 5), 4, "predicting"):
     tqdm.write(f"iter {step}/4  hello", file=sys.stderr)
 """
+MEASURING = """
+from pretrain import progress
+clock = iter(range(0, 100, 7))
+progress.time.monotonic = lambda: next(clock)
+with progress.Loop("features", 4) as loop:
+    for done in range(1, 5):
+        if loop.at(done):
+            loop.tell(f"{done}/4")
+"""
 
 
 def everything(reader):
@@ -103,25 +113,35 @@ def everything(reader):
     return parts
 
 
-@pytest.mark.parametrize("columns", [30, 100, 0])
-@pytest.mark.parametrize("code", [PRETRAINING, FINE_TUNING, LOOP])
-def test_a_bar_stays_below_the_lines_in_a_terminal_and_nowhere_else(tmp_path, code, columns):
+def shown_by(code, columns, folder):
+    """What a program writes into a terminal of so many columns; of 0, into a pipe."""
     reader, writer = pty.openpty() if columns else os.pipe()
     if columns:
         fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    start = f"import sys; from pathlib import Path; sys.path.insert(0, {str(ROOT)!r})\n"
-    start += "from types import SimpleNamespace"
-    subprocess.run([sys.executable, "-c", start + code], stdout=writer, cwd=tmp_path, check=True)
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{IMPORTS}{code}"
+    subprocess.run([sys.executable, "-c", code], stdout=writer, cwd=folder, check=True)
     os.close(writer)
-    shown = everything(reader).decode()
+    shown = everything(reader).decode().replace("\r\n", "\n")
     os.close(reader)
-    lines = [line.split("\r")[-1] for line in shown.replace("\r\n", "\n").split("\n")]
-    assert [line[:10] for line in lines if line.strip()] == [
-        f"iter {i}/4  h"[:10] for i in range(1, 5)
-    ]
     bars = [part for part in re.split("[\r\n]", shown) if "%|" in part]
     assert bool(bars) == bool(columns)
     assert all(20 < len(bar) <= columns for bar in bars)  # one too long for its line stays there
+    return shown, [line for line in (s.split("\r")[-1] for s in shown.split("\n")) if line.strip()]
+
+
+@pytest.mark.parametrize("columns", [30, 100, 0])
+@pytest.mark.parametrize("code", [PRETRAINING, FINE_TUNING, LOOP])
+def test_a_bar_stays_below_the_lines_in_a_terminal_and_nowhere_else(tmp_path, code, columns):
+    _, lines = shown_by(code, columns, tmp_path)
+    assert [line[:10] for line in lines] == [f"iter {i}/4  h"[:10] for i in range(1, 5)]
+
+
+@pytest.mark.parametrize("columns", [30, 100, 0])
+def test_a_long_loop_is_a_bar_in_a_terminal_and_lines_elsewhere(tmp_path, columns):
+    shown, lines = shown_by(MEASURING, columns, tmp_path)
+    told = [f"features: {i}/4  eta {left}" for i, left in ((1, "0:21"), (2, "0:14"), (3, "0:07"))]
+    assert lines == ([] if columns else [*told, "features: 4/4  eta 0:00"])
+    assert (", 2/4" in shown) == (columns == 100)
 
 
 @pytest.mark.parametrize(

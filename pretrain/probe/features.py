@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from pretrain.errors import UserError
 from pretrain.probe.backbone import digest, frozen
 from pretrain.probe.cache import ArrayCache
 from pretrain.probe.images import LabelledImages, Preprocessing, read_batches
-from pretrain.progress import clock
+from pretrain.progress import Loop
 
 MAX_BAD_SHARE = 0.05  # of unreadable images, as in pre-training
 Say = Callable[[str], None]
@@ -126,19 +125,16 @@ def _fill(
     """Fills (N, C) values; returns the rows that could not be read, and why."""
     unread = np.ones(len(images), bool)
     skipped: list[str] = []
-    began = said = time.monotonic()
-    for rows, features, bad in stream_features(
-        backbone, images, preprocessing, batch_size=batch_size, threads=threads
-    ):
-        values[rows], unread[rows] = features.numpy(), False
-        skipped += bad
-        done, now = int(len(images) - unread.sum()) + len(skipped), time.monotonic()
-        if now - said >= 3:
-            said, rate = now, done / (now - began)
-            say(
-                f"features of {name}: {done}/{len(images)}  {rate:.0f} images/s  "
-                f"eta {clock((len(images) - done) / rate)}"
-            )
+    total = len(images)
+    with Loop(f"features of {name}", total, say) as loop:
+        for rows, features, bad in stream_features(
+            backbone, images, preprocessing, batch_size=batch_size, threads=threads
+        ):
+            values[rows], unread[rows] = features.numpy(), False
+            skipped += bad
+            done = int(total - unread.sum()) + len(skipped)
+            if loop.at(done):
+                loop.tell(f"{done}/{total}  {loop.rate:.0f} images/s")
     if len(skipped) > MAX_BAD_SHARE * len(images):
         raise UserError(
             f"{len(skipped)} of the {len(images)} {name} images cannot be read, the first is "

@@ -8,7 +8,6 @@ decay 0 (found by a grid search there); batch 256, x0.1 at epochs 60 and 80 as i
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -23,7 +22,7 @@ from pretrain.loader import build_batches
 from pretrain.probe.backbone import frozen
 from pretrain.probe.features import Features, Say
 from pretrain.probe.images import LabelledImages, stratified_split
-from pretrain.progress import clock
+from pretrain.progress import Loop
 from pretrain.views import ViewRecipe
 
 RATES = (30.0,)
@@ -116,25 +115,22 @@ def train_linear(
             num_workers=workers,
             pin_memory=device.type == "cuda",
         )
-        began = said = time.monotonic()
-        for step, batch in enumerate(batches):
-            with torch.no_grad():
-                features = backbone.forward_features(batch.to(device)[0])  # NxC
-            target = labels[batch.index].to(device)
-            # Each loss reaches its own classifier only, so this trains them side by side.
-            losses = [F.cross_entropy(head(features), target) for head in heads]
-            optimizer.zero_grad(set_to_none=True)
-            torch.stack(losses).sum().backward()
-            for group, base in zip(optimizer.param_groups, protocol.rates, strict=True):
-                group["lr"] = protocol.rate(base, step, total)
-            optimizer.step()
-            now = time.monotonic()
-            if now - said >= 3:
-                said = now
-                eta = clock((now - began) / (step + 1) * (total - step - 1))
-                epoch = (step + 1) * protocol.batch_size / len(images)
-                text = " ".join(f"{loss.item():.3f}" for loss in losses)
-                say(f"linear: epoch {epoch:.1f}/{protocol.epochs:g}  loss {text}  eta {eta}")
+        with Loop("linear", total, say) as loop:
+            for step, batch in enumerate(batches):
+                with torch.no_grad():
+                    features = backbone.forward_features(batch.to(device)[0])  # NxC
+                target = labels[batch.index].to(device)
+                # Each loss reaches its own classifier only, so this trains them side by side.
+                losses = [F.cross_entropy(head(features), target) for head in heads]
+                optimizer.zero_grad(set_to_none=True)
+                torch.stack(losses).sum().backward()
+                for group, base in zip(optimizer.param_groups, protocol.rates, strict=True):
+                    group["lr"] = protocol.rate(base, step, total)
+                optimizer.step()
+                if loop.at(step + 1):
+                    epoch = (step + 1) * protocol.batch_size / len(images)
+                    text = " ".join(f"{loss.item():.3f}" for loss in losses)
+                    loop.tell(f"epoch {epoch:.1f}/{protocol.epochs:g}  loss {text}")
     return heads
 
 
