@@ -17,6 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 from moco_det.errors import UserError
 from moco_det.pictures import compare_runs
@@ -149,6 +150,7 @@ class Demo:
         threads = max(1, cores() // max(1, processes))
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
         indent = max(map(len, commands), default=0)
+        out = sys.stderr if self.quiet else sys.stdout  # a quiet tool has nothing but warnings
         running = []
         for name, (tool, *arguments) in commands.items():
             words = [str(argument) for argument in arguments]
@@ -161,7 +163,7 @@ class Demo:
                 text=True,
                 env=environment,
             )
-            relay = threading.Thread(target=_relay, args=(process, name.ljust(indent)))
+            relay = threading.Thread(target=_relay, args=(process, name.ljust(indent), out))
             relay.start()
             running.append((tool, process, relay))
         try:
@@ -195,7 +197,7 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def _relay(process: subprocess.Popen[str], name: str) -> None:
+def _relay(process: subprocess.Popen[str], name: str, out: TextIO) -> None:
     assert process.stdout is not None
     for line in process.stdout:
-        print(f"  {name}{'  ' if name else ''}{line}", end="", flush=True)
+        print(f"  {name}{'  ' if name else ''}{line}", end="", file=out, flush=True)

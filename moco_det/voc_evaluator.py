@@ -63,7 +63,7 @@ class VOCEvaluator(DatasetEvaluator):
         self.metric = metric or ("11-point" if year == 2007 else "all-point")
         if self.metric not in METRICS:
             raise UserError(f"'{metric}' is no VOC metric: use one of {', '.join(METRICS)}")
-        self._name = dataset_name
+        self._name, self._spec = dataset_name, metadata.get("spec", dataset_name)
         self._classes: list[str] = list(metadata.thing_classes)
         self._output_dir = None if output_dir is None else Path(output_dir)
         self._distributed = distributed
@@ -122,11 +122,9 @@ class VOCEvaluator(DatasetEvaluator):
             used = np.bincount(truth.label[~truth.difficult], minlength=len(used)) > 0
             precisions[:, ~used] = np.nan
             if not used.all():
-                absent = [
-                    name for name, there in zip(self._classes, used, strict=True) if not there
-                ]
+                absent = ", ".join(np.array(self._classes)[~used])
                 logger.warning(
-                    f"{self._name} has no object of {', '.join(absent)}: not in the mean AP"
+                    f"warning: {self._spec} has no object of {absent}: not in the mean AP"
                 )
         # Row by row, and then over the rows: the order in which upstream adds up.
         means = [float(np.mean(row[used])) if used.any() else float("nan") for row in precisions]

@@ -64,3 +64,23 @@ def test_a_station_that_fails_stops_the_demo_with_its_name(
     with pytest.raises(UserError, match="pretrain.py ended with status 1"):
         Demo(demo.folder, TOOLS, scenes=demo.scenes, pretraining=["SOLVER.BATHC_SIZE", "8"]).run()
     assert "did you mean SOLVER.BATCH_SIZE" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_a_quiet_demo_prints_its_tools_warnings_alone_and_on_standard_error(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], quiet: bool
+) -> None:
+    (tmp_path / "tool.py").write_text(
+        "import sys; print('warning: mind this', file=sys.stderr)\n"
+        "if '--quiet' not in sys.argv: print('hello')"
+    )
+    demo = Demo(tmp_path, tools=tmp_path, quiet=quiet)
+    demo.head("1/1  try")
+    demo.tools_side_by_side({"a": ["tool.py"], "bc": ["tool.py", "--seed", "1"]})
+    out, err = capfd.readouterr()
+    warnings = ["  a   warning: mind this", "  bc  warning: mind this"]
+    if quiet:
+        assert (out, sorted(err.splitlines())) == ("", warnings)
+    else:
+        assert err == ""
+        assert {*warnings, "  a   hello", "  bc  hello", "1/1  try"} < set(out.splitlines())

@@ -123,13 +123,16 @@ def test_metrics_equal_detectron2s_to_the_last_bit(tmp_path, registered, year, l
     assert run(own, kept) == results
 
 
-def test_own_data_leave_a_class_without_objects_out_of_the_mean(tmp_path):
+def test_own_data_leave_a_class_without_objects_out_of_the_mean(tmp_path, caplog):
     pairs = write_voc(tmp_path / "VOC", labelled=5)
     name = register(f"voc:{tmp_path / 'VOC'}:test", classes=CLASSES)
     results = run(build_evaluator(name, output_dir=tmp_path), pairs)
     assert np.isnan(results["AP-unlabelled"])
     there = [results[f"AP-{label}"] for label in CLASSES[:5]]
     assert results["AP"] == pytest.approx(np.mean(there))
+    assert caplog.messages == [
+        f"warning: voc:{tmp_path / 'VOC'}:test has no object of unlabelled: not in the mean AP"
+    ]
 
 
 def test_average_precision_of_three_detections_by_hand():
