@@ -56,6 +56,13 @@ def run(folder: Path) -> dict[str, Any]:
         weights = random_backbone(spec["seed"], depth=model.DEPTH, width=model.WIDTH)
         torch.save(weights.state_dict(), checkpoint)
     result["training_seconds"] = time.monotonic() - began
+    if spec["train"]:
+        result |= _probe(checkpoint, spec)
+    result["seconds"] = time.monotonic() - began
+    return result
+
+
+def _probe(checkpoint: Path, spec: dict[str, Any]) -> dict[str, Any]:
     measured = probe(
         Settings(
             str(checkpoint),
@@ -68,11 +75,12 @@ def run(folder: Path) -> dict[str, Any]:
             quick=True,
         )
     )
-    result["knn"], result["linear"] = measured["knn"]["top1"], measured["quick_linear"]["top1"]
-    result["images"] = [measured["train"]["images"], measured["test"]["images"]]
-    result["classes"] = len(measured["classes"])
-    result["seconds"] = time.monotonic() - began
-    return result
+    return {
+        "knn": measured["knn"]["top1"],
+        "linear": measured["quick_linear"]["top1"],
+        "images": [measured["train"]["images"], measured["test"]["images"]],
+        "classes": len(measured["classes"]),
+    }
 
 
 def _last_fifth(path: Path) -> dict[str, float]:

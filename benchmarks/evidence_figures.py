@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.evidence_terms import RANDOM, Cell, Expectation, Figure
+from benchmarks.evidence_methods import methods, scenes
+from benchmarks.evidence_terms import Cell, Expectation, Figure
 
 STEPS, BATCH, WARMUP = 400, 64, 50  # of evidence.yaml
 LEAK_STEPS = 2000
@@ -27,7 +27,8 @@ def figures(steps: int = STEPS) -> list[Figure]:
         _leak(max(50, round(LEAK_STEPS * scale))),
         _steps_to_v2(base),
         _plateau(base),
-        _methods(base),
+        methods(base),
+        scenes(scale),
     ]
 
 
@@ -243,49 +244,4 @@ def _plateau(base: dict[str, Any]) -> Figure:
             for cell in cells[1:]
         ),
         best=False,
-    )
-
-
-def _methods(base: dict[str, Any]) -> Figure:
-    cells = _each_method(base)
-    return Figure(
-        "methods",
-        "All methods at the same number of images seen",
-        "One data set, encoder, optimiser (SGD), learning rate, views and number of images; each"
-        " method has its own head and loss. This is no contest of methods, whose recipes were "
-        "made for batches of thousands, hundreds of epochs and views of their own (SwAV: "
-        "multi-crop), but a test whether each of them learns on one harness. Random weights have "
-        "their BN statistics fitted to the images. Where there is an AP, the weights were "
-        "converted and fine-tuned as a detector, every layer trained, each seed from a "
-        "pre-training of its own; detectors from random weights start as Detectron2 starts them.",
-        cells,
-        ("knn", "linear", "AP", "AP50"),
-        _above_random(cells, ("knn", "linear", "AP")),
-        best=False,
-        detection=True,
-    )
-
-
-def _each_method(base: dict[str, Any]) -> list[Cell]:
-    # Statistics over the whole batch, as the last three papers have them.
-    synchronised = {**base, "MODEL.SYNC_BN": True}
-    # Of SwAV the better of three settings tried on one seed: few prototypes need no queue.
-    few = {"SWAV.PROTOTYPES": 32, "SWAV.QUEUE_SIZE": 0, "SWAV.EPSILON": 0.05}
-    return [
-        Cell(RANDOM, base, trained=False),
-        Cell("MoCo", base),
-        Cell("end-to-end", {**base, "METHOD": "end-to-end"}),
-        Cell("memory bank", {**base, "METHOD": "memory-bank"}),
-        Cell("SimCLR", {**synchronised, "METHOD": "simclr"}),
-        Cell("BYOL", {**synchronised, "METHOD": "byol"}),
-        Cell("SwAV, two crops", {**synchronised, **few, "METHOD": "swav"}),
-    ]
-
-
-def _above_random(cells: Sequence[Cell], metrics: Sequence[str]) -> tuple[Expectation, ...]:
-    return tuple(
-        Expectation("it has learnt something", cell.label, RANDOM, metric)
-        for metric in metrics
-        for cell in cells
-        if cell.trained
     )

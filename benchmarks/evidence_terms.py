@@ -59,6 +59,7 @@ class Figure:
         metrics: in the order of the table's columns; the plots show the first three.
         best: whether to say which cell is best, and what it beats.
         detection: whether its cells are fine-tuned as detectors, too.
+        data: "given", the folders of the command line, or "scenes", the demo's images.
         curve: metric that the plot shows over the run, by the tenths in the results' ``curve``.
     """
 
@@ -72,6 +73,7 @@ class Figure:
     x_label: str = ""
     log_x: bool = False
     detection: bool = False
+    data: str = "given"
     curve: str = ""
 
 

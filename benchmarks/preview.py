@@ -26,7 +26,7 @@ if __name__ == "__main__":  # run as a file: import from the checkout, not from 
 
 import numpy as np
 
-from benchmarks.evidence import ROOT, Job, run_jobs
+from benchmarks.jobs import ROOT, Job, run_jobs
 from moco_det.files import replace_text
 from moco_det.scene_dataset import write_scenes
 from pretrain.errors import UserError, run_tool

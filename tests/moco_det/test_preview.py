@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks.evidence import Job
+from benchmarks.jobs import Job
 from benchmarks.preview import (
     FULL,
     agreement,

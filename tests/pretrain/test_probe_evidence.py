@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import evidence, evidence_cell, evidence_document, evidence_leak
+from benchmarks import evidence, evidence_cell, evidence_document, evidence_leak, jobs
 from benchmarks.evidence_document import (
     Measured,
     best_sentence,
@@ -114,7 +114,7 @@ def test_all_cells_see_as_many_images(steps):
     for figure in figures(steps):
         for cell in figure.cells:
             solver = evidence_cell.config(dict(cell.overrides), seed=0).SOLVER
-            if figure.name == "leak":  # a task of its own
+            if figure.name in ("leak", "scenes"):  # tasks of their own
                 continue
             assert abs(solver.MAX_ITER * solver.BATCH_SIZE - 64 * steps) < solver.BATCH_SIZE
             if figure.name != "plateau":  # which changes the rate itself
@@ -156,15 +156,15 @@ def test_finished_jobs_are_not_repeated_and_failures_are_named_without_stopping_
         (tmp_path / name).mkdir()
         done = tmp_path / name / "result.json"
         script = f"from pathlib import Path; p = Path({str(done)!r}); {code}"
-        return evidence.Job(name, tmp_path / name, [[sys.executable, "-c", script]], done)
+        return jobs.Job(name, tmp_path / name, [[sys.executable, "-c", script]], done)
 
-    jobs = [
+    todo = [
         job("good", "p.write_text(str(int(p.exists())))"),
         job("bad", "raise SystemExit('out of luck')"),
         job("silent", "pass"),  # ends well and leaves nothing
     ]
     for _ in range(2):
-        failures = evidence.run_jobs(jobs, 2, "cells")
+        failures = jobs.run_jobs(todo, 2, "cells")
         assert len(failures) == 2
         assert "out of luck" in " ".join(failures)
     assert (tmp_path / "good" / "result.json").read_text() == "0"
@@ -204,30 +204,41 @@ def test_a_cell_trains_probes_and_writes_what_the_page_needs(tmp_path):
 
 
 def test_a_detector_starts_from_its_cell_or_from_random_weights_in_the_same_network(tmp_path):
-    figure = next(figure for figure in figures() if figure.detection)
+    every = {figure.name: figure for figure in figures()}
     args = evidence.parser().parse_args(
         "--data d --detection voc:a:trainval voc:a:test --detection-iterations 7 "
         "--detection-share 0.2".split()
     )
+    assert evidence.detectors_of(every["momentum"], args, tmp_path) is None
+    scenes = evidence.detectors_of(every["scenes"], args, tmp_path)
+    assert (scenes.protocol, scenes.train) == ("scenes", f"voc:{tmp_path}/voc:train")
+    figure, detectors = every["methods"], evidence.detectors_of(every["methods"], args, tmp_path)
     random, moco = (cell.label for cell in figure.cells[:2])
     folders = {(random, 0): tmp_path / "r", (moco, 2): tmp_path / "m"}
-    jobs = evidence.detection_jobs(figure, folders, args)
+    assert not detectors.jobs(figure, folders)  # nothing has been trained
+    for folder in folders.values():
+        folder.mkdir()
+        (folder / "result.json").write_text('{"knn": 1.0}')
+    found = detectors.jobs(figure, folders)
     for job, protocol, key in zip(
-        jobs, ("VOC-random", "VOC"), ("MODEL.ARCHITECTURE_FROM", "MODEL.WEIGHTS"), strict=True
+        found, ("VOC-random", "VOC"), ("MODEL.ARCHITECTURE_FROM", "MODEL.WEIGHTS"), strict=True
     ):
         convert, train = (" ".join(command) for command in job.commands)
         weights = job.folder / "weights.pkl"
         assert convert.endswith(f"convert.py {job.folder}/run/checkpoint_last.pth -o {weights}")
         assert f"--config {protocol} " in train
+        assert "--train-data voc:a:trainval --test-data voc:a:test " in train
         assert f"{key} {weights} SEED {2 * (job.folder.name == 'm')} SOLVER.MAX_ITER 7 " in train
         assert "DATASETS.LABEL_SHARE 0.2 " in train
         assert job.done == job.folder / "detection-7-share-0.2" / "results.json"
-    (tmp_path / "r" / "detection-7-share-0.2").mkdir(parents=True)
-    (tmp_path / "r" / "result.json").write_text('{"knn": 1.0}')
-    jobs[0].done.write_text('{"bbox": {"AP": 5.0, "AP50": 9.0}}')
-    found = evidence.measurements(folders, evidence.detection_name(args))
-    assert found == {random: [{"seed": 0, "knn": 1.0, "AP": 5.0, "AP50": 9.0}]}
-    assert evidence.measurements(folders, "detection-300") == {random: [{"seed": 0, "knn": 1.0}]}
+    found[0].done.parent.mkdir()
+    found[0].done.write_text('{"bbox": {"AP": 5.0, "AP50": 9.0}}')
+    known = {"seed": 2, "knn": 1.0}
+    assert evidence.measurements(folders, detectors) == {
+        random: [{"seed": 0, "knn": 1.0, "AP": 5.0, "AP50": 9.0}],
+        moco: [known],
+    }
+    assert evidence.measurements(folders, None)[random] == [{"seed": 0, "knn": 1.0}]
 
 
 def test_the_company_is_counted_as_its_words_say():
