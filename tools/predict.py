@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if by_run == (arguments.config is not None) or by_run == (arguments.weights is not None):
         parsing.error("give either --run RUN_DIR, or --config and --weights")
     silence_detectron2()
-    stopped = f"stopped: {arguments.output_dir} holds the pictures so far, without predictions.json"
+    stopped = f"stopped: start again; pictures drawn so far are in {arguments.output_dir}"
     return run_tool(lambda: work(arguments), stopped, also=(OSError,)) or None
 
 
