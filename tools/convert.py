@@ -36,6 +36,8 @@ def parser() -> argparse.ArgumentParser:
     add("--pixel-mean", nargs=3, type=float, metavar="X", help="of 0 to 255 (default: ImageNet's)")
     add("--pixel-std", nargs=3, type=float, metavar="X")
     add("--format", choices=("RGB", "BGR"), help="order of the channels (default RGB)")
+    what = "give every convolution the norm of a fresh one; the output stays the same"
+    add("--rescale", action="store_true", help=what)
     add("--no-proof", action="store_true", help="write without comparing the two networks")
     add("--verbose", action="store_true", help="a line for every tensor of the file")
     add("--quiet", action="store_true", help="print warnings and errors only")
@@ -60,6 +62,7 @@ def work(arguments: argparse.Namespace) -> None:
         pixel_mean=arguments.pixel_mean,
         pixel_std=arguments.pixel_std,
         pixel_format=arguments.format,
+        rescale=arguments.rescale,
         proof=not arguments.no_proof,
     )
     if arguments.quiet:

@@ -1,8 +1,8 @@
 """Any checkpoint of a ResNet -> a file that Detectron2 or torchvision loads, with a proof.
 
 Read in this order: sources.py (the tables), recognise.py (where the encoder is), architecture.py
-(which ResNet it is), accounting.py (what becomes of every tensor), settings.py, proof.py, files.py,
-converter.py.
+(which ResNet it is), accounting.py (what becomes of every tensor), settings.py, rescale.py,
+proof.py, files.py, converter.py.
 """
 
 from moco_det.conversion.converter import Converted, convert

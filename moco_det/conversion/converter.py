@@ -15,9 +15,10 @@ from torch import Tensor
 from moco_det.conversion.accounting import account, canonical_names, select
 from moco_det.conversion.architecture import Architecture, to_detectron2
 from moco_det.conversion.files import load_detectron2_weights, version, write, writer_for
-from moco_det.conversion.proof import TOLERANCE, Proof, prove
+from moco_det.conversion.proof import Proof, prove
 from moco_det.conversion.recognise import flatten, recognise
 from moco_det.conversion.report import Report, odd_values
+from moco_det.conversion.rescale import divide, factors, sentence
 from moco_det.conversion.settings import own_metadata, settings_of
 from moco_det.reader import CheckpointError, read_checkpoint
 
@@ -54,6 +55,7 @@ def convert(
     pixel_mean: Sequence[float] | None = None,
     pixel_std: Sequence[float] | None = None,
     pixel_format: str | None = None,
+    rescale: bool = False,
     proof: bool = True,
 ) -> Converted:
     """Convert the ResNet of any checkpoint.
@@ -72,6 +74,9 @@ def convert(
         pixel_mean, pixel_std: statistics of 0 to 255 that the network was trained with;
             ImageNet's unless the file tells.
         pixel_format: "RGB" (default unless the file tells) or "BGR".
+        rescale: give every convolution the norm of a fresh one, and the running statistics of the
+            norm behind it what goes with that: the same function, which fine-tuning moves more
+            easily (see `moco_det.conversion.rescale`).
         proof: run the network in both libraries and compare.
 
     Returns:
@@ -85,7 +90,7 @@ def convert(
     try:
         return _convert(
             path, to, None if output is None else Path(output), source, prefix, encoder, drop,
-            stride_in_1x1, pixel_mean, pixel_std, pixel_format, proof,
+            stride_in_1x1, pixel_mean, pixel_std, pixel_format, rescale, proof,
         )  # fmt: skip
     except CheckpointError as error:
         if error.path is None:  # said of tensors, far from the file
@@ -108,6 +113,7 @@ def _convert(
     pixel_mean: Sequence[float] | None,
     pixel_std: Sequence[float] | None,
     pixel_format: str | None,
+    rescale: bool,
     proof: bool,
 ) -> Converted:
     if to not in TARGETS:
@@ -143,7 +149,11 @@ def _convert(
     if others := sorted({str(t.dtype) for t in backbone.values()} - {str(d) for d in kept}):
         notes.append(f"{', '.join(others)} became float32")
     backbone = {name: _owned(tensor) for name, tensor in backbone.items()}
-    result = {rename(name): tensor for name, tensor in backbone.items()}
+    grown = factors(backbone, architecture)
+    if said := sentence(grown, divided=rescale):
+        notes.append(said)
+    final = divide(backbone, architecture, grown) if rescale else backbone
+    result = {rename(name): tensor for name, tensor in final.items()}
     metadata = {
         "pixel_mean": [float(v) for v in told["pixel_mean"]],
         "pixel_std": [float(v) for v in told["pixel_std"]],
@@ -154,6 +164,8 @@ def _convert(
         "source_sha256": _sha256(path),
         "version": version(),
     }
+    if rescale:
+        metadata["rescaled"] = max(grown.values())
     roles = dict.fromkeys([found.encoder, *found.others.values()])
     report = Report(
         found.source.name, found.encoder, found.prefix, tuple(roles), architecture, to, entries,
@@ -163,12 +175,12 @@ def _convert(
     del tree, tensors
 
     def check(written: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-        report.proof = _prove(backbone, written, architecture, meta, to)
+        report.proof = _prove(backbone, written, architecture, meta, to, grown if rescale else {})
         if not report.proof.holds:
             oddity = f" ({report.warnings[0]})" if report.warnings else ""
             raise CheckpointError(
-                f"the converted network differs from the source by {report.proof.worst:.1e}, more "
-                f"than {TOLERANCE:.0e}{oddity}: nothing was written.",
+                f"the converted network differs from the source by {report.proof.excess}{oddity}: "
+                "nothing was written.",
                 kind="proof",
                 details=str(report.proof),
             )
@@ -201,14 +213,16 @@ def _prove(
     architecture: Architecture,
     metadata: Mapping[str, Any],
     to: str,
+    divided: Mapping[str, float],
 ) -> Proof:
     """Source in one library, written file in the other; the file's own metadata are believed."""
     statistics = {k: tuple(metadata[k]) for k in ("pixel_mean", "pixel_std")}
     if to == "detectron2":
         target = Architecture.of_metadata(metadata)
-        return prove(backbone, written, architecture, target, **statistics)
+        return prove(backbone, written, architecture, target, divided=divided, **statistics)
     theirs = {str(to_detectron2(name)): tensor for name, tensor in backbone.items()}
-    return prove(written, theirs, architecture, architecture, **statistics)
+    inverse = {name: 1 / factor for name, factor in divided.items()}
+    return prove(written, theirs, architecture, architecture, divided=inverse, **statistics)
 
 
 def _read_back(path: Path, to: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

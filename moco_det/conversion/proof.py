@@ -16,10 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moco_det.conversion.architecture import Architecture, Layer, to_detectron2
+from moco_det.conversion.rescale import running_factors
 from moco_det.reader import CheckpointError
 
 FEATURES = ("stem", "res2", "res3", "res4", "res5")
 TOLERANCE = 1e-4
+EPS_TOLERANCE = 1e-2
 _MOMENTUM, _EPS = 0.1, 1e-5  # torch.nn.BatchNorm2d's defaults, in torchvision and in Detectron2
 
 
@@ -31,11 +33,14 @@ class Proof:
         eval: of stem and res2 to res5, norms with the running statistics.
         train: the same, norms with the batch's statistics.
         statistics: of the running statistics after one training step, by the feature's stage.
+        eps: of a rescaled network, which is compared with its source under the eps that its factors
+            amount to: what that changes, at most, in eval and train mode.
     """
 
     eval: dict[str, float]
     train: dict[str, float]
     statistics: dict[str, float]
+    eps: float = 0.0
 
     @property
     def worst(self) -> float:
@@ -45,8 +50,16 @@ class Proof:
 
     @property
     def holds(self) -> bool:
-        """Whether no stage differs by more than `TOLERANCE`."""
-        return self.worst <= TOLERANCE
+        """Whether no stage differs by more than `TOLERANCE`, nor by the eps's `EPS_TOLERANCE`."""
+        return self.worst <= TOLERANCE and self.eps <= EPS_TOLERANCE
+
+    @property
+    def excess(self) -> str:
+        """What is too large, and the limit."""
+        if self.worst <= TOLERANCE:
+            why = "through the eps of its norms, which weighs more once weights are divided"
+            return f"{self.eps:.1e} {why}, more than {EPS_TOLERANCE:.0e}"
+        return f"{self.worst:.1e}, more than {TOLERANCE:.0e}"
 
     def __str__(self) -> str:
         columns = ((self.eval, 10), (self.train, 10), (self.statistics, 15))
@@ -55,11 +68,18 @@ class Proof:
             f"  {name:<7}" + "".join(f"{c[name]:>{w}.1e}" for c, w in columns) for name in FEATURES
         ]
         verdict = "holds" if self.holds else "FAILS"
+        if self.eps:
+            lines.append(f"  eps    {self.eps:>10.1e}: what it changes, limit {EPS_TOLERANCE:.0e}")
         return "\n".join([*lines, f"  {verdict}: {self.worst:.1e}, limit {TOLERANCE:.0e}"])
 
 
 def resnet_features(
-    tensors: dict[str, Tensor], architecture: Architecture, images: Tensor, *, training: bool
+    tensors: Mapping[str, Tensor],
+    architecture: Architecture,
+    images: Tensor,
+    *,
+    training: bool,
+    factors: Mapping[str, float] | None = None,
 ) -> dict[str, Tensor]:
     """A ResNet in torchvision's layout, straight from its state dict.
 
@@ -67,6 +87,7 @@ def resnet_features(
         tensors: float32, by torchvision name. Running statistics are updated in place when
             ``training``.
         images: float32 (N, 3, H, W), normalised.
+        factors: by the name of a convolution, what multiplies the eps of its norm by its square.
 
     Returns:
         Outputs of "stem" (after the pooling) and "res2" to "res5", (N, C, H / stride, W / stride).
@@ -77,7 +98,8 @@ def resnet_features(
         x = F.conv2d(x, weight, None, layer.stride, layer.kernel // 2, 1, layer.groups)
         gamma, beta = tensors[f"{layer.norm}.weight"], tensors[f"{layer.norm}.bias"]
         mean, var = tensors[f"{layer.norm}.running_mean"], tensors[f"{layer.norm}.running_var"]
-        return F.batch_norm(x, mean, var, gamma, beta, training, _MOMENTUM, _EPS)
+        eps = _EPS * (factors or {}).get(layer.conv, 1.0) ** 2
+        return F.batch_norm(x, mean, var, gamma, beta, training, _MOMENTUM, eps)
 
     x = F.relu(conv_norm(images, architecture.stem))
     x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
@@ -148,6 +170,7 @@ def prove(
     *,
     pixel_mean: tuple[float, ...] = (123.675, 116.28, 103.53),
     pixel_std: tuple[float, ...] = (58.395, 57.12, 57.375),
+    divided: Mapping[str, float] | None = None,
 ) -> Proof:
     """Run both networks, in eval and in train mode, on the same generated images.
 
@@ -157,6 +180,8 @@ def prove(
         source: architecture of the first network.
         target: of the second, as the converted file's metadata tell; the same by default.
         pixel_mean, pixel_std: the statistics, of 0 to 255, that images are normalised with.
+        divided: by torchvision name of a convolution, how many times smaller its weights are meant
+            to be in the second network (see `moco_det.conversion.rescale`).
 
     Returns:
         The differences. Nothing is raised when they are too large: see :attr:`Proof.holds`.
@@ -172,8 +197,10 @@ def prove(
     )
     with torch.no_grad():
         evaluated = _differences(
-            resnet_features(ours, source, images, training=False), network.eval()(images)
+            resnet_features(ours, source, images, training=False, factors=divided),
+            network.eval()(images),
         )
+        eps = _eps_matters(ours, source, images, divided) if divided else 0.0
         # One training step writes the running statistics: into copies of them.
         ours |= {k: v.clone() for k, v in ours.items() if "running_" in k}
         for module in network.modules():
@@ -181,16 +208,41 @@ def prove(
                 for name, value in module.named_buffers(recurse=False):
                     setattr(module, name, value.clone())
         trained = _differences(
-            resnet_features(ours, source, images, training=True), network.train()(images)
+            resnet_features(ours, source, images, training=True, factors=divided),
+            network.train()(images),
         )
     state = network.state_dict()
     statistics = dict.fromkeys(FEATURES, 0.0)
+    smaller = running_factors(source, divided) if divided else {}
     for name, value in ours.items():
         other = to_detectron2(name)
         if "running_" in name and other is not None:
             stage = other.split(".")[0]
+            value = value / smaller.get(name, 1.0)
             statistics[stage] = _max(statistics[stage], _difference(value, state[other]))
-    return Proof(evaluated, trained, statistics)
+    return Proof(evaluated, trained, statistics, eps)
+
+
+def _eps_matters(
+    tensors: Mapping[str, Tensor],
+    architecture: Architecture,
+    images: Tensor,
+    factors: Mapping[str, float],
+) -> float:
+    worst = 0.0
+    for training in (False, True):
+        plain, scaled = (
+            resnet_features(
+                {k: v.clone() if "running_" in k else v for k, v in tensors.items()},
+                architecture,
+                images,
+                training=training,
+                factors=f,
+            )
+            for f in (None, factors)
+        )
+        worst = _max(worst, max(_differences(plain, scaled).values()))
+    return worst
 
 
 def _load(network: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:
