@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.evidence_terms import RANDOM, Cell, Expectation, Figure
 
-SCENES_STEPS, SCENES_WARMUP = 1000, 100
+SCENES_STEPS, SCENES_WARMUP = 600, 80
 
 
 def methods(base: dict[str, Any]) -> Figure:
