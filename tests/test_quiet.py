@@ -182,3 +182,21 @@ def test_a_quiet_doctor_names_only_what_is_not_ok(monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "Python" not in said
     assert "buy some" in said
+
+
+@pytest.mark.parametrize("tool", sorted(p.stem for p in (ROOT / "tools").glob("[a-z]*.py")))
+@pytest.mark.parametrize("as_file", [True, False])
+def test_an_interrupt_among_the_imports_ends_in_one_line(tmp_path, tool, as_file):
+    """In the first seconds; here in torch's place."""
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    how = [ROOT / "tools" / f"{tool}.py"] if as_file else ["-m", f"tools.{tool}"]
+    ran = subprocess.run(
+        [sys.executable, *map(str, how), *("--run", "a") * (tool == "report")],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    if "torch" in ran.stderr or ran.returncode not in (-2, 130):
+        pytest.fail(f"{ran.returncode}: {ran.stderr}")
+    assert ran.stderr == "stopped before anything was begun: start again\n"

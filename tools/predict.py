@@ -7,6 +7,7 @@ from pathlib import Path
 
 if __name__ == "__main__":  # run as a file: import from the checkout, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    import tools  # noqa: F401 (a Ctrl-C during the imports)
 
 from tqdm import tqdm
 
@@ -29,8 +30,7 @@ def parser() -> argparse.ArgumentParser:
     arguments = argparse.ArgumentParser(
         prog="moco-predict",
         description="Draw boxes and masks, or the class of every pixel, on images and videos (or "
-        "all in folders) and write predictions.json beside the pictures. The model is that of a "
-        "fine-tuning run (--run), or a config with weights.",
+        "all in folders), and write predictions.json. The model: --run, or a config with weights.",
     )
     add = arguments.add_argument
     add("images", nargs="+", metavar="IMAGE", help="image, video or folder")

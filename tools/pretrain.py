@@ -10,6 +10,7 @@ from pathlib import Path
 
 if __name__ == "__main__":  # run as a file: import from the checkout, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    import tools  # noqa: F401 (a Ctrl-C during the imports)
 
 from pretrain.config import load_config, recipe_names, split_specs
 from pretrain.errors import UserError, run_tool

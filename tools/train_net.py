@@ -8,6 +8,7 @@ from pathlib import Path
 
 if __name__ == "__main__":  # run as a file: import from the checkout, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    import tools  # noqa: F401 (a Ctrl-C during the imports)
 
 from moco_det.errors import run_tool
 
