@@ -112,6 +112,7 @@ def get_defaults() -> CfgNode:
     cfg.SOLVER.MILESTONES = [0.6, 0.8]  # of "step", as shares of the run: epochs 120, 160 of 200
     cfg.SOLVER.GAMMA = 0.1  # factor at each milestone of "step", or of each decay of "exponential"
     cfg.SOLVER.DECAY_PERIOD = 0  # of "exponential": iterations between two decays
+    cfg.SOLVER.END_SHARE = 0.0  # of "cosine": where it ends, as a share of BASE_LR
     cfg.SOLVER.PRECISION = "float32"  # or bfloat16, float16: autocast in the encoders, for GPUs
     cfg.SOLVER.COMPILE = False  # compile the encoders; minutes at the start of a run
     cfg.SOLVER.WARMUP_ITERS = 0  # iterations in which the rate rises linearly to BASE_LR

@@ -50,13 +50,15 @@ def learning_rate(
     milestones: Sequence[float] = (0.6, 0.8),
     gamma: float = 0.1,
     decay_period: int = 0,
+    end: float = 0.0,
 ) -> float:
     """Learning rate of a step in [0, total).
 
     1. ``step < warmup``: linear from base/warmup to base.
     2. ``step``: times gamma at each milestone passed, milestones as shares of the run
        (MoCo v1: epochs 120 and 160 of 200).
-    3. ``cosine``: half a cosine from base to 0 over the rest of the run (MoCo v2).
+    3. ``cosine``: half a cosine over the rest of the run, from base to the share ``end`` of it
+       (MoCo v2: 0; SwAV: 0.001).
     4. ``exponential``: times gamma after every ``decay_period`` steps (MoCo on Instagram-1B: 0.9
        after every 62,500).
     5. ``constant``: base.
@@ -66,7 +68,12 @@ def learning_rate(
     if schedule == "step":
         return base * gamma ** sum(step >= share * total for share in milestones)
     if schedule == "cosine":
-        return base * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+        if not 0 <= end <= 1:
+            raise UserError(
+                f"SOLVER.END_SHARE is {end:g}: it is a share of SOLVER.BASE_LR, 0 to 1."
+            )
+        half = 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+        return base * (end + (1.0 - end) * half)
     if schedule == "exponential":
         if decay_period < 1:
             raise UserError(

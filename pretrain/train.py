@@ -224,6 +224,7 @@ def _learning_rate(cfg: CfgNode, step: int, total: int, warmup: int) -> float:
         milestones=cfg.SOLVER.MILESTONES,
         gamma=cfg.SOLVER.GAMMA,
         decay_period=cfg.SOLVER.DECAY_PERIOD,
+        end=cfg.SOLVER.END_SHARE,
     )
 
 

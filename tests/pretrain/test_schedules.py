@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from pretrain.config import load_config
 from pretrain.errors import UserError
 from pretrain.schedules import learning_rate, total_steps
 
@@ -22,6 +23,16 @@ def test_step_schedule_drops_at_epochs_120_and_160_of_200(epoch, expected):
 @pytest.mark.parametrize("epoch", [0, 50, 100, 199])
 def test_cosine_is_half_a_cosine_from_the_base_to_zero(epoch):
     assert rate(epoch, "cosine") == pytest.approx(0.03 * (1 + math.cos(math.pi * epoch / 200)) / 2)
+
+
+def test_a_cosine_may_end_above_zero_as_swavs_does():
+    """Caron et al. 2020, Appendix A: from 4.8 to 0.0048."""
+    solver = load_config("swav").SOLVER
+    run = {"base": solver.BASE_LR, "schedule": solver.SCHEDULE, "end": solver.END_SHARE}
+    rates = [learning_rate(step, 1000, **run) for step in (0, 500, 1000)]
+    assert rates == pytest.approx([4.8, (4.8 + 0.0048) / 2, 0.0048])
+    with pytest.raises(UserError, match="SOLVER.END_SHARE is 2"):
+        rate(0, "cosine", end=2)
 
 
 def test_warmup_rises_linearly_to_the_base_and_the_cosine_starts_there():
