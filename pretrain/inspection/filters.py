@@ -60,7 +60,8 @@ class Filters:
             said.append(
                 f"the first convolution has grown to a norm of {self.norm:.0f} from "
                 f"{INITIAL_NORM:.2f}: BN hides it from the loss, and fine-tuning hardly moves such "
-                f"weights; lower SOLVER.BASE_LR or raise SOLVER.WARMUP_ITERS."
+                f"weights; lower SOLVER.BASE_LR, raise SOLVER.WARMUP_ITERS, or divide it out again "
+                f"with tools/convert.py --rescale."
             )
         if self.dead:
             said.append(
