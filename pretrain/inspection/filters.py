@@ -16,6 +16,10 @@ from pretrain.wording import counted
 
 DEAD = 0.01  # of the median norm: such a filter adds nothing
 GROWN = 10.0  # times the norm at the start
+GROWTH_MATTERS = (
+    "BN hides it from the loss, and fine-tuning hardly moves such weights; lower SOLVER.BASE_LR, "
+    "raise SOLVER.WARMUP_ITERS, or divide it out again with tools/convert.py --rescale."
+)
 NOISE = 0.8  # roughness from which on filters look as they did at the start
 INITIAL_NORM = math.sqrt(6)  # of conv1 at any width, see `growth`
 _SIDE = 84  # pixels of a filter: 7 x 7, each weight 12 x 12
@@ -59,9 +63,7 @@ class Filters:
         if self.norm > GROWN * INITIAL_NORM:
             said.append(
                 f"the first convolution has grown to a norm of {self.norm:.0f} from "
-                f"{INITIAL_NORM:.2f}: BN hides it from the loss, and fine-tuning hardly moves such "
-                f"weights; lower SOLVER.BASE_LR, raise SOLVER.WARMUP_ITERS, or divide it out again "
-                f"with tools/convert.py --rescale."
+                f"{INITIAL_NORM:.2f}: {GROWTH_MATTERS}"
             )
         if self.dead:
             said.append(

@@ -16,7 +16,7 @@ from pretrain.errors import UserError
 from pretrain.image_source import Source
 from pretrain.inspection.curves import draw_curves, draw_spectra, last_words
 from pretrain.inspection.dictionary import dictionary_of, judge_prototypes, prototype_use
-from pretrain.inspection.filters import GROWN, draw_filters, growth, measure_filters
+from pretrain.inspection.filters import GROWN, GROWTH_MATTERS, draw_filters, growth, measure_filters
 from pretrain.inspection.findings import Findings
 from pretrain.inspection.geometry import judge, measure
 from pretrain.inspection.neighbours import (
@@ -171,8 +171,7 @@ def _filters(state: Mapping[str, Tensor], seen: Findings) -> None:
     seen.numbers["largest_growth"] = {"layer": name, "factor": factor}
     if factor > GROWN and name != "conv1.weight":
         seen.sentences.append(
-            f"{name} has grown to {factor:.0f} times the norm that it started with: BN hides it "
-            f"from the loss; lower SOLVER.BASE_LR or raise SOLVER.WARMUP_ITERS."
+            f"{name} has grown to {factor:.0f} times the norm it started with: {GROWTH_MATTERS}"
         )
     blocks = " above, ".join(banks) + (" below" if len(banks) > 1 else "")
     seen.draw(f"First convolution: {blocks}", "filters.png", png(draw_filters(banks)))
