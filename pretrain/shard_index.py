@@ -111,14 +111,17 @@ def _count(url: str) -> int:
 def read_samples(url: str) -> Generator[bytes, None, None]:
     """The images of one shard, by webdataset; raises whatever the URL or the tar file raise."""
     wds = _webdataset()
-    stream = wds.gopen.gopen(url)
+    stream, whole = wds.gopen.gopen(url), False
     try:
         files = wds.tariterators.tar_file_expander(
             [{"url": url, "stream": stream}], select_files=_is_image
         )
         for sample in wds.tariterators.group_by_keys(files):
             yield next(value for key, value in sample.items() if key in _SUFFIXES)
+        whole = True
     finally:
+        if not whole and (command := getattr(stream, "proc", None)) is not None:
+            command.kill()  # it would wait for ever if a forked worker holds the pipe's other end
         with suppress(OSError):  # from the command behind a pipe that is closed early
             stream.close()
 

@@ -1,6 +1,10 @@
 import json
+import os
+import signal
 import sys
 import tarfile
+import threading
+import time
 import tracemalloc
 from collections import Counter
 from io import BytesIO
@@ -14,6 +18,7 @@ from PIL import Image
 from pretrain import shards
 from pretrain.errors import UserError
 from pretrain.loader import build_batches
+from pretrain.shard_index import read_samples
 from pretrain.shards import ShardSource
 from pretrain.sources import open_source
 from pretrain.views import view_recipes
@@ -290,3 +295,24 @@ def test_without_webdataset_the_error_names_the_extra(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "webdataset", None)
     with pytest.raises(UserError, match=r"pip install 'moco-det\[shards\]'"):
         on_disk(folder)
+
+
+def test_a_command_is_let_go_early_even_if_a_forked_worker_holds_its_pipe(tmp_path):
+    """More than a pipe holds, so that the command cannot end by itself."""
+    with webdataset.TarWriter(str(tmp_path / "big.tar")) as writer:
+        for n in range(8):
+            writer.write({"__key__": f"{n}", "jpg": bytes(100_000)})
+    samples = read_samples(f"pipe:cat {tmp_path / 'big.tar'}")
+    next(samples)
+    worker = os.fork()
+    if not worker:
+        time.sleep(600)
+        os._exit(0)
+    try:
+        closing = threading.Thread(target=samples.close, daemon=True)
+        closing.start()
+        closing.join(20)
+        assert not closing.is_alive()
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        os.waitpid(worker, 0)
