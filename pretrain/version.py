@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 # are setup.py's lower bounds and the pins of requirements/oldest.txt; the newest are those of
 # requirements/constraints.txt.
 TESTED = {
-    "python": ("3.10", "3.11"),
+    "python": ("3.10", "3.13"),
     "torch": ("2.1.0", "2.14.1"),
     "torchvision": ("0.16.0", "0.29.1"),
     "numpy": ("1.24.0", "2.4.6"),
