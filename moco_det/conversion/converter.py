@@ -33,7 +33,8 @@ class Converted:
         tensors: float32 (counters int64), by the target's names, in the network's order.
         metadata: pixel_mean and pixel_std (of 0 to 255, in the order of "format"), format,
             stride_in_1x1, depth, num_groups, width_per_group, stem_out_channels,
-            res2_out_channels, source, encoder, source_sha256, version.
+            res2_out_channels, source, encoder, source_sha256, version; with ``rescale`` also
+            rescaled, the largest factor that a convolution was divided by.
         report: what became of every tensor of the file, warnings, and the proof.
     """
 
