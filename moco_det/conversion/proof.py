@@ -196,21 +196,18 @@ def prove(
         3, 1, 1
     )
     with torch.no_grad():
-        evaluated = _differences(
-            resnet_features(ours, source, images, training=False, factors=divided),
-            network.eval()(images),
-        )
-        eps = _eps_matters(ours, source, images, divided) if divided else 0.0
+        outputs = {False: resnet_features(ours, source, images, training=False, factors=divided)}
+        evaluated = _differences(outputs[False], network.eval()(images))
         # One training step writes the running statistics: into copies of them.
+        before = dict(ours)
         ours |= {k: v.clone() for k, v in ours.items() if "running_" in k}
         for module in network.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 for name, value in module.named_buffers(recurse=False):
                     setattr(module, name, value.clone())
-        trained = _differences(
-            resnet_features(ours, source, images, training=True, factors=divided),
-            network.train()(images),
-        )
+        outputs[True] = resnet_features(ours, source, images, training=True, factors=divided)
+        trained = _differences(outputs[True], network.train()(images))
+        eps = _eps_matters(before, source, images, outputs) if divided else 0.0
     state = network.state_dict()
     statistics = dict.fromkeys(FEATURES, 0.0)
     smaller = running_factors(source, divided) if divided else {}
@@ -227,20 +224,13 @@ def _eps_matters(
     tensors: Mapping[str, Tensor],
     architecture: Architecture,
     images: Tensor,
-    factors: Mapping[str, float],
+    outputs: Mapping[bool, dict[str, Tensor]],
 ) -> float:
+    """By how much the outputs, by whether in training, differ from those under the usual eps."""
     worst = 0.0
-    for training in (False, True):
-        plain, scaled = (
-            resnet_features(
-                {k: v.clone() if "running_" in k else v for k, v in tensors.items()},
-                architecture,
-                images,
-                training=training,
-                factors=f,
-            )
-            for f in (None, factors)
-        )
+    for training, scaled in outputs.items():
+        copies = {k: v.clone() if "running_" in k else v for k, v in tensors.items()}
+        plain = resnet_features(copies, architecture, images, training=training)
         worst = _max(worst, max(_differences(plain, scaled).values()))
     return worst
 
