@@ -37,13 +37,14 @@ test: $(STAMP)
 coverage: $(STAMP)
 	$(BIN)/coverage erase
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -o timeout=900 --cov --cov-report=
+	$(BIN)/coverage report --include='moco_common/*' --skip-covered --fail-under 90
 	$(BIN)/coverage report --include='pretrain/*' --skip-covered --fail-under 90
 	$(BIN)/coverage report --include='moco_det/*' --skip-covered --fail-under 90
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy -p pretrain -p moco_det
+	$(BIN)/mypy -p moco_common -p pretrain -p moco_det
 
 # Slow and by hand: kill -9 and resume, over and over; compiled training; readers on broken files.
 soak: $(STAMP)
@@ -53,7 +54,7 @@ soak: $(STAMP)
 
 # make evidence DATA=FOLDER [TEST=FOLDER] [EVIDENCE='--detection voc:DIR:trainval voc:DIR:test']
 evidence: $(STAMP)
-	$(BIN)/python benchmarks/evidence.py --data $(DATA) $(if $(TEST),--test $(TEST)) $(EVIDENCE)
+	$(BIN)/python benchmarks/evidence/run.py --data $(DATA) $(if $(TEST),--test $(TEST)) $(EVIDENCE)
 
 bench-pretrain: $(STAMP)
 	$(BIN)/python benchmarks/views.py

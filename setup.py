@@ -1,4 +1,4 @@
-"""Packaging: two packages, their recipes as package data, and the command lines as console scripts.
+"""Packaging: three packages, their recipes as data, and the command lines as console scripts.
 
 Neither torch nor detectron2 is ever replaced: their ranges are wide, and detectron2 (which is not
 on the package index under its own name) is not declared at all, see README.md, "Installation".
@@ -10,12 +10,13 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-FACTS = runpy.run_path(str(HERE / "pretrain" / "version.py"))
+FACTS = runpy.run_path(str(HERE / "moco_common" / "version.py"))
 OLDEST = {name: oldest for name, (oldest, _) in FACTS["TESTED"].items()}
 REQUIRED = [name for name in OLDEST if name not in ("python", "opencv-python-headless")]
 FIRST, LAST = (int(version.removeprefix("3.")) for version in FACTS["TESTED"]["python"])
 TOOLS = ("pretrain", "inspect_run", "probe", "convert", "train_net", "report", "predict")
 TOOLS += ("doctor", "demo")
+PACKAGES = ("moco_common", "pretrain", "moco_det")
 
 setup(
     name="moco-det",
@@ -26,7 +27,7 @@ setup(
     license="Apache-2.0",
     python_requires=f">={OLDEST['python']}",
     packages=[
-        *find_packages(include=["pretrain", "pretrain.*", "moco_det", "moco_det.*"]),
+        *find_packages(include=[f"{name}{part}" for name in PACKAGES for part in ("", ".*")]),
         "pretrain.configs",
         "moco_det.configs",
         "moco_tools",
@@ -39,6 +40,7 @@ setup(
         "moco_tools": "tools",
     },
     package_data={
+        "moco_common": ["py.typed"],
         "pretrain": ["py.typed"],
         "moco_det": ["py.typed"],
         "pretrain.configs": ["*.yaml"],

@@ -24,7 +24,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from moco_det.coco_metrics import TASKS, coco_metrics
+from moco_det.evaluation.coco_metrics import TASKS, coco_metrics
 
 WIDTH, HEIGHT = 640, 480
 OBJECTS_PER_IMAGE = 7.35  # val2017: 36,781 in 5,000 images

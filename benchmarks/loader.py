@@ -26,11 +26,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pretrain.image_source import Source
-from pretrain.loader import build_batches
-from pretrain.shards import ShardSource
-from pretrain.sources import open_source
-from pretrain.views import view_recipes
+from pretrain.data.loader import build_batches
+from pretrain.data.shards import ShardSource
+from pretrain.data.source_base import Source
+from pretrain.data.sources import open_source
+from pretrain.data.transforms.recipes import view_recipes
 
 FILES = 16
 SHARD = 1000  # images in a shard

@@ -26,10 +26,10 @@ if __name__ == "__main__":  # run as a file: import from the checkout, not from 
 
 import numpy as np
 
-from benchmarks.jobs import ROOT, Job, run_jobs
-from moco_det.files import replace_text
-from moco_det.scene_dataset import write_scenes
-from pretrain.errors import UserError, run_tool
+from benchmarks.evidence.jobs import ROOT, Job, run_jobs
+from moco_common.errors import UserError, run_tool
+from moco_common.files import replace_text
+from moco_det.demo.scene_dataset import write_scenes
 
 FULL = "full"
 # Share of the labels, and of the full schedule's length: COCO's 12k is a preview by length alone,

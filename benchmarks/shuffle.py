@@ -27,9 +27,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moco_common.launch import launch
 from pretrain.distributed import permute_batch
-from pretrain.encoders import normalize
-from pretrain.launch import launch
+from pretrain.modeling.resnet import normalize
 
 WORLDS, TIMED = (2, 4, 8), (2, 4)
 PERMUTATIONS = 5  # that bytes are counted over; how many images stay at home differs

@@ -24,12 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.turns import take_turns
-from pretrain.encoders import ResNet
+from pretrain.engine.train_step import TrainStep
 from pretrain.losses import info_nce
 from pretrain.methods.moco import MoCo
-from pretrain.methods.networks import mlp_head
+from pretrain.modeling.heads import mlp_head
+from pretrain.modeling.resnet import ResNet
 from pretrain.profiling import StageClock
-from pretrain.step import TrainStep
 
 KEYS, DIM, TEMPERATURE, MOMENTUM = 65536, 128, 0.2, 0.999
 

@@ -27,11 +27,11 @@ from PIL import Image, ImageFilter
 from torchvision import transforms
 
 from benchmarks.turns import take_turns
-from pretrain.decoding import decode
-from pretrain.image_source import Source
-from pretrain.loader import build_batches
-from pretrain.sources import open_source
-from pretrain.views import ViewRecipe, view_recipes
+from pretrain.data.decoding import decode
+from pretrain.data.loader import build_batches
+from pretrain.data.source_base import Source
+from pretrain.data.sources import open_source
+from pretrain.data.transforms.recipes import ViewRecipe, view_recipes
 
 Pipeline = Callable[[], object]  # makes the views of all images, anew at each call
 

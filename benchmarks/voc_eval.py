@@ -26,7 +26,7 @@ from detectron2.evaluation import PascalVOCDetectionEvaluator
 from detectron2.evaluation.pascal_voc_evaluation import parse_rec
 from detectron2.structures import Boxes, Instances
 
-from moco_det.voc_evaluator import VOCEvaluator
+from moco_det.evaluation.pascal_voc_evaluation import VOCEvaluator
 
 OBJECT = (
     "<object><name>{}</name><pose>Unspecified</pose><truncated>0</truncated>"

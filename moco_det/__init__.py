@@ -2,8 +2,6 @@
 
 import warnings
 
-from moco_det.errors import UserError
-
 try:
     import cv2  # noqa: F401
 except ModuleNotFoundError:
@@ -12,7 +10,6 @@ except ModuleNotFoundError:
         "it: pip install opencv-python-headless.",
         name="cv2",
     ) from None
-
 with warnings.catch_warnings():
     # pkg_resources and torch.jit.script are Detectron2's affair: a user can do nothing about them.
     warnings.simplefilter("ignore")
@@ -28,11 +25,12 @@ with warnings.catch_warnings():
             name="detectron2",
         ) from None
     # Heads and backbone register themselves by name.
-    from moco_det import necks, semantic  # noqa: F401
-    from moco_det.convert import Converted, convert, load_detectron2_weights
-    from moco_det.heads import Res5ROIHeadsExtraNorm
-    from moco_det.keys import add_moco_det_config
-    from moco_det.protocols import get_protocol, load_config, protocol_names
+    from moco_common.errors import UserError
+    from moco_det.config.defaults import add_moco_det_config
+    from moco_det.config.protocols import get_protocol, load_config, protocol_names
+    from moco_det.conversion import Converted, convert, load_detectron2_weights
+    from moco_det.modeling import backbone, sem_seg_head  # noqa: F401
+    from moco_det.modeling.roi_heads import Res5ROIHeadsExtraNorm
 
 __all__ = [
     "Converted",

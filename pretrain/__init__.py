@@ -9,6 +9,6 @@ except ModuleNotFoundError:
         name="cv2",
     ) from None
 
-from pretrain.version import __version__
+from moco_common.version import __version__
 
 __all__ = ["__version__"]

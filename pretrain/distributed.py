@@ -1,65 +1,19 @@
-"""Every collective of this package. With one rank each is the identity.
+"""Collectives of the methods. With one rank each is the identity.
 
 The same calls run on one process, on gloo processes on CPUs and on NCCL processes on GPUs. All
-ranks must make each call, in the same order. `pretrain.launch` starts the ranks.
+ranks must make each call, in the same order. `moco_common.launch` starts the ranks.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-
-def world_size() -> int:
-    """Number of ranks."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def rank() -> int:
-    """This one's number, from 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def device() -> torch.device:
-    """This rank's device: its own GPU where there are GPUs, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
-
-
-def all_gather(x: Tensor) -> Tensor:
-    """Concatenate equally shaped tensors of all ranks in rank order.
-
-    Carries the gradient: each rank receives the sum, over all ranks, of the gradients with respect
-    to its own rows. With gradients averaged over the ranks afterwards (as `wrap` does), that is the
-    gradient of the mean of the ranks' losses.
-
-    Shape: (n, ...) on each of W ranks -> (W*n, ...) on every rank.
-    """
-    return x if world_size() == 1 else _AllGather.apply(x)
-
-
-class _AllGather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        x = x.contiguous()
-        parts = [torch.empty_like(x) for _ in range(world_size())]
-        dist.all_gather(parts, x)
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        # Every rank sends each other rank that one's rows; summed in rank order, so that the
-        # result does not depend on the algorithm of a reduction.
-        gradient = gradient.contiguous()
-        received = torch.empty_like(gradient)
-        dist.all_to_all_single(received, gradient)
-        return torch.sum(received.unflatten(0, (world_size(), -1)), 0)
+from moco_common.comm import all_gather, device, rank, world_size
 
 
 @torch.no_grad()
@@ -93,35 +47,6 @@ def all_gather_text(text: str) -> list[str]:
     padded[0, : len(mine)] = mine
     rows = all_gather(padded).cpu()  # Wx(length of the longest)
     return [bytes(row[:n].tolist()).decode() for row, n in zip(rows, lengths, strict=True)]
-
-
-def maximum(value: int) -> int:
-    """The largest of the ranks' values."""
-    return value if world_size() == 1 else start_maximum(value)()
-
-
-def start_maximum(value: int) -> Callable[[], int]:
-    """Begin to find the maximum over the ranks. Calling the result waits for it and returns it, so
-    that with a step between the two nobody waits, and no GPU is held up."""
-    x = torch.tensor([value], device=device())
-    exchange = dist.all_reduce(x, op=dist.ReduceOp.MAX, async_op=True)
-    if x.device.type == "cpu":
-
-        def read() -> int:
-            exchange.wait()
-            return int(x)
-
-        return read
-    exchange.wait()  # orders the stream, without holding up this thread
-    host = torch.empty(1, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
-    arrived = torch.cuda.Event()
-    arrived.record()
-
-    def read_copy() -> int:
-        arrived.synchronize()
-        return int(host)
-
-    return read_copy
 
 
 def permute_batch(x: Tensor, permutation: Tensor) -> Tensor:
@@ -195,9 +120,3 @@ def wrap(module: nn.Module) -> nn.Module:
         return nn.parallel.DistributedDataParallel(
             module, device_ids=[gpu] if gpu.type == "cuda" else None, broadcast_buffers=False
         )
-
-
-def barrier() -> None:
-    """Wait until all ranks are here."""
-    if world_size() > 1:
-        dist.barrier()

@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from pretrain import distributed
-from pretrain.errors import UserError
-from pretrain.wording import counted
+from moco_common import comm
+from moco_common.errors import UserError
+from moco_common.text import counted
 
 T = TypeVar("T")
 _clock: StageClock | None = None  # the one that runs, if any; stages report to it
@@ -157,7 +157,7 @@ class Profiler:
         self._advance()
         if self._done < self._end:
             self._stop()
-            if distributed.rank() == 0:
+            if comm.rank() == 0:
                 self.say(
                     f"warning: --profile {self.steps} tells nothing, because it needs {self._end} "
                     f"iterations and the run ended after {self._done}"
@@ -182,7 +182,7 @@ class Profiler:
             self._trace.start()
         elif self._done == self._end:
             self._trace.stop()
-            if distributed.rank() == 0:
+            if comm.rank() == 0:
                 self._report()
 
     def _stop(self) -> None:

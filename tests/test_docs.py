@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-import moco_det.keys
-import moco_det.protocols
-import pretrain.config
+import moco_det.config.defaults
+import moco_det.config.protocols
+import pretrain.config.defaults
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -63,7 +63,11 @@ def test_a_documented_command_line_is_accepted(tool, words):
         len(words),
     )
     overrides = words[first:]
-    load = pretrain.config.load_config if tool == "pretrain" else moco_det.protocols.load_config
+    load = (
+        pretrain.config.defaults.load_config
+        if tool == "pretrain"
+        else moco_det.config.protocols.load_config
+    )
     load(config, [word for word in overrides if not word.startswith("--")])
 
 
@@ -71,7 +75,7 @@ def test_there_are_commands_to_check():
     assert len(EVERY) > 20
 
 
-@pytest.mark.parametrize("name", moco_det.protocols.protocol_names())
+@pytest.mark.parametrize("name", moco_det.config.protocols.protocol_names())
 def test_every_protocol_is_documented(name):
     text = (ROOT / "docs" / "protocols.md").read_text(encoding="utf-8")
     family = re.sub(r"(12k|1x|2x)", "", name)
@@ -79,7 +83,7 @@ def test_every_protocol_is_documented(name):
     assert family in listed or name == "scenes"
 
 
-@pytest.mark.parametrize("name", pretrain.config.recipe_names())
+@pytest.mark.parametrize("name", pretrain.config.defaults.recipe_names())
 def test_every_recipe_is_documented(name):
     text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
     assert f"`{name}`" in text or name == "scenes"
@@ -88,8 +92,8 @@ def test_every_recipe_is_documented(name):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_key_that_a_page_names_exists(page):
     known = {
-        *pretrain.config.leaves(pretrain.config.get_defaults()),
-        *moco_det.keys.flatten(moco_det.keys.default_config()),
+        *pretrain.config.defaults.leaves(pretrain.config.defaults.get_defaults()),
+        *moco_det.config.defaults.flatten(moco_det.config.defaults.default_config()),
     }
     sections = {key.partition(".")[0] for key in known if "." in key}
     named = re.findall(r"`([A-Z]+)\.([A-Z0-9_.]*[A-Z0-9])", page.read_text(encoding="utf-8"))

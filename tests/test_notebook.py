@@ -6,7 +6,6 @@ import pytest
 
 nbclient = pytest.importorskip("nbclient", reason="pip install 'moco-det[docs]'")
 nbformat = pytest.importorskip("nbformat")
-
 ROOT = Path(__file__).parents[1]
 
 

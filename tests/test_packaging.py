@@ -50,7 +50,7 @@ def run(installed, *words):
 
 def test_protocols_and_recipes_travel_inside_the_wheel(installed):
     code = (
-        "import moco_det, pretrain.config as p, moco_det.protocols as d;"
+        "import moco_det, pretrain.config.defaults as p, moco_det.config.protocols as d;"
         "print(moco_det.__file__); print(p.recipe_names(), d.protocol_names());"
         "print(p.load_config('moco-v2').MOCO.MLP, d.get_protocol('VOC').SOLVER.MAX_ITER)"
     )
@@ -114,12 +114,13 @@ def test_without_opencv_one_sentence_says_how_to_get_it(installed, package):
 
 
 def test_without_detectron2_one_sentence_says_how_to_get_it_and_pretrain_works(installed):
-    block = "import sys; sys.modules['detectron2'] = None; import pretrain.train; import moco_det"
+    block = "import sys; sys.modules['detectron2'] = None; "
+    block += "import pretrain.engine.train_loop; import moco_det"
     done = run(installed, "-c", block)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("ModuleNotFoundError: moco_det needs Detectron2")
-    assert "pretrain" not in done.stderr.replace("import pretrain.train", "")
+    assert "pretrain" not in done.stderr.replace("import pretrain.engine.train_loop", "")
 
 
 def contents(site):

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from moco_det.progress import follow
-from pretrain.machine import WARNING, Finding
+from moco_common.progress import follow
+from pretrain.doctor.machine import WARNING, Finding
 from tests.conftest import QUICK
 from tests.pretrain.runs import write_photographs
 from tests.test_docs_walk import TINY
@@ -59,7 +59,7 @@ def test_a_quiet_tool_prints_nothing_at_all(tmp_path, voc_dir):
 
 def test_a_loop_is_followed_by_plain_lines_in_a_file(capsys, monkeypatch):
     clock = iter(range(0, 1000, 7))
-    monkeypatch.setattr("moco_det.progress.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("moco_common.progress.time.perf_counter", lambda: next(clock))
     assert list(follow("abcd", 4, "looking")) == list("abcd")
     assert capsys.readouterr().err == "looking 2/4  eta 0:00:14\nlooking 4/4  eta 0:00:00\n"
     assert list(follow("abcd", 4, "looking", quiet=True)) == list("abcd")
@@ -68,7 +68,7 @@ def test_a_loop_is_followed_by_plain_lines_in_a_file(capsys, monkeypatch):
 
 IMPORTS = "from pathlib import Path; from types import SimpleNamespace"
 PRETRAINING = """
-from pretrain.progress import Progress
+from pretrain.engine.progress import Progress
 progress = Progress(Path("."), start=0, total=4, batch_size=8)
 for step in range(1, 5):
     progress.advance()
@@ -76,7 +76,7 @@ for step in range(1, 5):
 progress.close()
 """
 FINE_TUNING = """
-from moco_det.progress import TerminalBar, log, logging_to
+from moco_det.engine.console_log import TerminalBar, log, logging_to
 with logging_to(Path("."), rank=0):
     bar = TerminalBar()
     bar.trainer = SimpleNamespace(iter=0, max_iter=4)
@@ -87,14 +87,14 @@ with logging_to(Path("."), rank=0):
     bar.after_train()
 """
 LOOP = """
-from moco_det.progress import follow
+from moco_common.progress import follow
 from tqdm import tqdm
 sys.stderr = sys.stdout
 for step in follow(range(1, 5), 4, "predicting"):
     tqdm.write(f"iter {step}/4  hello", file=sys.stderr)
 """
 MEASURING = """
-from pretrain import progress
+from moco_common import progress
 clock = iter(range(0, 100, 7))
 progress.time.monotonic = lambda: next(clock)
 with progress.Loop("features", 4) as loop:

@@ -9,8 +9,8 @@ if __name__ == "__main__":  # run as a file: import from the checkout, not from 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     import tools  # noqa: F401 (a Ctrl-C during the imports)
 
-from moco_det.convert import convert
-from moco_det.errors import UserError, run_tool
+from moco_common.errors import UserError, run_tool
+from moco_det.conversion import convert
 
 
 def parser() -> argparse.ArgumentParser:

@@ -12,8 +12,8 @@ if __name__ == "__main__":  # run as a file: import from the checkout, not from 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     import tools  # noqa: F401 (a Ctrl-C during the imports)
 
-from moco_det.demo import Demo
-from moco_det.errors import run_tool
+from moco_common.errors import run_tool
+from moco_det.demo.walk import Demo
 
 
 def main(argv: Sequence[str] | None = None) -> int:

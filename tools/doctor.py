@@ -12,9 +12,9 @@ if __name__ == "__main__":  # run as a file: import from the checkout, not from 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     import tools  # noqa: F401 (a Ctrl-C during the imports)
 
-from pretrain.doctor import examine, report
-from pretrain.errors import run_tool
-from pretrain.machine import FAILURE, WARNING
+from moco_common.errors import run_tool
+from pretrain.doctor.machine import FAILURE, WARNING
+from pretrain.doctor.report import examine, report
 
 MARKS = {"ok": "ok  ", WARNING: "warn", FAILURE: "FAIL"}
 

@@ -12,10 +12,10 @@ if __name__ == "__main__":  # run as a file: import from the checkout, not from 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     import tools  # noqa: F401 (a Ctrl-C during the imports)
 
-from pretrain.errors import run_tool
+from moco_common.errors import run_tool
+from moco_common.hardware import cpu_count
+from moco_common.progress import silent
 from pretrain.inspection import Settings, inspect_run
-from pretrain.machine import cpu_count
-from pretrain.progress import silent
 
 EPILOG = """examples:
   inspect_run.py runs/moco                                # what it was trained on

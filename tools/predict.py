@@ -11,19 +11,20 @@ if __name__ == "__main__":  # run as a file: import from the checkout, not from 
 
 from tqdm import tqdm
 
-from moco_det.errors import run_tool
-from moco_det.predict import (
+from moco_common.errors import run_tool
+from moco_common.progress import follow
+from moco_common.text import counted
+from moco_det.config.protocols import load_config
+from moco_det.engine.console_log import silence_detectron2
+from moco_det.inference.predict_folder import predict
+from moco_det.inference.predictor import (
     Segmenter,
     build_predictor,
     count_pictures,
     find_images,
     predictor_of_run,
 )
-from moco_det.predictions import predict
-from moco_det.progress import follow, silence_detectron2
-from moco_det.protocols import load_config
-from moco_det.video import is_video
-from moco_det.wording import counted
+from moco_det.inference.video import is_video
 
 
 def parser() -> argparse.ArgumentParser:

@@ -12,14 +12,14 @@ if __name__ == "__main__":  # run as a file: import from the checkout, not from 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     import tools  # noqa: F401 (a Ctrl-C during the imports)
 
-from pretrain.config import load_config, recipe_names, split_specs
-from pretrain.errors import UserError, run_tool
-from pretrain.explain import explain_key, explain_run
-from pretrain.interrupt import Stopped
-from pretrain.launch import launch, restarted
-from pretrain.show_views import write_views
-from pretrain.slurm import split_settings, submit
-from pretrain.train import train
+from moco_common.errors import UserError, run_tool
+from moco_common.launch import launch, restarted
+from moco_common.stopping import Stopped
+from pretrain.config.defaults import load_config, recipe_names, split_specs
+from pretrain.engine.explain import explain_key, explain_run
+from pretrain.engine.slurm import split_settings, submit
+from pretrain.engine.train_loop import train
+from pretrain.visualization.views import write_views
 
 
 def parser() -> argparse.ArgumentParser:

@@ -13,13 +13,13 @@ if __name__ == "__main__":  # run as a file: import from the checkout, not from 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     import tools  # noqa: F401 (a Ctrl-C during the imports)
 
-from pretrain.config import load_config
-from pretrain.errors import run_tool
-from pretrain.machine import cpu_count
+from moco_common.errors import run_tool
+from moco_common.hardware import cpu_count
+from moco_common.progress import silent
+from pretrain.config.defaults import load_config
 from pretrain.probe.knn import TEMPERATURE, K
 from pretrain.probe.linear import RATES, LinearProtocol
 from pretrain.probe.run import Settings, probe, summary, write
-from pretrain.progress import silent
 
 EPILOG = """examples:
   probe.py runs/moco-v2/checkpoint_last.pth --train imagenet/train --test imagenet/val --linear

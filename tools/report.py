@@ -9,9 +9,9 @@ if __name__ == "__main__":  # run as a file: import from the checkout, not from 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     import tools  # noqa: F401 (a Ctrl-C during the imports)
 
-from moco_det.errors import run_tool
-from moco_det.report import build_report
-from moco_det.runs import read_runs
+from moco_common.errors import run_tool
+from moco_det.report.build import build_report
+from moco_det.report.runs import read_runs
 
 
 def parser() -> argparse.ArgumentParser:

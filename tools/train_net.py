@@ -10,7 +10,8 @@ if __name__ == "__main__":  # run as a file: import from the checkout, not from 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     import tools  # noqa: F401 (a Ctrl-C during the imports)
 
-from moco_det.errors import run_tool
+import moco_det  # noqa: F401 (a Ctrl-C during the imports)
+from moco_common.errors import run_tool
 
 EPILOG = """examples:
   train_net.py --config VOC --output-dir runs/voc-moco MODEL.WEIGHTS moco.pkl
@@ -58,8 +59,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def work(args: argparse.Namespace) -> int | None:
-    from moco_det.explain import explain
-    from moco_det.launch import Options, train_net
+    from moco_det.engine.explain import explain
+    from moco_det.engine.setup import Options
+    from moco_det.engine.train_net import train_net
 
     options = Options(**vars(args))
     return explain(options) if args.explain is not None else train_net(options)

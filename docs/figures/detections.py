@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from moco_det.pictures import compare_runs
+from moco_det.report.example_images import compare_runs
 
 WIDTH = 720  # pixels
 

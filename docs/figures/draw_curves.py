@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib
 
 from pretrain.inspection.curves import draw_curves, save_figure
-from pretrain.inspection.run import open_run
+from pretrain.inspection.run_directory import open_run
 
 HERE = Path(__file__).parent
 RECORDS = HERE / "curves"

@@ -5,11 +5,11 @@ Read in this order: sources.py (the tables), recognise.py (where the encoder is)
 proof.py, files.py, converter.py.
 """
 
+from moco_common.reader.errors import CheckpointError
+from moco_det.conversion.account import Entry, Report
 from moco_det.conversion.converter import Converted, convert
-from moco_det.conversion.files import Weights, load_detectron2_weights
 from moco_det.conversion.proof import Proof, prove
-from moco_det.conversion.report import Entry, Report
-from moco_det.reader import CheckpointError
+from moco_det.conversion.weight_files import Weights, load_detectron2_weights
 
 __all__ = [
     "CheckpointError",

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moco_det.reader import CheckpointError
+from moco_common.reader.errors import CheckpointError
 
 NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 _BLOCKS: dict[tuple[str, tuple[int, ...]], int] = {

@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moco_det.conversion.accounting import account, canonical_names, select
+from moco_common.reader.errors import CheckpointError
+from moco_common.reader.formats import read_checkpoint
+from moco_det.conversion.account import Report, odd_values
+from moco_det.conversion.account_tensors import account, canonical_names, select
 from moco_det.conversion.architecture import Architecture, to_detectron2
-from moco_det.conversion.files import load_detectron2_weights, version, write, writer_for
+from moco_det.conversion.find_encoder import flatten, recognise
+from moco_det.conversion.pixel_settings import own_metadata, settings_of
 from moco_det.conversion.proof import Proof, prove
-from moco_det.conversion.recognise import flatten, recognise
-from moco_det.conversion.report import Report, odd_values
 from moco_det.conversion.rescale import divide, factors, sentence
-from moco_det.conversion.settings import own_metadata, settings_of
-from moco_det.reader import CheckpointError, read_checkpoint
+from moco_det.conversion.weight_files import load_detectron2_weights, version, write, writer_for
 
 TARGETS = ("detectron2", "torchvision")
 

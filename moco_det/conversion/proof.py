@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moco_common.reader.errors import CheckpointError
 from moco_det.conversion.architecture import Architecture, Layer, to_detectron2
 from moco_det.conversion.rescale import running_factors
-from moco_det.reader import CheckpointError
 
 FEATURES = ("stem", "res2", "res3", "res4", "res5")
 TOLERANCE = 1e-4

@@ -9,12 +9,12 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pretrain.files import replace_file
+from moco_common.files import replace_file
+from pretrain.engine.health_monitor import Monitor
 from pretrain.inspection.geometry import Geometry
-from pretrain.monitor import REMEDIES, Monitor
+from pretrain.methods.base import REMEDIES
 
 Records = Sequence[Mapping[str, float]]
-
 # Title and factor of what a run records, in the order in which it is drawn.
 PANELS: dict[str, tuple[str, float]] = {
     "loss": ("loss", 1),

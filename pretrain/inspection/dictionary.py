@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moco_common.text import counted
 from pretrain.inspection.geometry import Geometry, judge, measure
-from pretrain.inspection.run import InspectedRun
+from pretrain.inspection.run_directory import InspectedRun
 from pretrain.methods.memory_bank import ShardedBank
-from pretrain.wording import counted
 
 MOST = 65536  # keys measured; of more, as many at random
 

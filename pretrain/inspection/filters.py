@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.cells import enlarged, sheet
-from pretrain.wording import counted
+from moco_common.text import counted
+from pretrain.visualization.contact_sheet import enlarged, sheet
 
 DEAD = 0.01  # of the median norm: such a filter adds nothing
 GROWN = 10.0  # times the norm at the start

@@ -9,11 +9,11 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from pretrain.files import replace_file, replace_text
+from moco_common.files import replace_file, replace_text
+from moco_common.html_page import render_page
 from pretrain.inspection.curves import save_figure
 from pretrain.inspection.geometry import Geometry
-from pretrain.inspection.page import render_page
-from pretrain.inspection.run import InspectedRun
+from pretrain.inspection.run_directory import InspectedRun
 
 
 @dataclass

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.wording import counted
+from moco_common.text import counted
 
 ALIKE = 0.98  # mean cosine from which on vectors count as one
 BUNCHED = 0.5  # and as gathered in one region

@@ -10,16 +10,15 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from pretrain.cells import GAP, fitted, sheet
-from pretrain.decoding import decode
-from pretrain.encoders import ResNet
-from pretrain.errors import UserError
-from pretrain.image_source import Source
-from pretrain.probe.cache import ArrayCache
-from pretrain.probe.features import Features, Say, extract
-from pretrain.probe.images import LabelledImages, Preprocessing
+from moco_common.errors import UserError
+from pretrain.data.decoding import decode
+from pretrain.data.source_base import Source
+from pretrain.modeling.resnet import ResNet
+from pretrain.probe.datasets import LabelledImages, Preprocessing
+from pretrain.probe.features import ArrayCache, Features, Say, extract
 from pretrain.probe.knn import nearest
-from pretrain.show_views import first_images
+from pretrain.visualization.contact_sheet import GAP, fitted, sheet
+from pretrain.visualization.views import first_images
 
 _SIDE = 112  # pixels of a photograph in the picture
 _DPI = 100

@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 from fvcore.common.config import CfgNode
 
-from pretrain import distributed
-from pretrain.encoders import bn_groups_per_rank
-from pretrain.errors import UserError
+from moco_common import comm
+from moco_common.errors import UserError
+from moco_common.text import counted
 from pretrain.methods.base import Method, Run
 from pretrain.methods.byol import build_byol
 from pretrain.methods.end_to_end import build_end_to_end
@@ -19,8 +19,8 @@ from pretrain.methods.memory_bank import build_memory_bank
 from pretrain.methods.moco import build_moco
 from pretrain.methods.simclr import build_simclr
 from pretrain.methods.swav import build_swav
-from pretrain.sync_batch_norm import synchronise_batch_norm
-from pretrain.wording import counted
+from pretrain.modeling.batch_norm import bn_groups_per_rank
+from pretrain.modeling.sync_batch_norm import synchronise_batch_norm
 
 METHODS: dict[str, Callable[[CfgNode, Run], Method]] = {
     "moco": build_moco,
@@ -36,7 +36,7 @@ def build_method(cfg: CfgNode, *, num_images: int, total_steps: int) -> Method:
     """The method that ``METHOD`` names, for this rank's share of the batch."""
     if cfg.METHOD not in METHODS:
         raise UserError(f"METHOD is '{cfg.METHOD}': choose one of {', '.join(METHODS)}.")
-    world = distributed.world_size()
+    world = comm.world_size()
     groups = bn_groups_per_rank(cfg.MODEL.BN_GROUPS, cfg.SOLVER.BATCH_SIZE // world, world)
     run = Run(num_images, total_steps, 1 if cfg.MODEL.SYNC_BN else groups)
     method = METHODS[cfg.METHOD](cfg, run)

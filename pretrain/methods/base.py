@@ -7,7 +7,13 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from pretrain.monitor import REMEDIES
+# What to do about each of them, whatever the method; a method may know more (`Method.remedies`).
+REMEDIES = {
+    "collapse": "Lower SOLVER.BASE_LR or raise SOLVER.WARMUP_ITERS.",
+    "plateau": "Raise INPUT.MIN_SCALE or change SOLVER.BASE_LR.",
+    "leak": "Usual causes: BN statistics that betray the positive (MODEL.SYNC_BN False where the "
+    "method needs it), or views that hardly differ (INPUT.MIN_SCALE too high).",
+}
 
 
 @dataclass(frozen=True)

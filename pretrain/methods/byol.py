@@ -9,12 +9,12 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
-from pretrain.encoders import ResNet
-from pretrain.errors import UserError
-from pretrain.losses_views import cosine_regression
-from pretrain.methods.base import Method, Run
-from pretrain.methods.networks import embedding_spread, encoder_builder, follow, mlp, unit
-from pretrain.monitor import REMEDIES
+from moco_common.errors import UserError
+from pretrain.losses import cosine_regression
+from pretrain.methods.base import REMEDIES, Method, Run
+from pretrain.methods.components import embedding_spread, encoder_builder, follow, unit
+from pretrain.modeling.heads import mlp
+from pretrain.modeling.resnet import ResNet
 
 
 def build_byol(cfg: CfgNode, run: Run) -> BYOL:

@@ -9,11 +9,10 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor
 
-from pretrain import distributed
-from pretrain.encoders import ResNet
-from pretrain.losses_views import batch_info_nce
+from moco_common import comm
+from pretrain.losses import batch_info_nce
 from pretrain.methods.base import Method, Run
-from pretrain.methods.networks import (
+from pretrain.methods.components import (
     contrastive_head,
     embedding_spread,
     encode_keys,
@@ -22,6 +21,7 @@ from pretrain.methods.networks import (
     shared_generator,
     unit,
 )
+from pretrain.modeling.resnet import ResNet
 
 
 def build_end_to_end(cfg: CfgNode, run: Run) -> EndToEnd:
@@ -80,8 +80,8 @@ class EndToEnd(Method):
         """Queries from the first view, keys from the second; ``index`` is not used."""
         query_images, key_images = views
         q = unit(self.encoder_q(query_images))  # NxC
-        keys = distributed.all_gather(self.encode_keys(key_images, step))  # BxC
-        positive = distributed.rank() * len(q) + torch.arange(len(q), device=q.device)  # N
+        keys = comm.all_gather(self.encode_keys(key_images, step))  # BxC
+        positive = comm.rank() * len(q) + torch.arange(len(q), device=q.device)  # N
         loss, correct = batch_info_nce(q, keys, positive, self.temperature)
         return {
             "loss": loss,

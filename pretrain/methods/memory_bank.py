@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
+from moco_common import comm
+from moco_common.errors import UserError
 from pretrain import distributed
-from pretrain.encoders import ResNet
-from pretrain.errors import UserError
-from pretrain.losses_views import log_sum_exp
+from pretrain.losses import log_sum_exp
 from pretrain.methods.base import Method, Run
-from pretrain.methods.networks import (
+from pretrain.methods.components import (
     contrastive_head,
     embedding_spread,
     encoder_builder,
@@ -23,6 +23,7 @@ from pretrain.methods.networks import (
     shared_generator,
     unit,
 )
+from pretrain.modeling.resnet import ResNet
 
 
 def build_memory_bank(cfg: CfgNode, run: Run) -> MemoryBank:
@@ -96,14 +97,14 @@ class MemoryBank(Method):
         """Queries from the first view, keys from the bank."""
         q = unit(self.encoder_q(views[0]))  # NxC
         self.bank.follow(q)
-        queries = distributed.all_gather(q)  # BxC
-        images = distributed.all_gather(index.to(q.device))  # B
-        own = slice(distributed.rank() * len(q), (distributed.rank() + 1) * len(q))
+        queries = comm.all_gather(q)  # BxC
+        images = comm.all_gather(index.to(q.device))  # B
+        own = slice(comm.rank() * len(q), (comm.rank() + 1) * len(q))
         old = self.bank.rows(images)  # BxC
         # Each rank holds some of the negatives, compares all queries with those, and passes on one
         # sum a query: no key leaves its rank.
         part = log_sum_exp(queries, self.bank.own_rows(self.draw(images, step)), self.temperature)
-        parts = distributed.all_gather(torch.stack(part)[None])[..., own]  # Wx2xN
+        parts = comm.all_gather(torch.stack(part)[None])[..., own]  # Wx2xN
         log_sum, hardest = parts[:, 0].logsumexp(0), parts[:, 1].amax(0)  # N, N
         positive = (q * old[own]).sum(1) / self.temperature  # N
         loss = F.softplus(log_sum - positive).mean()  # -log( e^p / (e^p + sum of the others) )
@@ -144,7 +145,7 @@ class ShardedBank(nn.Module):
     def __init__(self, size: int, dim: int, seed: int) -> None:
         super().__init__()
         self.size = size
-        world, rank = distributed.world_size(), distributed.rank()
+        world, rank = comm.world_size(), comm.rank()
         block = math.ceil(size / world)  # the last rank's may be longer than what is left for it
         self.start, self.stop = min(rank * block, size), min((rank + 1) * block, size)
         generator = torch.Generator().manual_seed(seed)
@@ -182,16 +183,16 @@ class ShardedBank(nn.Module):
 
     def gather(self) -> None:
         """All ranks: copy the whole bank into rank 0's memory, for its next ``state_dict()``."""
-        if distributed.world_size() == 1:
+        if comm.world_size() == 1:
             return
-        parts = [distributed.all_gather(part[None]) for part in self.shard.split(_CHUNK)]
-        if distributed.rank() == 0:
+        parts = [comm.all_gather(part[None]) for part in self.shard.split(_CHUNK)]
+        if comm.rank() == 0:
             whole = torch.cat([part.cpu() for part in parts], 1)  # W x block x C
             self._whole = whole.flatten(0, 1)[: self.size]
 
     def get_extra_state(self) -> Tensor:
         """(size, C): what the state dict holds of the bank."""
-        if distributed.world_size() == 1 or distributed.rank() > 0:
+        if comm.world_size() == 1 or comm.rank() > 0:
             return self.shard
         if self._whole is None:
             raise RuntimeError("the bank lies in parts: call before_save() on every rank first")

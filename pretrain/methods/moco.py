@@ -9,12 +9,11 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor
 
-from pretrain import distributed
-from pretrain.encoders import ResNet
-from pretrain.errors import UserError
+from moco_common import comm
+from moco_common.errors import UserError
 from pretrain.losses import info_nce
-from pretrain.methods.base import Method, Run
-from pretrain.methods.networks import (
+from pretrain.methods.base import REMEDIES, Method, Run
+from pretrain.methods.components import (
     contrastive_head,
     embedding_spread,
     encode_keys,
@@ -24,7 +23,7 @@ from pretrain.methods.networks import (
     shared_generator,
     unit,
 )
-from pretrain.monitor import REMEDIES
+from pretrain.modeling.resnet import ResNet
 from pretrain.profiling import stage
 
 
@@ -116,9 +115,9 @@ class MoCo(Method):
         with stage("machinery: loss"):
             loss, correct = info_nce(q, k, self.queue, self.temperature)
         with stage("communication: gather"):
-            keys = distributed.all_gather(k)  # W*NxC
+            keys = comm.all_gather(k)  # W*NxC
         self.enqueue(keys)
-        seen = (step + 1) * len(q) * distributed.world_size()
+        seen = (step + 1) * len(q) * comm.world_size()
         return {
             "loss": loss,
             "accuracy": correct.float().mean(),

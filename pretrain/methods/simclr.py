@@ -9,18 +9,19 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor
 
-from pretrain import distributed
-from pretrain.encoders import ResNet, SplitBatchNorm1d
-from pretrain.losses_views import nt_xent
+from moco_common import comm
+from pretrain.losses import nt_xent
 from pretrain.methods.base import Method, Run
-from pretrain.methods.networks import (
+from pretrain.methods.components import (
     embedding_spread,
     encode_together,
     encoder_builder,
-    mlp_head,
     positive_temperature,
     unit,
 )
+from pretrain.modeling.batch_norm import SplitBatchNorm1d
+from pretrain.modeling.heads import mlp_head
+from pretrain.modeling.resnet import ResNet
 
 
 def build_simclr(cfg: CfgNode, run: Run) -> SimCLR:
@@ -64,8 +65,8 @@ class SimCLR(Method):
     def forward(self, views: Sequence[Tensor], step: int, index: Tensor) -> dict[str, Tensor]:
         """Both views, each a batch; ``step`` and ``index`` are not used."""
         z = unit(torch.cat(encode_together(self.encoder_q, views, self.bn_groups)))  # 2NxC
-        everyone = distributed.all_gather(z)  # 2BxC, with gradient
-        loss, correct = nt_xent(z, everyone, distributed.rank() * len(z), self.temperature)
+        everyone = comm.all_gather(z)  # 2BxC, with gradient
+        loss, correct = nt_xent(z, everyone, comm.rank() * len(z), self.temperature)
         return {
             "loss": loss,
             "accuracy": correct.float().mean(),

@@ -11,20 +11,20 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
+from moco_common import comm
+from moco_common.errors import UserError
 from pretrain import distributed
-from pretrain.encoders import ResNet
-from pretrain.errors import UserError
-from pretrain.losses_views import sinkhorn, swapped_prediction
-from pretrain.methods.base import Method, Run
-from pretrain.methods.networks import (
+from pretrain.losses import sinkhorn, swapped_prediction
+from pretrain.methods.base import REMEDIES, Method, Run
+from pretrain.methods.components import (
     embedding_spread,
     encode_together,
     encoder_builder,
-    mlp,
     positive_temperature,
     unit,
 )
-from pretrain.monitor import REMEDIES
+from pretrain.modeling.heads import mlp
+from pretrain.modeling.resnet import ResNet
 
 CODED = 2  # the first views, the large ones, receive codes; small ones only predict (Section 3.3)
 
@@ -133,13 +133,13 @@ class SwAV(Method):
     @torch.no_grad()
     def codes(self, z: Tensor, scores: Tensor, step: int) -> Tensor:
         """Codes of the large views, (2, N, P), over all ranks' batches and the queue."""
-        n, world, size = z.shape[1], distributed.world_size(), self.queue.shape[1]
+        n, world, size = z.shape[1], comm.world_size(), self.queue.shape[1]
         if size and step >= self.queue_start and step * n * world >= size:
-            past = self.queue[:, distributed.rank() :: world]  # each of it counts on one rank
+            past = self.queue[:, comm.rank() :: world]  # each of it counts on one rank
             scores = torch.cat([scores, self.prototypes(past)], 1)  # 2x(N+L/W)xP
         codes = sinkhorn(scores, self.epsilon, self.iterations, distributed.all_reduce_sum)
         if size:
-            newest = distributed.all_gather(z.transpose(0, 1)).transpose(0, 1)  # 2xBxC
+            newest = comm.all_gather(z.transpose(0, 1)).transpose(0, 1)  # 2xBxC
             self.queue.copy_(torch.cat([newest, self.queue], 1)[:, :size])
         return codes[:, :n]
 

@@ -15,10 +15,10 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from pretrain.checkpoint import FORMAT
-from pretrain.encoders import BLOCKS_PER_STAGE, ResNet
-from pretrain.errors import UserError
-from pretrain.wording import counted
+from moco_common.errors import UserError
+from moco_common.text import counted
+from pretrain.checkpoint.format import FORMAT
+from pretrain.modeling.resnet import BLOCKS_PER_STAGE, ResNet
 
 RANDOM = "random"
 _OURS = FORMAT.rpartition("/")[0] + "/"  # in any version: weights and configuration stay there

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.encoders import ResNet
-from pretrain.errors import UserError
+from moco_common.errors import UserError
+from moco_common.files import replace_text, replacing
+from moco_common.progress import Loop
+from pretrain.modeling.resnet import ResNet
 from pretrain.probe.backbone import digest, frozen
-from pretrain.probe.cache import ArrayCache
-from pretrain.probe.images import LabelledImages, Preprocessing, read_batches
-from pretrain.progress import Loop
+from pretrain.probe.datasets import LabelledImages, Preprocessing, read_batches
 
 MAX_BAD_SHARE = 0.05  # of unreadable images, as in pre-training
 Say = Callable[[str], None]
@@ -152,3 +155,51 @@ def _features(
         read[notes["unread"]] = False
         tensor, labels = tensor[read], labels[read]
     return Features(tensor, labels, images.classes, tuple(notes["skipped"]), cached)
+
+
+class ArrayCache:
+    """Two files an array: ``NAME.npy``, read as a memory map, and ``NAME.json``, its key.
+
+    The key is written last and removed first, each file appears whole or not at all, so an array
+    is only ever found under the key that it was computed for.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def find(
+        self, name: str, key: dict[str, Any]
+    ) -> tuple[np.ndarray | None, dict[str, Any], list[str]]:
+        """The array and the notes kept with it, if it was computed for this very key.
+
+        Returns:
+            array (None if there is none), its notes, and the names of the parts of the key that
+            changed since it was written (empty where nothing was there).
+        """
+        try:
+            content = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
+            old, notes = content["key"], content["notes"]
+            changed = [part for part in key if old.get(part) != key[part]]
+            if changed:
+                return None, {}, changed
+            array = np.lib.format.open_memmap(self.folder / f"{name}.npy", mode="c")
+        except FileNotFoundError:
+            return None, {}, []
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None, {}, ["the file, which is damaged"]
+        return array, notes, []
+
+    @contextmanager
+    def create(
+        self, name: str, key: dict[str, Any], shape: tuple[int, ...]
+    ) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
+        """A float32 array to fill and a dictionary of notes to keep with it; both are kept when
+        the block ends without an error."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        notes: dict[str, Any] = {}
+        with replacing(self.folder / f"{name}.npy") as unfinished:
+            array = np.lib.format.open_memmap(unfinished, "w+", dtype=np.float32, shape=shape)
+            yield array, notes
+            array.flush()
+            (self.folder / f"{name}.json").unlink(missing_ok=True)
+        replace_text(self.folder / f"{name}.json", json.dumps({"key": key, "notes": notes}))

@@ -15,15 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain import schedules
-from pretrain.encoders import ResNet
-from pretrain.errors import UserError
-from pretrain.loader import build_batches
+from moco_common.errors import UserError
+from moco_common.progress import Loop
+from pretrain.data.loader import build_batches
+from pretrain.data.transforms.recipes import ViewRecipe
+from pretrain.modeling.resnet import ResNet
 from pretrain.probe.backbone import frozen
+from pretrain.probe.datasets import LabelledImages, stratified_split
 from pretrain.probe.features import Features, Say
-from pretrain.probe.images import LabelledImages, stratified_split
-from pretrain.progress import Loop
-from pretrain.views import ViewRecipe
+from pretrain.solver import schedules
 
 RATES = (30.0,)
 IN_MEMORY = 2**27  # standardised floats that are kept, and not made anew for each gradient

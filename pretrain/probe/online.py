@@ -7,17 +7,13 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
+from moco_common import comm
+from moco_common.errors import UserError
 from pretrain import distributed
-from pretrain.encoders import ResNet
-from pretrain.errors import UserError
+from pretrain.modeling.resnet import ResNet
 from pretrain.probe.backbone import backbone_of, build_backbone
+from pretrain.probe.datasets import LabelledImages, Preprocessing, open_train_and_test, splits_of
 from pretrain.probe.features import stream_features
-from pretrain.probe.images import (
-    LabelledImages,
-    Preprocessing,
-    open_train_and_test,
-    splits_of,
-)
 from pretrain.probe.knn import TEMPERATURE, K, merge, nearest, vote
 
 
@@ -68,9 +64,9 @@ class OnlineKNN:
         backbone = self._copy(method)
         bank, bank_labels = self._features(backbone, self.train)  # of this rank's share
         mine, mine_labels = self._features(backbone, self.test)
-        device = distributed.device()
-        tests = distributed.all_gather(mine.to(device))
-        truth = distributed.all_gather(mine_labels.to(device))
+        device = comm.device()
+        tests = comm.all_gather(mine.to(device))
+        truth = comm.all_gather(mine_labels.to(device))
         right = torch.zeros((), device=device)
         for queries, labels in zip(tests.split(1024), truth.split(1024), strict=True):
             # Every rank finds the neighbours in its share of the bank, then they are merged.
@@ -92,7 +88,7 @@ class OnlineKNN:
     def _features(self, backbone: ResNet, images: LabelledImages) -> tuple[Tensor, Tensor]:
         """Features and labels of this rank's images, as many rows on every rank; padding, and what
         could not be read, is labelled -1."""
-        world, rank = distributed.world_size(), distributed.rank()
+        world, rank = comm.world_size(), comm.rank()
         share = -(-len(images) // world)
         rows = np.arange(rank, len(images), world)
         features = torch.zeros(share, backbone.num_features)
@@ -113,7 +109,7 @@ class OnlineKNN:
 
 def _side_by_side(x: Tensor) -> Tensor:
     """(Q, K) of each of W ranks -> (Q, W*K) on every rank."""
-    return torch.cat(distributed.all_gather(x).chunk(distributed.world_size()), dim=1)
+    return torch.cat(comm.all_gather(x).chunk(comm.world_size()), dim=1)
 
 
 def build_online_knn(cfg: CfgNode, *, num_images: int, total_steps: int) -> OnlineKNN | None:

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from fvcore.common.config import CfgNode
 
-from pretrain import distributed
-from pretrain.encoders import ResNet
-from pretrain.errors import UserError
-from pretrain.files import replace_text
+from moco_common import comm
+from moco_common.errors import UserError
+from moco_common.files import replace_text
+from moco_common.text import counted
+from moco_common.version import __version__
+from pretrain.modeling.resnet import ResNet
 from pretrain.probe.accuracy import Accuracy, accuracy
 from pretrain.probe.backbone import (
     RANDOM,
@@ -24,18 +26,10 @@ from pretrain.probe.backbone import (
     load_backbone,
     random_backbone,
 )
-from pretrain.probe.cache import ArrayCache
-from pretrain.probe.features import Features, Say, extract
-from pretrain.probe.images import (
-    LabelledImages,
-    Preprocessing,
-    open_train_and_test,
-    read_batches,
-)
+from pretrain.probe.datasets import LabelledImages, Preprocessing, open_train_and_test, read_batches
+from pretrain.probe.features import ArrayCache, Features, Say, extract
 from pretrain.probe.knn import TEMPERATURE, K, weighted_knn
 from pretrain.probe.linear import LinearProtocol, quick_linear, rank_classes, train_linear
-from pretrain.version import __version__
-from pretrain.wording import counted
 
 
 @dataclass(frozen=True)
@@ -90,7 +84,7 @@ def probe(settings: Settings, cfg: CfgNode | None = None, say: Say = print) -> d
     train, test = open_train_and_test(
         settings.train, settings.test, holdout=settings.holdout, seed=settings.seed
     )
-    device = distributed.device()
+    device = comm.device()
     backbone = backbone.to(device).to(memory_format=torch.channels_last)
     fit_bn = settings.checkpoint == RANDOM if settings.fit_bn is None else settings.fit_bn
     if fit_bn:

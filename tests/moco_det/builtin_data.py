@@ -8,10 +8,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from detectron2.data.datasets.builtin_meta import (
-    COCO_CATEGORIES,
-    COCO_PERSON_KEYPOINT_NAMES,
-)
+from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES, COCO_PERSON_KEYPOINT_NAMES
 from detectron2.data.datasets.lvis_v0_5_categories import LVIS_CATEGORIES
 
 SIZE = (48, 64)  # height, width

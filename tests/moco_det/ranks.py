@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch.multiprocessing import start_processes
 
-PRELOADED = ["moco_det.launch", "tests.conftest"]
+PRELOADED = ["moco_det.engine.train_net", "tests.conftest"]
 
 
 def preload():

@@ -20,11 +20,14 @@ from pathlib import Path
 
 import torch
 
+from tests.conftest import (
+    NARROW,  # noqa: E402
+    QUICK,  # noqa: E402
+)
+from tests.moco_det.engine.test_resume import assert_same  # noqa: E402
+
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
-
-from tests.conftest import NARROW, QUICK  # noqa: E402
-from tests.moco_det.test_resume import assert_same  # noqa: E402
 
 
 def command(data: Path, output_dir: Path, processes: int, iterations: int) -> list[str]:
@@ -80,7 +83,7 @@ def main() -> int:
 
 
 def soak(folder: Path, args: argparse.Namespace, rng: random.Random) -> int:
-    from moco_det.scene_dataset import write_scenes
+    from moco_det.demo.scene_dataset import write_scenes
 
     list(write_scenes(folder / "scenes", unlabelled=0, train=12, test=1, size=96, processes=1))
     data, log = folder / "scenes" / "voc", folder / "log"

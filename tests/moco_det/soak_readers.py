@@ -5,7 +5,7 @@ Run by name, as pytest does not collect it: `pytest tests/moco_det/soak_readers.
 
 from hypothesis import HealthCheck, given, settings
 
-from tests.moco_det.test_readers_fuzz import (
+from tests.moco_det.data.datasets.test_fuzz import (
     check_coco,
     check_voc,
     damaged_json,
@@ -15,7 +15,6 @@ from tests.moco_det.test_readers_fuzz import (
 )
 
 __all__ = ["images", "voc_folder"]
-
 LONG = settings(
     max_examples=20_000,
     deadline=None,

@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import torch
 
-from pretrain.encoders import ResNet
+from pretrain.modeling.resnet import ResNet
 
 COLOURS = {"amber": (30, 160, 220), "blue": (220, 60, 20), "green": (40, 190, 60)}  # BGR
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from pretrain.launch import launch
+from moco_common.launch import launch
 from tests.pretrain.forks import Fork
 
 

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import torch
 
-from pretrain import checkpoint
+from pretrain.checkpoint import format as checkpoint
 from tests.pretrain.forks import Fork
 from tests.pretrain.ranks import free_port, torchrun_environment
 

@@ -20,8 +20,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from pretrain import checkpoint
-from pretrain.progress import clock
+from moco_common.progress import clock
+from pretrain.checkpoint import format as checkpoint
 from tests.pretrain.runs import TINY, Run, assert_equal_checkpoints, run, write_photographs
 
 STEPS = 60

@@ -8,8 +8,8 @@ import shutil
 import pytest
 import torch
 
+from tests.pretrain.engine.test_train_step import Stem, make, run
 from tests.pretrain.ranks import on_ranks
-from tests.pretrain.test_step import Stem, make, run
 
 
 def compiled_and_not():

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from moco_common import comm
 from pretrain import distributed
-from pretrain.sync_batch_norm import SyncBatchNorm, synchronise_batch_norm
+from pretrain.modeling.sync_batch_norm import SyncBatchNorm, synchronise_batch_norm
 from tests.pretrain.ranks import on_ranks
 
 
@@ -20,9 +21,9 @@ def everything():
 
 
 def permuted(n, dtype, channels_last):
-    total = n * distributed.world_size()
+    total = n * comm.world_size()
     batch = torch.arange(total * 3 * 2 * 2).reshape(total, 3, 2, 2).to(dtype)
-    mine = batch[distributed.rank() * n :][:n]
+    mine = batch[comm.rank() * n :][:n]
     if channels_last:
         mine = mine.contiguous(memory_format=torch.channels_last)
     permutation = torch.randperm(total, generator=torch.Generator().manual_seed(5))
@@ -31,7 +32,7 @@ def permuted(n, dtype, channels_last):
     return {
         "shuffled": shuffled,
         "restored": torch.equal(restored, mine),
-        "expected": batch[permutation][distributed.rank() * n :][:n],
+        "expected": batch[permutation][comm.rank() * n :][:n],
         "channels_last": shuffled.is_contiguous(memory_format=torch.channels_last),
     }
 
@@ -50,13 +51,13 @@ def test_unshuffle_inverts_shuffle_across_ranks(two_ranks, world, dtype, channel
 
 
 def gathered_and_averaged():
-    rank = distributed.rank()
+    rank = comm.rank()
     net = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 2))
     net[0].running_mean.fill_(rank)
     net[0].running_var.fill_(10.0 * rank)
     net[1].weight.data.fill_(rank)
     distributed.average_batch_norm(net)
-    gathered = distributed.all_gather(torch.full((2, 3), float(rank)))
+    gathered = comm.all_gather(torch.full((2, 3), float(rank)))
     return [net[0].running_mean, net[0].running_var, net[1].weight.data, gathered]
 
 
@@ -89,12 +90,12 @@ def losses(everyone, shuffled, normalised):
 
 
 def of_one_rank():
-    rank = distributed.rank()
+    rank = comm.rank()
     own = slice(rank * N, (rank + 1) * N)
     x = rows(2)[own].requires_grad_()
     norm = SyncBatchNorm(2).double()
     images = rows(2, 4, 4, seed=2)[own].contiguous(memory_format=torch.channels_last)
-    everyone = distributed.all_gather(x)
+    everyone = comm.all_gather(x)
     shuffled = torch.zeros(W * N, 2, dtype=torch.float64)
     shuffled[own] = distributed.permute_batch(x, ORDER)
     normalised = torch.zeros(W * N, 2, dtype=torch.float64)
@@ -103,7 +104,7 @@ def of_one_rank():
     loss.backward()
     total = distributed.all_reduce_sum(loss.detach())
     state = {name: value.double() for name, value in norm.state_dict().items()}
-    gradients = distributed.all_gather(x.grad / W)
+    gradients = comm.all_gather(x.grad / W)
     weight = norm.weight.grad.clone()
     distributed.all_reduce_mean([weight])
     return {"loss": total / W, "x": gradients, "weight": weight, "state": state}
@@ -128,7 +129,7 @@ def test_gradients_through_gather_permutation_and_synchronised_bn_are_of_one_pro
 
 def test_with_one_process_every_collective_is_the_identity():
     x = rows(2).requires_grad_()
-    assert distributed.all_gather(x) is x
+    assert comm.all_gather(x) is x
     assert torch.equal(distributed.all_reduce_sum(x), x)
     assert distributed.all_reduce_sum(x).data_ptr() != x.data_ptr()
     distributed.permute_batch(x, ORDER).mul(rows(2, seed=1)).sum().backward()

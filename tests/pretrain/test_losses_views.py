@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from lightly.loss import NegativeCosineSimilarity, NTXentLoss, SwaVLoss
 from lightly.loss.swav_loss import sinkhorn as lightly_sinkhorn
 
-from pretrain.losses_views import (
+from pretrain.losses import (
     batch_info_nce,
     cosine_regression,
     log_sum_exp,

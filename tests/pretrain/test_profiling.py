@@ -6,9 +6,9 @@ import time
 import pytest
 import torch
 
-from pretrain.errors import UserError
+from moco_common.errors import UserError
 from pretrain.profiling import Profiler, StageClock, stage
-from tests.pretrain.test_step import BATCH, LR, Stem, make, views
+from tests.pretrain.engine.test_train_step import BATCH, LR, Stem, make, views
 
 TICK = 0.02
 

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import torch
 
-from pretrain import checkpoint, distributed
-from pretrain.config import get_defaults, load_config
+from moco_common import comm
+from pretrain import distributed
+from pretrain.checkpoint import format as checkpoint
+from pretrain.config.defaults import get_defaults, load_config
+from pretrain.engine.train_loop import train
+from pretrain.engine.train_step import TrainStep
 from pretrain.methods import METHODS, build_method
-from pretrain.optimizers import build_optimizer
-from pretrain.step import TrainStep
-from pretrain.train import train
+from pretrain.solver.optimizers import build_optimizer
 
 BATCH, IMAGES, STEPS = 16, 40, 3
 
@@ -59,8 +61,8 @@ def steps(method, *overrides):
     """`STEPS` steps on this rank's share; what must not depend on the number of ranks."""
     built, cfg = build(method, *overrides)
     take = TrainStep(built, build_optimizer(cfg, built), total_steps=STEPS)
-    share = BATCH // distributed.world_size()
-    mine = slice(distributed.rank() * share, (distributed.rank() + 1) * share)
+    share = BATCH // comm.world_size()
+    mine = slice(comm.rank() * share, (comm.rank() + 1) * share)
     scalars = []
     for step in range(STEPS):
         rows = [view[mine] for view in views(method, step)]
@@ -72,7 +74,7 @@ def steps(method, *overrides):
     return {
         "scalars": torch.stack(scalars),
         "gradients": {n: p.grad for n, p in built.named_parameters() if p.grad is not None},
-        "state": built.state_dict() if distributed.rank() == 0 else {},
+        "state": built.state_dict() if comm.rank() == 0 else {},
     }
 
 
@@ -109,10 +111,10 @@ def whole_and_resumed(methods, photographs, folder):
     for method in methods:
         whole, broken = Path(folder, method, "whole"), Path(folder, method, "broken")
         train(recipe(method, photographs, whole), quiet=True)
-        if distributed.rank() == 0:
+        if comm.rank() == 0:
             broken.mkdir()
             for name in ("checkpoint_00000003.pth", checkpoint.LAST):
                 shutil.copy(whole / "checkpoint_00000003.pth", broken / name)
-        distributed.barrier()
+        comm.barrier()
         train(recipe(method, photographs, broken), resume=True, quiet=True)
     return True

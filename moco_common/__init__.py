@@ -1,0 +1,1 @@
+"""The foundation of both packages: errors, files, configs, processes, progress."""

@@ -1,0 +1,158 @@
+"""Files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from moco_common.errors import UserError
+
+_UNFINISHED = ".part"
+
+
+@contextmanager
+def replacing(
+    path: str | Path, *, suffix: str = "", check: Callable[[Path], object] | None = None
+) -> Iterator[Path]:
+    """Yield an empty file beside ``path`` that takes its place in one step when the block ends
+    without an error.
+
+    A reader finds the old file or the new one, never half of either, whatever kills this process;
+    `remove_unfinished` clears away what a killed process leaves. Missing folders are made, and the
+    file gets the permissions that the user's umask allows.
+
+    Args:
+        path: the file to write or replace.
+        suffix: ends the temporary file's name, for writers that choose a format by it.
+        check: called with the finished file before it takes its place; if it raises, the old file
+            stays.
+
+    Raises:
+        UserError: the disk is full, or the quota used up.
+        OSError: it cannot be written for another reason.
+    """
+    path = Path(path)
+    with full_disk_explained(path):
+        unfinished = new_beside(path, suffix)
+        try:
+            yield unfinished
+            if check is not None:
+                check(unfinished)
+            put_in_place(unfinished, path)
+        except BaseException:
+            unfinished.unlink(missing_ok=True)
+            raise
+
+
+def new_beside(path: str | Path, suffix: str = "") -> Path:
+    """Make a new empty file in the folder of ``path``, which is made where it is missing; the first
+    half of `replacing`, for writers that no ``with`` block fits."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(
+        dir=path.parent, prefix=f".{path.name}.", suffix=_UNFINISHED + suffix
+    )
+    os.close(handle)
+    return Path(name)
+
+
+def put_in_place(unfinished: Path, path: str | Path) -> Path:
+    """Give a file of `new_beside`, filled and closed, the name ``path`` in one step."""
+    path = Path(path)
+    with unfinished.open("rb") as file:
+        os.fsync(file.fileno())
+    unfinished.chmod(0o666 & ~_umask())
+    os.replace(unfinished, path)
+    sync_folder(path.parent)
+    return path
+
+
+def replace_file(
+    path: str | Path,
+    write: Callable[[IO[bytes]], object],
+    check: Callable[[Path], object] | None = None,
+) -> Path:
+    """Let ``write`` fill a new binary file that takes the place of ``path``, see `replacing`."""
+    with replacing(path, check=check) as unfinished, unfinished.open("w+b") as file:
+        write(file)
+    return Path(path)
+
+
+def replace_text(path: str | Path, text: str) -> Path:
+    """`replace_file` for text, in UTF-8."""
+    return replace_file(path, lambda file: file.write(text.encode()))
+
+
+def write_json_atomically(path: str | os.PathLike[str], content: Any) -> None:
+    """Write ``content`` as JSON so that ``path`` holds either the old or the whole new file."""
+    # One string at once: json.dump would go through the slow pure-Python encoder.
+    replace_text(Path(path), json.dumps(content))
+
+
+def append_text(path: Path, text: str) -> None:
+    """Add to a text file; a killed process may leave half a line.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    with full_disk_explained(path), path.open("a", encoding="utf-8") as file:
+        file.write(text)
+
+
+def link_file(path: Path, name: Path) -> None:
+    """Make ``name``, in the same folder, a second name of ``path`` in one step; a copy where the
+    file system has no links."""
+    with full_disk_explained(name):
+        unfinished = name.with_name(f".{name.name}{_UNFINISHED}")
+        unfinished.unlink(missing_ok=True)
+        try:
+            os.link(path, unfinished)
+        except OSError:
+            shutil.copyfile(path, unfinished)
+        os.replace(unfinished, name)
+        sync_folder(name.parent)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what killed processes were writing. Nobody else may be writing into the folder."""
+    for path in folder.glob(f".*{_UNFINISHED}*"):
+        path.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Let the names in a folder survive a loss of power, as fsync does for a file's content."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems cannot, and need not
+            raise
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def full_disk_explained(path: Path) -> Iterator[None]:
+    """Turn the errors of a full disk into a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise UserError(
+            f"{path} could not be written ({os.strerror(error.errno)}): what was saved before is "
+            f"whole; make room and go on with --resume."
+        ) from None
+
+
+def _umask() -> int:
+    mask = os.umask(0)  # it can only be read by setting it
+    os.umask(mask)
+    return mask

@@ -1,0 +1,107 @@
+"""One run in a directory at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from moco_common.errors import UserError
+
+NAME = "run.lock"
+
+
+class RunLock:
+    """Held by the process that writes the directory, while ``with`` lasts.
+
+    The kernel lets go of it when the process ends, however it ends, so a killed run leaves nothing
+    to be cleared up. Network file systems pass such locks on to other hosts, most of them; for
+    those that do not, the holder also touches the file every ``beat`` seconds, and whoever finds it
+    in the name of another host watches for three beats whether it is being touched.
+
+    Args:
+        folder: made where it is not there.
+        held: False makes this a lock that holds nothing, for the ranks that do not write.
+
+    Raises:
+        UserError: on entering; another run is at work in the directory, or it cannot be written.
+    """
+
+    def __init__(self, folder: Path, *, held: bool = True, beat: float = 5.0) -> None:
+        self.path, self.held, self.beat = folder / NAME, held, beat
+        self._file: Any = None
+        self._done = threading.Event()
+
+    def __enter__(self) -> RunLock:
+        if not self.held:
+            return self
+        # Not opened anywhere else in this process: closing any handle of the file would release the
+        # lock. Not flock(), whose locks forked data-loader workers keep when this process is dead.
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a+")
+        except OSError as error:
+            raise UserError(
+                f"--output-dir {self.path.parent} cannot be written ({error.strerror}): choose "
+                f"another one."
+            ) from None
+        certain = True
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            self._refuse()
+        except OSError:
+            certain = False  # a file system without locks: what is left is the beat
+        holder = self._holder()
+        if holder and not (certain and holder["host"] == socket.gethostname()) and self._beats():
+            self._refuse()
+        self._file.truncate(0)
+        self._file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}) + "\n")
+        self._file.flush()
+        threading.Thread(target=self._touch, name="lock", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.held:
+            self._done.set()
+            self._file.truncate(0)  # an empty file is nobody's
+            self._file.close()
+
+    def _holder(self) -> dict[str, Any] | None:
+        self._file.seek(0)
+        try:
+            holder = json.loads(self._file.read())
+        except json.JSONDecodeError:
+            return None
+        return holder if {"host", "pid"} <= set(holder) else None
+
+    def _refuse(self) -> None:
+        holder = self._holder()
+        self._file.close()
+        who = f" (process {holder['pid']} on {holder['host']})" if holder else ""
+        raise UserError(
+            f"Another run is at work in {self.path.parent}{who}: wait for it, stop it, or choose "
+            f"another --output-dir."
+        )
+
+    def _beats(self) -> bool:
+        """Whether somebody touches the file. Only its own clock counts, hosts' may differ."""
+        before = os.fstat(self._file.fileno()).st_mtime_ns
+        end = time.monotonic() + 3 * self.beat
+        while time.monotonic() < end:
+            time.sleep(self.beat / 5)
+            if os.stat(self.path).st_mtime_ns != before:
+                return True
+        return False
+
+    def _touch(self) -> None:
+        while not self._done.wait(self.beat):
+            try:
+                os.utime(self.path)
+            except OSError:
+                return  # the folder has been removed, or made unreachable: the run will notice

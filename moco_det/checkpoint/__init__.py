@@ -1,0 +1,1 @@
+"""Weights into a detector, and checkpoints of a run."""

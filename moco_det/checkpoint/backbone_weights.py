@@ -1,0 +1,249 @@
+"""A backbone's weights into a model, every tensor accounted for; and what they say of the model.
+
+A backbone file holds ``stem.*`` and ``res2.*`` ... ``res5.*``. Where a model keeps them depends on
+its heads: a C4 model has ``backbone.res4.*`` but ``roi_heads.res5.*``, an FPN model
+``backbone.bottom_up.res5.*``. Each owner is found by its name, never by a suffix heuristic.
+"""
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from detectron2.checkpoint.c2_model_loading import convert_basic_c2_names
+from detectron2.config import CfgNode
+from detectron2.utils.file_io import PathManager
+from torch import Tensor, nn
+
+from moco_common.errors import UserError
+from moco_det.config.defaults import flatten
+from moco_det.conversion import load_detectron2_weights
+
+# A backbone tensor's name, whatever module owns it. The extra norm (res5.norm.*) is not one.
+_BACKBONE = re.compile(r"(?:^|.*\.)((?:stem\.conv1|res[2-5]\.\d+)\..+)$")
+_CAFFE2 = re.compile(r"^res\d_\d+_branch2[abc]_w$")
+_BLOCKS: dict[tuple[str | int, ...], int] = {
+    ("basic", 2, 2, 2, 2): 18,
+    ("basic", 3, 4, 6, 3): 34,
+    ("bottleneck", 3, 4, 6, 3): 50,
+    ("bottleneck", 3, 4, 23, 3): 101,
+    ("bottleneck", 3, 8, 36, 3): 152,
+}
+# Metadata of a converted file -> the config key that it decides.
+_METADATA_KEYS = {
+    "pixel_mean": "MODEL.PIXEL_MEAN",
+    "pixel_std": "MODEL.PIXEL_STD",
+    "format": "INPUT.FORMAT",
+    "stride_in_1x1": "MODEL.RESNETS.STRIDE_IN_1X1",
+}
+# Caffe2's files have no metadata; Detectron's images were BGR, and its ImageNet ResNets are MSRA's:
+# stride in the 1x1, pixels not scaled. Its ResNeXts are not; both as in detectron2's configs.
+_CAFFE2_SETTINGS = {
+    "MODEL.PIXEL_MEAN": [103.53, 116.28, 123.675],
+    "MODEL.PIXEL_STD": [1.0, 1.0, 1.0],
+    "INPUT.FORMAT": "BGR",
+    "MODEL.RESNETS.STRIDE_IN_1X1": True,
+}
+_CAFFE2_RESNEXT = {
+    "MODEL.PIXEL_STD": [57.375, 57.12, 58.395],
+    "MODEL.RESNETS.STRIDE_IN_1X1": False,
+}
+
+
+class BackboneWeights(NamedTuple):
+    """A backbone file: its tensors by name, and the config values that they demand."""
+
+    tensors: dict[str, Tensor]
+    settings: dict[str, Any]
+    source: str
+    group_norm: bool = False  # whether it was trained with group norm instead of batch norm
+
+
+def local_file(path: str) -> Path:
+    """A local copy of a path or of a URL that Detectron2 knows (``detectron2://``, ``https://``).
+
+    Raises:
+        UserError: there is no such file, or it cannot be fetched.
+    """
+    try:
+        local = Path(
+            PathManager.get_local_path(str(Path(path).expanduser() if ":" not in path else path))
+        )
+    except Exception as error:
+        raise UserError(f"cannot fetch the weights {path}: {error}.") from error
+    if not local.is_file():
+        raise UserError(f"there is no weights file {path}: check MODEL.WEIGHTS (or its folder).")
+    return local
+
+
+def read_backbone(path: str) -> BackboneWeights:
+    """Read a converted backbone file (or Detectron2's own, Caffe2 names included).
+
+    Raises:
+        UserError: no such file, not a backbone, or metadata that contradict the tensors.
+    """
+    weights = load_detectron2_weights(local_file(path))
+    tensors = dict(weights.tensors)
+    caffe2 = any(_CAFFE2.match(name) for name in tensors)
+    # Caffe2's batch norms have no statistics either: they are folded into the affine.
+    group_norm = not any(n.endswith("_bn_s" if caffe2 else "running_mean") for n in tensors)
+    if caffe2:
+        tensors = dict(zip(convert_basic_c2_names(list(tensors)), tensors.values(), strict=True))
+        # Left out by Detectron2 as well: the norm after this convolution takes a bias away again.
+        tensors.pop("stem.conv1.bias", None)
+    settings = _architecture(tensors, path)
+    if caffe2:
+        settings |= _CAFFE2_SETTINGS
+        settings |= _CAFFE2_RESNEXT if settings["MODEL.RESNETS.NUM_GROUPS"] > 1 else {}
+        settings |= {"MODEL.RESNETS.STRIDE_IN_1X1": False} if group_norm else {}
+    metadata = weights.metadata or {}
+    for key in ("depth", "num_groups", "width_per_group", "stem_out_channels", "res2_out_channels"):
+        found = settings[f"MODEL.RESNETS.{key.upper()}"]
+        if metadata.get(key, found) != found:
+            raise UserError(
+                f"{path} says {key} {metadata[key]}, but its tensors have {found}: convert again."
+            )
+    for key, config_key in _METADATA_KEYS.items():
+        if key in metadata:
+            settings[config_key] = metadata[key]
+    return BackboneWeights(tensors, settings, str(path), group_norm)
+
+
+def apply_settings(cfg: CfgNode, weights: BackboneWeights, explicit: Collection[str]) -> list[str]:
+    """Take architecture and pixel statistics from the weights, in place.
+
+    Returns:
+        ``KEY VALUE`` of every key whose value has changed.
+
+    Raises:
+        UserError: the user has set one of the keys to something else.
+    """
+    taken = []
+    for key, value in weights.settings.items():
+        old = flatten(cfg)[key]
+        if _close(old, value):
+            continue
+        if key in explicit:
+            raise UserError(
+                f"{key} is set to {old}, but {weights.source} needs {value}: leave it out."
+            )
+        cfg.merge_from_list([key, value])
+        taken.append(f"{key} {value}")
+    return taken
+
+
+def check_norm(group_norm: bool, weights: BackboneWeights) -> None:
+    """Refuse weights whose norm is not the model's (``group_norm``, else batch norm).
+
+    Raises:
+        UserError: what would be lost, and which protocol fits.
+    """
+    if group_norm and not weights.group_norm:
+        raise UserError(
+            f"{weights.source} was pre-trained with batch norm, and this model has group norm: the "
+            "statistics that its weights rely on would be lost. Use the protocol without -GN, or "
+            "start from weights pre-trained with group norm (-GN-supervised) or from none "
+            "(-GN-random)."
+        )
+    if weights.group_norm and not group_norm:
+        raise UserError(
+            f"{weights.source} was pre-trained with group norm and has no statistics for this "
+            "model's batch norm: use the protocol's -GN sibling."
+        )
+
+
+def load_backbone(model: nn.Module, weights: BackboneWeights) -> list[str]:
+    """Copy a backbone file into a detector; every backbone and res5 tensor must come from it.
+
+    ``num_batches_tracked`` may be missing (nothing reads it), and so may all running statistics
+    at once (Caffe2's files have folded them into the affine: mean 0 and variance 1 remain).
+
+    Returns:
+        Names of the model's tensors that are new by design: RPN, FPN laterals, heads, extra norm.
+
+    Raises:
+        UserError: tensors of the backbone that the file lacks or has in another shape, or blocks
+            in the file that the model lacks; names, shapes and the nearest candidate are given.
+    """
+    state = model.state_dict()
+    wanted = {m.group(1): name for name in state if (m := _BACKBONE.match(name))}
+    if not wanted:
+        raise UserError(f"the model has no ResNet to load {weights.source} into: it has no res2...")
+    check_norm(not any(short.endswith("running_mean") for short in wanted), weights)
+    folded = not any(name.endswith("running_mean") for name in weights.tensors)
+    problems = []
+    for short, name in wanted.items():
+        tensor = weights.tensors.get(short)
+        if tensor is None:
+            bookkeeping = ("num_batches_tracked", *(("running_mean", "running_var") * folded))
+            if not short.endswith(bookkeeping):
+                near = difflib.get_close_matches(short, weights.tensors, n=1, cutoff=0.0)
+                got = f"{near[0]} {_shape(weights.tensors[near[0]])}" if near else "nothing alike"
+                problems.append(f"{name} {_shape(state[name])} (nearest in the file: {got})")
+        elif tensor.shape != state[name].shape:
+            problems.append(f"{name} {_shape(state[name])} (the file's is {_shape(tensor)})")
+    if problems:
+        more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+        raise UserError(
+            f"{weights.source} does not fill {len(problems)} of the model's {len(wanted)} backbone "
+            f"tensors: {problems[0]}{more}."
+        )
+    unused = sorted(n for n in weights.tensors if _BACKBONE.fullmatch(n) and n not in wanted)
+    if unused:
+        raise UserError(
+            f"{weights.source} holds backbone tensors that the model has no place for: "
+            f"{', '.join(unused[:3])}. MODEL.RESNETS.* is not the network that was pre-trained."
+        )
+    with torch.no_grad():
+        for short, name in wanted.items():
+            if short in weights.tensors:
+                state[name].copy_(weights.tensors[short])
+    return [name for name in state if name not in set(wanted.values())]
+
+
+def _architecture(tensors: Mapping[str, Tensor], path: str) -> dict[str, Any]:
+    """Config values of the ResNet that the tensors make up."""
+    blocks = Counter(
+        m.group(1)
+        for name in tensors
+        if (m := re.fullmatch(r"(res[2-5])\.\d+\.conv1\.weight", name))
+    )
+    kind = "bottleneck" if "res2.0.conv3.weight" in tensors else "basic"
+    depth = _BLOCKS.get((kind, *[blocks[f"res{stage}"] for stage in range(2, 6)]))
+    if depth is None or "stem.conv1.weight" not in tensors:
+        counts = ", ".join(f"res{stage} {blocks[f'res{stage}']}" for stage in range(2, 6))
+        raise UserError(
+            f"{path} is not a converted ResNet-18, -34, -50, -101 or -152 ({kind} blocks: "
+            f"{counts}): convert the checkpoint first with tools/convert.py."
+        )
+    settings = {
+        "MODEL.RESNETS.DEPTH": depth,
+        "MODEL.RESNETS.STEM_OUT_CHANNELS": tensors["stem.conv1.weight"].shape[0],
+        "MODEL.RESNETS.NUM_GROUPS": 1,
+        "MODEL.RESNETS.WIDTH_PER_GROUP": 64,
+    }
+    last = "conv3" if kind == "bottleneck" else "conv2"
+    settings["MODEL.RESNETS.RES2_OUT_CHANNELS"] = tensors[f"res2.0.{last}.weight"].shape[0]
+    if kind == "bottleneck":
+        out_channels, group_width = tensors["res2.0.conv2.weight"].shape[:2]
+        settings["MODEL.RESNETS.NUM_GROUPS"] = out_channels // group_width
+        settings["MODEL.RESNETS.WIDTH_PER_GROUP"] = group_width
+    elif settings["MODEL.RESNETS.RES2_OUT_CHANNELS"] != 64:
+        raise UserError(
+            f"{path} is a ResNet-{depth} of another width than 64, which Detectron2 "
+            "cannot build: narrow networks need ResNet-50 or deeper."
+        )
+    return settings
+
+
+def _close(a: Any, b: Any) -> bool:
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(_close(x, y) for x, y in zip(a, b, strict=True))
+    return bool(abs(a - b) < 1e-6 if isinstance(a, float) else a == b)
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)

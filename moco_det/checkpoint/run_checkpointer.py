@@ -1,0 +1,108 @@
+"""A run's own checkpoints: written whole or not at all, read without executing anything."""
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.utils import comm
+from fvcore.common.checkpoint import Checkpointer
+
+from moco_common.errors import UserError
+from moco_common.files import replace_file, replace_text
+from moco_det.checkpoint.detector_weights import load_detector, read_detector
+
+log = logging.getLogger(__name__)
+
+
+class RunCheckpointer(Checkpointer):
+    """fvcore's checkpointer with atomic writes, a safe reader, and exact names.
+
+    Files and their contents are Detectron2's (``model_final.pth``: ``model``, ``trainer``,
+    ``iteration``; ``last_checkpoint`` names the newest), so its tools read them.
+    """
+
+    def __init__(self, model: torch.nn.Module, save_dir: str, **checkpointables: Any) -> None:
+        super().__init__(model, save_dir, save_to_disk=comm.is_main_process(), **checkpointables)
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Write model, checkpointables and ``kwargs`` to ``save_dir/NAME.pth``."""
+        if not self.save_dir or not self.save_to_disk:
+            return
+        states = {key: thing.state_dict() for key, thing in self.checkpointables.items()}
+        data = {"model": self.model.state_dict(), **states, **kwargs}
+        replace_file(Path(self.save_dir, f"{name}.pth"), lambda file: torch.save(data, file))
+        self.tag_last_checkpoint(f"{name}.pth")
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Name the newest checkpoint in ``save_dir/last_checkpoint``."""
+        replace_text(Path(self.save_dir, "last_checkpoint"), last_filename_basename)
+
+    def load(self, path: str, checkpointables: Iterable[str] | None = None) -> dict[str, Any]:
+        """Load the model, and the checkpointables named (all by default).
+
+        Returns:
+            What else the file holds, such as ``iteration``.
+
+        Raises:
+            UserError: another detector's checkpoint, or one without what is asked for.
+        """
+        return self._take(read_detector(path), path, checkpointables)
+
+    def load_newest(self) -> dict[str, Any] | None:
+        """Load the run's newest checkpoint that can be read; None where there is none at all.
+
+        A file that is damaged (a full disk, a machine that went down) is passed over, and said.
+
+        Raises:
+            UserError: none can be read, or what is read is another detector's.
+        """
+        refused = None
+        for path in newest_checkpoints(self.save_dir):
+            try:
+                checkpoint = read_detector(path)
+            except UserError as error:
+                refused = refused or error
+                log.warning("warning: passed over: %s", error)
+            else:
+                return self._take(checkpoint, str(path), None)
+        if refused:
+            raise refused
+        return None
+
+    def _take(
+        self, checkpoint: dict[str, Any], path: str, checkpointables: Iterable[str] | None
+    ) -> dict[str, Any]:
+        wanted = list(self.checkpointables if checkpointables is None else checkpointables)
+        for key in wanted:
+            if key not in checkpoint:
+                raise UserError(
+                    f"{path} holds weights only: without its {key} state no run goes on."
+                )
+        load_detector(self.model, checkpoint.pop("model"), source=path)
+        for key in wanted:
+            self.checkpointables[key].load_state_dict(_owned(checkpoint.pop(key)))
+        return checkpoint
+
+
+def newest_checkpoints(folder: str | Path) -> list[Path]:
+    """The checkpoints of a run, the newest first: what ``last_checkpoint`` names, then the others
+    by iteration."""
+    folder = Path(folder)
+    paths = sorted(folder.glob("model_*.pth"), key=lambda p: p.name, reverse=True)  # final first
+    tag = folder / "last_checkpoint"
+    if not tag.is_file():
+        return paths
+    named = folder / tag.read_text(encoding="utf-8").strip()
+    return [named, *(path for path in paths if path != named)]
+
+
+def _owned(tree: Any) -> Any:
+    """A copy whose tensors own their memory: the reader's are views of the file, and an optimizer
+    updates the tensors that it is given in place."""
+    if isinstance(tree, torch.Tensor):
+        return tree.clone()
+    if isinstance(tree, dict):
+        return {key: _owned(value) for key, value in tree.items()}
+    return type(tree)(map(_owned, tree)) if isinstance(tree, (list, tuple)) else tree

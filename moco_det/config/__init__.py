@@ -1,0 +1,1 @@
+"""Protocols: every key with its default and description, and the YAML files that set them."""

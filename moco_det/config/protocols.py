@@ -1,0 +1,201 @@
+"""Names -> Detectron2 configs. A protocol is a fixed thing; what a run changes in it is listed.
+
+``VOC``, ``COCO-C4-1x``, ... stand in ``configs/detection``; each has the siblings ``NAME-moco``
+(the same as ``NAME``), ``NAME-supervised`` and ``NAME-random``, which differ from it in nothing
+but what the layout of the weights requires. ``NAME-GN`` and its siblings have group norm wherever
+``NAME`` has batch norm.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import CfgNode
+
+from moco_common.config import read_yaml
+from moco_common.errors import UserError
+from moco_det.config.defaults import (
+    apply_overrides,
+    check_keys,
+    check_values,
+    default_config,
+    flatten,
+)
+
+INITIALISATIONS = ("moco", "supervised", "random")
+GROUP_NORM = "GN"  # the suffix of a protocol, and Detectron2's name of the norm
+# Keys that say how and where a run is done, not what is measured.
+HOUSEKEEPING = frozenset(
+    {
+        "VERSION",
+        "PROTOCOL",
+        "SOURCE",
+        "OUTPUT_DIR",
+        "SEED",
+        "LOG_PERIOD",
+        "VIS_PERIOD",
+        "CUDNN_BENCHMARK",
+        "PREFLIGHT",
+        "MODEL.DEVICE",
+        "MODEL.WEIGHTS",
+        "MODEL.ARCHITECTURE_FROM",
+        "DATASETS.CLASSES",
+        "DATASETS.STRICT",
+        "DATALOADER.NUM_WORKERS",
+        "SOLVER.CHECKPOINT_PERIOD",
+        "SOLVER.CHANNELS_LAST",
+        "SOLVER.REFERENCE_WORLD_SIZE",
+        "TEST.EVAL_PERIOD",
+    }
+)
+
+
+def configs_dir() -> Path:
+    """Folder of the protocols: inside the installed package, else in the checkout beside it."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs" / "detection"
+
+
+def protocol_names() -> list[str]:
+    """Names of the protocols, without their siblings. Parts of protocols begin with ``_``."""
+    return sorted(p.stem for p in configs_dir().glob("*.yaml") if not p.stem.startswith("_"))
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """``"VOC-GN-random"`` -> ``("VOC-GN", "random")``; else the weights are ``"moco"``."""
+    base, _, suffix = name.rpartition("-")
+    return (base, suffix) if base and suffix in INITIALISATIONS else (name, "moco")
+
+
+def get_protocol(name: str) -> CfgNode:
+    """The config of a protocol or of one of its siblings (``UserError``: there is none)."""
+    cfg = default_config()
+    cfg.merge_from_other_cfg(CfgNode(_read_protocol(name)))
+    return cfg
+
+
+def load_config(name_or_file: str, overrides: Sequence[str] = ()) -> CfgNode:
+    """The config of a protocol or of a YAML file, with ``KEY VALUE`` overrides applied.
+
+    A file states its differences from the defaults, or from its ``_BASE_``: a file, a protocol's
+    name, or a list of them. Only plain YAML is read: a Python tag is refused, never evaluated.
+
+    Raises:
+        UserError: unknown name, key or base, unreadable file, or a value of the wrong type.
+    """
+    path = Path(name_or_file).expanduser()
+    if path.suffix in (".yaml", ".yml"):
+        cfg = default_config()
+        cfg.merge_from_other_cfg(CfgNode(_read_yaml(path)))
+    else:
+        cfg = get_protocol(name_or_file)
+    apply_overrides(cfg, overrides)
+    if cfg.MODEL.LOAD_PROPOSALS:
+        raise UserError(
+            "MODEL.LOAD_PROPOSALS makes Detectron2 unpickle DATASETS.PROPOSAL_FILES_*, which can "
+            "run code: leave it out; the protocols make their own proposals."
+        )
+    return cfg
+
+
+def stated_keys(name_or_file: str) -> list[str]:
+    """Keys that a YAML file and the files it is based on state themselves; none for a protocol."""
+    path = Path(name_or_file).expanduser()
+    if path.suffix not in (".yaml", ".yml"):
+        return []
+    own = read_yaml(path)[0]
+    bases = own.pop("_BASE_", [])
+    keys = list(flatten(own))
+    for base in [bases] if isinstance(bases, str) else bases:
+        beside = path.parent / Path(base).expanduser()
+        keys += stated_keys(str(beside if beside.suffix in (".yaml", ".yml") else base))
+    return keys
+
+
+def differences(old: CfgNode, new: CfgNode) -> list[str]:
+    """``KEY OLD -> NEW`` for every key whose value differs, in the order of the keys."""
+    before, after = flatten(old), flatten(new)
+    return [
+        f"{key} {_show(before.get(key))} -> {_show(after[key])}"
+        for key in sorted(after)
+        if _plain(before.get(key)) != _plain(after[key])
+    ]
+
+
+def deviations(cfg: CfgNode) -> list[str]:
+    """What a resolved config changes in the protocol that it names; housekeeping left out.
+
+    A config that follows no protocol has none to deviate from: an empty list.
+    """
+    if not cfg.PROTOCOL:
+        return []
+    changed = differences(get_protocol(cfg.PROTOCOL), cfg)
+    return [line for line in changed if line.split(" ", 1)[0] not in HOUSEKEEPING]
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _show(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value) if value != "" else "''"
+
+
+def _read_protocol(name: str) -> dict[str, Any]:
+    base, weights = split_name(name)
+    plain = base.removesuffix(f"-{GROUP_NORM}")
+    if plain not in protocol_names():
+        nearest = difflib.get_close_matches(plain, protocol_names(), n=1, cutoff=0.0)
+        raise UserError(
+            f"no protocol is called {name!r}; did you mean {nearest[0] if nearest else '?'}? There "
+            f"are {', '.join(protocol_names())}, each also with -GN, and with -moco, -supervised "
+            "or -random, or give a .yaml file."
+        )
+    config = _read_yaml(configs_dir() / f"{plain}.yaml")
+    if plain != base:
+        _to_group_norm(config, plain)
+    layout = f"{weights}-GN" if plain != base and weights == "supervised" else weights
+    _update(config, _read_yaml(configs_dir() / f"_weights-{layout}.yaml"))
+    config["PROTOCOL"] = base if weights == "moco" else name
+    return config
+
+
+def _to_group_norm(config: dict[str, Any], plain: str) -> None:
+    """Group norm (Wu and He 2018) where the protocol has batch norm, and only there, in place."""
+    for section in config["MODEL"].values():
+        if isinstance(section, dict) and section.get("NORM"):
+            section["NORM"] = GROUP_NORM
+    config["TEST"]["PRECISE_BN"]["ENABLED"] = False  # there are no statistics to take anew
+    config["SOURCE"] = (
+        f"a variant of this project's own, published nowhere: {plain} with group norm (Wu and He "
+        "2018, arXiv:1803.08494) in the place of batch norm, for fewer than two images a process"
+    )
+
+
+def _read_yaml(path: Path, inside: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Nested dict of a file over its ``_BASE_``, read with YAML's safe loader."""
+    path = path.resolve()
+    if path in inside:
+        raise UserError(f"{path} is its own _BASE_ (through {inside[-1]}): break the circle.")
+    own, lines = read_yaml(path)
+    bases = own.pop("_BASE_", [])
+    check_keys(flatten(own), str(path), lines)
+    own = check_values(own, str(path), lines)
+    merged: dict[str, Any] = {}
+    for base in [bases] if isinstance(bases, str) else bases:
+        beside = path.parent / Path(base).expanduser()
+        is_file = beside.suffix in (".yaml", ".yml")
+        _update(merged, _read_yaml(beside, (*inside, path)) if is_file else _read_protocol(base))
+    _update(merged, own)
+    return merged
+
+
+def _update(base: dict[str, Any], other: Mapping[str, Any]) -> None:
+    """Merge nested ``other`` into ``base``, in place; ``other`` wins."""
+    for key, value in other.items():
+        if isinstance(value, Mapping) and isinstance(base.get(key), dict):
+            _update(base[key], value)
+        else:
+            base[key] = value

@@ -1,0 +1,135 @@
+"""The account of a file: which tensors make up the network, and why every other is left out."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from moco_common.reader.errors import CheckpointError
+from moco_det.conversion.account import Entry
+from moco_det.conversion.architecture import Architecture, detect, from_detectron2, to_detectron2
+from moco_det.conversion.find_encoder import Recognised, other_resnet, reason
+
+
+def canonical_names(tensors: Collection[str], found: Recognised) -> dict[str, str]:
+    """torchvision's name -> flattened name, of everything that is named as a backbone's."""
+    names: dict[str, str] = {}
+    rests: dict[str, str] = {}
+    for name in tensors:
+        if name.startswith(found.prefix):
+            rests[name[len(found.prefix) :]] = name
+    for rest, name in rests.items():
+        canonical = found.naming.canonical(rest)
+        if canonical is not None:
+            names[canonical] = name
+    if found.naming.canonical is from_detectron2 and "layer4.0.conv1.weight" not in names:
+        for name in tensors:  # a C4 detector keeps res5 in its heads
+            rest = re.sub(r"^(.*\.)?roi_heads\.(?=res5\.)", "", name)
+            canonical = from_detectron2(rest) if rest != name else None
+            if canonical is not None:
+                names[canonical] = name
+    if other := other_resnet([*rests, *names]):
+        raise CheckpointError(
+            f"the file holds a ResNet with {other[0]}, as {names.get(other[1], other[1])} tells, "
+            "which Detectron2's ResNet cannot hold: pre-train a plain one.",
+            kind="unsupported",
+            key=other[1],
+        )
+    return names
+
+
+def select(
+    tensors: Mapping[str, Tensor], names: Mapping[str, str], found: Recognised, stride: bool
+) -> tuple[dict[str, Tensor], Architecture]:
+    """The tensors that the network needs, by torchvision name and in its order."""
+    named = {canonical: tensors[name] for canonical, name in names.items()}
+    architecture = detect(named, names=names, stride_in_1x1=stride)
+    backbone: dict[str, Tensor] = {}
+    for canonical, shape in architecture.shapes().items():
+        if canonical not in named:
+            own = _own_name(canonical, found)
+            free = [n for n in tensors if n not in names.values()]
+            near = difflib.get_close_matches(own, free, n=2, cutoff=0.6)
+            near += difflib.get_close_matches(own, names.values(), n=3 - len(near), cutoff=0.6)
+            raise CheckpointError(
+                f"{architecture} needs {own} of shape {shape}, which is missing; nearest in the "
+                f"file: {', '.join(f'{n} {tuple(tensors[n].shape)}' for n in near) or 'nothing'}.",
+                kind="missing_tensor",
+                key=own,
+                candidates=tuple(near),
+            )
+        if tuple(named[canonical].shape) != shape:
+            raise CheckpointError(
+                f"{names[canonical]} has shape {tuple(named[canonical].shape)} where "
+                f"{architecture} needs {shape}.",
+                kind="shape",
+                key=names[canonical],
+            )
+        backbone[canonical] = named[canonical]
+        counter = canonical.replace("running_var", "num_batches_tracked")
+        if counter != canonical and counter in named:
+            backbone[counter] = named[counter]
+    return backbone, architecture
+
+
+def _own_name(canonical: str, found: Recognised) -> str:
+    if found.naming.canonical is from_detectron2:
+        return found.prefix + str(to_detectron2(canonical))
+    return found.prefix + canonical
+
+
+def account(
+    tensors: Mapping[str, Tensor],
+    originals: Mapping[str, str],
+    names: Mapping[str, str],
+    found: Recognised,
+    backbone: Mapping[str, Tensor],
+    rename: Callable[[str], str],
+    drop: Sequence[str],
+) -> list[Entry]:
+    """An entry for every tensor of the file.
+
+    Raises:
+        CheckpointError: a tensor that is neither the encoder's nor known to be left out.
+    """
+    targets = {name: canonical for canonical, name in names.items() if canonical in backbone}
+    rests = {name[len(found.prefix) :]: name for name in targets}
+    entries, unknown = [], []
+    for name, tensor in tensors.items():
+        target, why = targets.get(name), None
+        if target is None:
+            why = reason(name, found) or _duplicate(name, tensors, rests)
+            if any(re.search(pattern, originals[name]) for pattern in drop):
+                why = "--drop"
+            if why is None:
+                unknown.append(originals[name])
+        shape = tuple(tensor.shape)
+        entries.append(Entry(originals[name], shape, target and rename(target), why))
+    if unknown:
+        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+        raise CheckpointError(
+            f"{', '.join(unknown[:3])}{more}: not part of the {found.source.name} encoder under "
+            f"'{found.prefix}', and nothing known to be left out; say --drop PATTERN if it can be, "
+            "or --prefix if the encoder is elsewhere.",
+            kind="unknown_tensor",
+            key=unknown[0],
+            candidates=tuple(unknown),
+        )
+    return entries
+
+
+def _duplicate(name: str, tensors: Mapping[str, Tensor], rests: Mapping[str, str]) -> str | None:
+    """Some projects save the encoder twice, under its own name and inside a Sequential."""
+    rest = name
+    while "." in rest:
+        rest = rest.partition(".")[2]
+        original = tensors.get(rests.get(rest, ""))
+        if original is None or original.shape != tensors[name].shape:
+            continue
+        if torch.equal(original, tensors[name]):
+            return "second copy of the encoder"
+    return None

@@ -1,0 +1,198 @@
+"""Converted files: written so that Detectron2 and torchvision load them, read without trust."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import pickle
+import struct
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moco_common.files import replace_file
+from moco_common.reader.errors import CheckpointError
+from moco_common.reader.formats import read_checkpoint
+from moco_det.conversion.pixel_settings import own_metadata
+
+_SAFETENSORS = {torch.float32: "F32", torch.int64: "I64"}
+
+
+class Weights(NamedTuple):
+    """A Detectron2 weight file.
+
+    Attributes:
+        tensors: by name, as the file has them.
+        metadata: of a file that this project converted, else None.
+        author: the file's ``__author__``, "Caffe2" for Detectron's own layout.
+        matching_heuristics: whether Detectron2 matches the names by their endings.
+    """
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, Any] | None
+    author: str | None = None
+    matching_heuristics: bool = False
+
+
+def load_detectron2_weights(path: str | os.PathLike[str]) -> Weights:
+    """Read weights in Detectron2's naming, executing nothing.
+
+    Args:
+        path: a converted file (ours or the reference's), or Detectron2's own .pkl or .pth.
+
+    Raises:
+        CheckpointError: not readable, or not in Detectron2's naming.
+    """
+    tree = read_checkpoint(path)
+    metadata, author, heuristics, model = None, None, False, tree
+    if isinstance(tree, dict):
+        metadata, author = own_metadata(tree), tree.get("__author__")
+        heuristics = tree.get("matching_heuristics") is True
+        if isinstance(tree.get("model"), dict):
+            model = tree["model"]
+        elif "__author__" not in tree and any("branch2a" in str(name) for name in tree):
+            author, heuristics = "Caffe2", True
+        elif isinstance(tree.get("blobs"), dict):
+            model, author, heuristics = tree["blobs"], "Caffe2", True
+    tensors = (
+        {
+            name: value
+            for name, value in model.items()
+            if isinstance(name, str) and isinstance(value, Tensor)
+        }
+        if isinstance(model, dict)
+        else {}
+    )
+    if author == "Caffe2":
+        tensors = {name: t for name, t in tensors.items() if not name.endswith("_momentum")}
+    if not any("res2" in name for name in tensors):
+        raise CheckpointError(
+            f"{path} holds no weights in Detectron2's naming (res2.0.conv1.weight, ...): convert "
+            "it first with tools/convert.py.",
+            kind="unrecognised",
+            path=path,
+        )
+    return Weights(
+        tensors,
+        metadata,
+        author if isinstance(author, str) else None,
+        heuristics,
+    )
+
+
+def version() -> str:
+    """Of this project, "unknown" if it was not installed."""
+    try:
+        return importlib.metadata.version("moco-det")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def write(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, Any],
+    *,
+    to: str,
+    check: Callable[[Path], None],
+) -> None:
+    """Write a converted file atomically, after ``check`` of the finished temporary file.
+
+    Args:
+        path: its suffix is the format: .pkl, .pth (or .pt), .safetensors.
+        to: "detectron2" (wrapped as its loader expects) or "torchvision" (a state dict).
+        check: called with the written file, before it gets its name; may raise.
+
+    Raises:
+        CheckpointError: a suffix that is not known, or a .pkl for torchvision.
+    """
+    writer = writer_for(path, to)
+    replace_file(path, lambda file: writer(file, tensors, metadata), check)
+
+
+def writer_for(
+    path: Path, to: str
+) -> Callable[[IO[bytes], Mapping[str, Tensor], Mapping[str, Any]], None]:
+    """The writer of a suffix.
+
+    Raises:
+        CheckpointError: no such suffix for this target.
+    """
+    writers = {
+        ("detectron2", ".pkl"): _write_pickle,
+        ("detectron2", ".pth"): _write_torch,
+        ("torchvision", ".pth"): _write_state_dict,
+        ("detectron2", ".safetensors"): _write_safetensors,
+        ("torchvision", ".safetensors"): _write_safetensors,
+    }
+    suffix = ".pth" if path.suffix == ".pt" else path.suffix
+    if (to, suffix) not in writers:
+        known = ", ".join(s for target, s in writers if target == to)
+        raise CheckpointError(
+            f"-o {path}: {to} weights are written as {known}.", kind="option", path=path
+        )
+    return writers[to, suffix]
+
+
+def _wrapped(model: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "model": dict(model),
+        "__author__": metadata["author"],
+        "matching_heuristics": True,
+        "metadata": {k: v for k, v in metadata.items() if k != "author"},
+    }
+
+
+class _PortablePickler(pickle.Pickler):
+    """Arrays as calls of ``numpy.ndarray``: NumPy 2's own pickles do not load under NumPy 1."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, np.ndarray):
+            return np.ndarray, (obj.shape, obj.dtype.str, bytearray(obj.tobytes()))
+        return NotImplemented
+
+
+def _write_pickle(file: IO[bytes], tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+    # Protocol 5 holds a bytearray as it is; older ones would have it read twice.
+    _PortablePickler(file, protocol=5).dump(_wrapped(arrays, meta))
+
+
+def _write_torch(file: IO[bytes], tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    torch.save(_wrapped(tensors, meta), file)
+
+
+def _write_state_dict(
+    file: IO[bytes], tensors: Mapping[str, Tensor], meta: Mapping[str, Any]
+) -> None:
+    """A plain state dict, loadable with ``strict=True``; the metadata are an attribute of it."""
+    state = OrderedDict(tensors)
+    # Modules keep their versions here, by prefix; no module has this one.
+    state._metadata = {"moco-det": {k: v for k, v in meta.items() if k != "author"}}  # type: ignore[attr-defined]
+    torch.save(state, file)
+
+
+def _write_safetensors(
+    file: IO[bytes], tensors: Mapping[str, Tensor], meta: Mapping[str, Any]
+) -> None:
+    own = {k: v for k, v in meta.items() if k != "author"}
+    header: dict[str, Any] = {"__metadata__": {"moco-det": json.dumps(own), "format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _SAFETENSORS[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the data begin aligned
+    file.write(struct.pack("<Q", len(text)) + text)
+    for tensor in tensors.values():
+        file.write(tensor.numpy().tobytes())

@@ -1,0 +1,1 @@
+"""Data sets by SPEC: registered, sampled, mapped to training examples."""

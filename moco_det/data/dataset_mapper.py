@@ -1,0 +1,80 @@
+"""From a record of a data set to a training example."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper, detection_utils
+from detectron2.data import transforms as T
+
+from moco_det.config.defaults import is_semantic_model
+from moco_det.data.datasets.label_files import read_labels
+
+
+class RandomScale(T.Augmentation):
+    """Resize by a factor drawn from [smallest, largest]; labels by their nearest neighbour."""
+
+    def __init__(self, smallest: float, largest: float) -> None:
+        super().__init__()
+        self.smallest, self.largest = smallest, largest
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        """The transform of an (H, W, C) image."""
+        height, width = image.shape[:2]
+        scale = np.random.uniform(self.smallest, self.largest)
+        return T.ResizeTransform(
+            height, width, max(round(height * scale), 1), max(round(width * scale), 1)
+        )
+
+
+class SemanticMapper:
+    """One record of a data set -> a training example.
+
+    Detectron2's ``DatasetMapper`` would read a palette's colours as labels.
+
+    Args:
+        augmentations: of image and labels together.
+        image_format: "RGB" or "BGR".
+    """
+
+    def __init__(self, augmentations: list[T.Augmentation], image_format: str) -> None:
+        self.augmentations = T.AugmentationList(augmentations)
+        self.image_format = image_format
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> "SemanticMapper":
+        """Scale by ``INPUT.SCALE_TRAIN``, crop to ``INPUT.CROP.SIZE``, flip.
+
+        What is smaller than the crop is padded where the batch is put together, behind
+        normalisation: with the mean colour, and with labels that are ignored.
+        """
+        smallest, largest = cfg.INPUT.SCALE_TRAIN
+        augmentations: list[T.Augmentation] = [
+            RandomScale(smallest, largest),
+            T.FixedSizeCrop(tuple(map(int, cfg.INPUT.CROP.SIZE)), pad=False),
+        ]
+        if cfg.INPUT.RANDOM_FLIP != "none":
+            vertical = cfg.INPUT.RANDOM_FLIP == "vertical"
+            augmentations.append(T.RandomFlip(horizontal=not vertical, vertical=vertical))
+        return cls(augmentations, cfg.INPUT.FORMAT)
+
+    def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
+        """``image`` (3, H, W) uint8 and ``sem_seg`` (H, W) int64 beside the record's own keys."""
+        image = detection_utils.read_image(record["file_name"], format=self.image_format)
+        detection_utils.check_image_size(record, image)
+        labels = read_labels(record["sem_seg_file_name"])
+        example = T.AugInput(image, sem_seg=labels.astype(np.uint8))
+        self.augmentations(example)
+        pixels = np.ascontiguousarray(example.image.transpose(2, 0, 1))
+        return {
+            **record,
+            "image": torch.as_tensor(pixels),
+            "sem_seg": torch.as_tensor(example.sem_seg.astype(np.int64)),
+        }
+
+
+def build_train_mapper(cfg: CfgNode) -> Callable[[dict[str, Any]], Any]:
+    """What turns a record of the training set into an example for the model."""
+    return SemanticMapper.from_config(cfg) if is_semantic_model(cfg) else DatasetMapper(cfg, True)

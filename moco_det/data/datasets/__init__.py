@@ -1,0 +1,1 @@
+"""Readers of annotation layouts; each reports what it fixed or skipped."""

@@ -1,0 +1,158 @@
+"""Instance masks as annotation files hold them: polygons, or run lengths (RLE) in COCO's form.
+
+A mask here is a list of polygons ``[x0, y0, x1, y1, ...]`` (pixels, float) or a compressed RLE
+``{"size": [height, width], "counts": str}``, both as in the COCO API.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from moco_det.data.datasets.image_frame import Frame
+
+Mask = list[list[float]] | dict[str, Any]
+
+
+class MaskError(Exception):
+    """Why a mask cannot be read, in a few words."""
+
+
+def read_mask(segmentation: Any, frame: Frame) -> tuple[Mask, int]:
+    """Check a COCO ``segmentation`` and bring it into the frame the image is read in.
+
+    Returns:
+        The mask, and how many invalid polygons were left out of it.
+
+    Raises:
+        MaskError: if nothing of it can be used.
+    """
+    if isinstance(segmentation, dict):
+        return _read_rle(segmentation, frame), 0
+    if not isinstance(segmentation, list):
+        raise MaskError("neither polygons nor RLE")
+    if segmentation and isinstance(segmentation[0], (int, float)):
+        segmentation = [segmentation]  # one polygon without its list
+    polygons = []
+    for polygon in segmentation:
+        try:
+            points = np.asarray(polygon, dtype=np.float64)
+        except (TypeError, ValueError, OverflowError):
+            raise MaskError("a polygon is no list of numbers") from None
+        if points.ndim != 1 or not np.abs(points).max(initial=0) < 1e9:  # also if NaN
+            raise MaskError("a polygon is no list of numbers")
+        if len(points) >= 6 and len(points) % 2 == 0:
+            if frame.matrix is not None:
+                points = frame.points(points.reshape(-1, 2)).reshape(-1)
+            polygons.append(points.tolist())
+    if not polygons:
+        raise MaskError("no polygon of three points")
+    if mask_area(polygons) == 0:
+        raise MaskError("empty")
+    return polygons, len(segmentation) - len(polygons)
+
+
+def _read_rle(rle: dict[str, Any], frame: Frame) -> Mask:
+    size, counts = rle.get("size"), rle.get("counts")
+    turned = frame.matrix is not None and frame.matrix[0, 0] == 0
+    if frame.matrix is not None and not turned:
+        raise MaskError("RLE of another size than the image")
+    expected = [frame.width, frame.height] if turned else [frame.height, frame.width]
+    if size != expected:
+        raise MaskError("RLE of another size than the image")
+    size = expected  # equal, and whole numbers for sure
+    runs = _decode_counts(counts)
+    # pycocotools writes pixels as the runs tell it, also beyond the image: sum them first.
+    if len(runs) == 0 or runs.min() < 0 or runs.sum() != size[0] * size[1]:
+        raise MaskError("RLE that does not add up to the image")
+    if runs[1::2].sum() == 0:
+        raise MaskError("empty")
+    if isinstance(counts, list):
+        rle = coco_mask.frPyObjects({"size": size, "counts": runs.tolist()}, *size)
+    else:
+        rle = {"size": size, "counts": counts}
+    if turned:
+        rle = coco_mask.encode(_turn(coco_mask.decode(rle), frame))
+    return _as_text(rle)
+
+
+def _turn(pixels: np.ndarray, frame: Frame) -> np.ndarray:
+    """Turn an (H, W) array as the frame's matrix (a quarter turn, perhaps mirrored) says."""
+    assert frame.matrix is not None
+    turned = pixels.T
+    if frame.matrix[0, 1] < 0:
+        turned = turned[:, ::-1]
+    if frame.matrix[1, 0] < 0:
+        turned = turned[::-1]
+    return np.asfortranarray(turned)
+
+
+def _as_text(rle: Any) -> dict[str, Any]:
+    counts = rle["counts"]
+    text = counts.decode("ascii") if isinstance(counts, bytes) else counts
+    return {"size": [int(side) for side in rle["size"]], "counts": text}
+
+
+def _decode_counts(counts: Any) -> np.ndarray:
+    """Run lengths, int64, of a COCO RLE.
+
+    The compressed form (pycocotools, maskApi.c, rleToString) is a variable-length code of 5 bits a
+    character from chr(48) on, bit 5 saying that more follow, bit 4 of the last being the sign;
+    from the fourth run on it holds the difference to the run two before.
+    """
+    if isinstance(counts, list):
+        if not all(isinstance(run, int) and 0 <= run < 2**31 for run in counts):
+            raise MaskError("RLE of another kind than whole numbers")
+        return np.asarray(counts, dtype=np.int64)
+    if not isinstance(counts, str):
+        raise MaskError("RLE without counts")
+    code = np.frombuffer(counts.encode("utf-8"), dtype=np.uint8).astype(np.int64) - 48
+    if len(code) == 0 or code.min() < 0 or code.max() > 63 or code[-1] & 0x20:
+        raise MaskError("RLE that is cut off or damaged")
+    last = (code & 0x20) == 0
+    starts = np.flatnonzero(np.concatenate([[True], last[:-1]]))
+    ends = np.flatnonzero(last)
+    lengths = ends - starts + 1
+    if lengths.max() > 7:
+        raise MaskError("RLE that is cut off or damaged")
+    place = np.arange(len(code)) - np.repeat(starts, lengths)
+    values = np.add.reduceat((code & 0x1F) << (5 * place), starts)
+    values -= np.where(code[ends] & 0x10, np.int64(1) << (5 * lengths), 0)
+    # Undo the differences: odd and even runs each are a running sum, the first run stands alone.
+    values[1::2] = np.cumsum(values[1::2])
+    values[2::2] = np.cumsum(values[2::2])
+    return values
+
+
+def mask_area(mask: Mask) -> float:
+    """Square pixels: of the shape for polygons (overlaps count twice), of the pixels for RLE."""
+    if isinstance(mask, dict):
+        return float(coco_mask.area(mask))
+    area = 0.0
+    for polygon in mask:
+        points = np.asarray(polygon, dtype=np.float64)
+        x, y = points[0::2], points[1::2]
+        twice = x[:-1] @ y[1:] - y[:-1] @ x[1:] + x[-1] * y[0] - y[-1] * x[0]
+        area += 0.5 * abs(float(twice))
+    return area
+
+
+def mask_box(mask: Mask, frame: Frame) -> list[float]:
+    """The box (x0, y0, x1, y1) around a mask."""
+    if isinstance(mask, dict):
+        x, y, w, h = coco_mask.toBbox(mask).tolist()
+        return [x, y, x + w, y + h]
+    x = np.concatenate([polygon[0::2] for polygon in mask])
+    y = np.concatenate([polygon[1::2] for polygon in mask])
+    box = [x.min(), y.min(), x.max(), y.max()]
+    limits = [frame.width, frame.height] * 2
+    return [float(min(max(v, 0.0), limit)) for v, limit in zip(box, limits, strict=True)]
+
+
+def to_rle(mask: Mask, height: int, width: int) -> dict[str, Any]:
+    """A mask as compressed RLE; polygons are drawn and joined as the COCO API does."""
+    if isinstance(mask, dict):
+        return mask
+    return _as_text(coco_mask.merge(coco_mask.frPyObjects(mask, height, width)))

@@ -1,0 +1,26 @@
+"""Label maps on disk, as semantic segmentation reads them."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from moco_common.errors import UserError
+
+
+def read_labels(path: str | Path) -> np.ndarray:
+    """(H, W) labels of a PNG: grey values, or the indices of a palette (as VOC's own files have).
+
+    Raises:
+        UserError: the file cannot be read, or holds colours instead of labels.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode not in ("L", "P", "I", "I;16"):
+                raise UserError(
+                    f"{path} is a picture of mode {image.mode}, not labels: write one grey value "
+                    "or palette index a pixel."
+                )
+            return np.array(image, dtype=np.int64)
+    except OSError as error:
+        raise UserError(f"cannot read the labels {path}: {error}.") from error

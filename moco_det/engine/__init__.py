@@ -1,0 +1,1 @@
+"""A fine-tuning run: set-up, trainer, hooks."""

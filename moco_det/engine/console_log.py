@@ -1,0 +1,150 @@
+"""What a person sees of a run: one plain line at a time; everything else goes into ``log.txt``."""
+
+import io
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+
+from detectron2.engine import HookBase
+from detectron2.utils.events import EventWriter, get_event_storage
+from tqdm import tqdm
+
+from moco_common.text import duration
+
+LOGGED = ("moco_det", "detectron2", "fvcore")
+log = logging.getLogger("moco_det")
+
+
+def silence_detectron2() -> None:
+    """Drop warnings of Detectron2's calls of torch functions that have changed since.
+
+    There is nothing that a user could mend.
+    """
+    warnings.filterwarnings("ignore", message="torch.meshgrid")
+    warnings.filterwarnings("ignore", message=".*(torch.cuda.amp|broadcast_buffers)")
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
+
+
+@contextmanager
+def logging_to(directory: Path, rank: int, quiet: bool = False) -> Iterator[None]:
+    """Log this project's messages to the console (rank 0) and everyone's to ``log.txt``.
+
+    Detectron2's own messages (the model, the optimizer's hooks, class histograms) go to the file
+    only. The handlers are removed at the end, so that runs in one process keep their logs apart.
+
+    Args:
+        quiet: of the messages, only warnings go to the console.
+    """
+    silence_detectron2()
+    directory.mkdir(parents=True, exist_ok=True)
+    name = "log.txt" if rank == 0 else f"log.txt.rank{rank}"
+    file = logging.FileHandler(directory / name, encoding="utf-8")
+    file.setFormatter(
+        logging.Formatter("[%(asctime)s] %(name)s %(levelname)s: %(message)s", "%m/%d %H:%M:%S")
+    )
+    console = _Console(logging.WARNING if quiet else logging.INFO)
+    console.setFormatter(logging.Formatter("%(message)s"))
+    added: list[tuple[logging.Logger, logging.Handler]] = [
+        (logging.getLogger(name), file) for name in LOGGED
+    ]
+    if rank == 0:
+        added.append((log, console))
+    before = {name: logging.getLogger(name).propagate for name in LOGGED}
+    for logger, handler in added:
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for logger, handler in added:
+            logger.removeHandler(handler)
+        for name, propagate in before.items():
+            logging.getLogger(name).propagate = propagate
+        file.close()
+
+
+@contextmanager
+def printing_to_log() -> Iterator[None]:
+    """What a library prints goes line by line into ``log.txt`` instead of the console."""
+    with redirect_stdout(_LogStream()):
+        yield
+
+
+class _Console(logging.Handler):
+    """Lines on standard output, above a bar if there is one; warnings on standard error."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self._out = sys.stdout  # what this is now: `printing_to_log` puts another in its place
+
+    def emit(self, record: logging.LogRecord) -> None:
+        stream = sys.stderr if record.levelno >= logging.WARNING else self._out
+        with tqdm.external_write_mode(file=self._out):
+            print(self.format(record), file=stream, flush=True)
+
+
+class TerminalBar(HookBase):
+    """In a terminal, a bar of the iterations below the lines; elsewhere nothing."""
+
+    def before_train(self) -> None:
+        shown = sys.stdout.isatty() and _console_level() <= logging.INFO
+        self._bar = tqdm(
+            total=self.trainer.max_iter,
+            initial=self.trainer.iter,
+            disable=not shown,
+            leave=False,
+            file=sys.stdout,
+            dynamic_ncols=True,
+            bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}",  # the lines tell the rest
+        )
+
+    def after_step(self) -> None:
+        self._bar.update()
+
+    def after_train(self) -> None:
+        self._bar.close()
+
+
+def _console_level() -> int:
+    return min((h.level for h in log.handlers if isinstance(h, _Console)), default=logging.ERROR)
+
+
+class _LogStream(io.TextIOBase):
+    def write(self, text: str) -> int:
+        for line in filter(str.strip, text.splitlines()):
+            logging.getLogger("detectron2.evaluation").info(line)
+        return len(text)
+
+
+class ProgressPrinter(EventWriter):
+    """A line of progress: iteration, time left, losses, learning rate, iterations per second."""
+
+    def __init__(self, max_iter: int, window: int = 20) -> None:
+        self._max_iter = max_iter
+        self._window = window
+
+    def write(self) -> None:
+        storage = get_event_storage()
+        done = storage.iter + 1
+        if done > self._max_iter:  # called once more after training
+            return
+
+        def smoothed(key: str) -> float:
+            return float(storage.history(key).median(storage.count_samples(key, self._window)))
+
+        histories = storage.histories()
+        losses = [k for k in histories if k.startswith("loss_")]
+        parts = " ".join(f"{k[5:]} {smoothed(k):.3f}" for k in losses)
+        total = smoothed("total_loss") if "total_loss" in histories else float("nan")
+        line = f"iter {done:>{len(str(self._max_iter))}}/{self._max_iter}"
+        if "time" in histories:  # measured from the third iteration on
+            seconds = storage.history("time").avg(min(1000, storage.count_samples("time", 1000)))
+            line += f"  eta {duration(seconds * (self._max_iter - done))}"
+        line += f"  loss {total:.3f} ({parts})  lr {storage.history('lr').latest():.4g}"
+        if "time" in histories:
+            line += f"  {1 / max(seconds, 1e-9):.2f} it/s"
+        log.info(line)

@@ -1,0 +1,149 @@
+"""What happens between iterations: true statistics, checkpoints, evaluation."""
+
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from detectron2.engine import HookBase
+from detectron2.evaluation.testing import flatten_results_dict
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+from fvcore.nn.precise_bn import get_bn_modules
+from torch import nn
+
+from moco_common.errors import UserError
+from moco_common.files import replace_text
+from moco_det.checkpoint.run_checkpointer import RunCheckpointer
+from moco_det.data.samplers import PRECISE_BN, Batch, seed_model
+from moco_det.engine.stopping import Stopped, StopRequest
+from moco_det.modeling.batch_norm import update_statistics
+
+log = logging.getLogger(__name__)
+
+
+def is_due(iteration: int, period: int, max_iter: int) -> bool:
+    """Whether something periodic is due after an iteration; after the last one it always is."""
+    done = iteration + 1
+    return done >= max_iter or (period > 0 and done % period == 0)
+
+
+class PreciseBN(HookBase):
+    """True BN statistics before every evaluation, over the same images every time.
+
+    Args:
+        period: iterations between two evaluations; 0 for the last one only.
+        model: not wrapped in DDP, in training mode.
+        batches: starts this process's share of the micro-batches, ``(number, batch)`` each.
+        seed: of the run.
+        images: how many there are over all processes, to be said.
+    """
+
+    def __init__(
+        self,
+        period: int,
+        model: nn.Module,
+        batches: Callable[[], Iterator[tuple[int, Batch]]],
+        *,
+        seed: int,
+        images: int,
+    ) -> None:
+        self.period, self.model, self.batches = period, model, batches
+        self.seed, self.images = seed, images
+
+    def after_step(self) -> None:
+        if is_due(self.trainer.iter, self.period, self.trainer.max_iter):
+            self.update_stats()
+
+    def update_stats(self) -> None:
+        """Estimate the statistics of all BN layers anew."""
+        if not get_bn_modules(self.model):
+            return
+        log.info("precise BN over %d images", self.images)
+        with EventStorage():  # the model writes its own events, which are not training's
+            update_statistics(self.model, self._inputs())
+
+    def _inputs(self) -> Iterator[Batch]:
+        for number, batch in self.batches():
+            seed_model(self.seed, PRECISE_BN, number)
+            yield batch
+
+
+class Checkpoints(HookBase):
+    """Checkpoints every so often, at the end, and when the run is asked to stop.
+
+    All processes have this hook; the checkpointer of the first one writes.
+    """
+
+    def __init__(self, checkpointer: RunCheckpointer, period: int, stop: StopRequest) -> None:
+        self.checkpointer, self.period, self.stop = checkpointer, period, stop
+
+    def after_step(self) -> None:
+        iteration, final = self.trainer.iter, self.trainer.iter + 1 >= self.trainer.max_iter
+        asked = self.stop.agreed(self.trainer.step.device)
+        if asked or is_due(iteration, self.period, self.trainer.max_iter):
+            self._refuse_nonsense(iteration)
+            name = "model_final" if final else f"model_{iteration:07d}"
+            self.checkpointer.save(name, iteration=iteration)
+        if asked:
+            comm.synchronize()  # nobody ends the job before the file is written
+            raise Stopped(asked)
+
+    def _refuse_nonsense(self, iteration: int) -> None:
+        """A step may blow the weights up before a loss shows it."""
+        state = self.checkpointer.model.state_dict()
+        wrong = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
+        if wrong:
+            raise UserError(
+                f"after iteration {iteration + 1} {wrong[0]} is not finite: not saved; lower "
+                "SOLVER.BASE_LR, and go on from the last checkpoint with --resume."
+            )
+
+
+class Evaluation(HookBase):
+    """Evaluates every so often and after training.
+
+    Not Detectron2's ``EvalHook``, which evaluates even where the last iteration was interrupted.
+    While the trained model is evaluated signals are obeyed at once: it is saved.
+    """
+
+    def __init__(
+        self, period: int, evaluate: Callable[[], dict[str, Any]], stop: StopRequest
+    ) -> None:
+        self.period, self.evaluate, self.stop = period, evaluate, stop
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        if self.period > 0 and done % self.period == 0 and done < self.trainer.max_iter:
+            self._evaluate()
+
+    def after_train(self) -> None:
+        if self.trainer.iter >= self.trainer.max_iter:  # it is not after an exception
+            self.stop.obey()
+            self._evaluate()
+
+    def _evaluate(self) -> None:
+        numbers = {
+            name: float(value)
+            for name, value in flatten_results_dict(self.evaluate()).items()
+            if isinstance(value, (int, float)) and not isinstance(value, bool)
+        }
+        self.trainer.storage.put_scalars(**numbers, smoothing_hint=False)
+        comm.synchronize()
+
+
+def forget_later_lines(path: Path, iteration: int) -> None:
+    """Drop the lines of ``metrics.json`` from ``iteration`` on: a run that goes on from a
+    checkpoint writes them again. A line that was cut off is dropped as well."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line).get("iteration", math.inf) < iteration:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, AttributeError):
+            continue
+    replace_text(path, "".join(kept))

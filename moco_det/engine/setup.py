@@ -1,0 +1,245 @@
+"""From a command line to a plan: everything that can be settled, and refused, before training."""
+
+import os
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode
+
+from moco_common.errors import UserError
+from moco_common.launch import under_torchrun
+from moco_det.checkpoint.backbone_weights import apply_settings, check_norm, read_backbone
+from moco_det.checkpoint.detector_weights import holds_detector
+from moco_det.config.key_descriptions import explanation
+from moco_det.config.protocols import GROUP_NORM, deviations, load_config, split_name, stated_keys
+from moco_det.config.schedule_scaling import scale_schedule
+from moco_det.data.build import settle_data, with_registered_data
+from moco_det.data.samplers import share
+from moco_det.engine.train_step import precision
+from moco_det.modeling.roi_heads import BASIC_BLOCKS
+
+__all__ = ["Options", "Plan", "prepare", "trials", "under_torchrun", "with_registered_data"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line of ``train_net`` says; see its help."""
+
+    config: str | None = None
+    train_data: Sequence[str] = ()
+    test_data: str | None = None
+    num_gpus: int = 1
+    eval_only: bool = False
+    resume: bool = False
+    trials: int | None = None
+    output_dir: str | None = None
+    overrides: Sequence[str] = ()
+    trial: int | None = None
+    strict: bool = False
+    explain: str | None = None  # a key, "" for the whole run, None to train
+    quiet: bool = False  # print nothing but warnings
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A resolved run, small enough to be sent to every process."""
+
+    cfg: CfgNode
+    notes: list[str] = field(default_factory=list)
+    eval_only: bool = False
+    resume: bool = False
+    explicit: tuple[str, ...] = ()
+    explanation: tuple[str, ...] = ()
+    quiet: bool = False
+
+
+def prepare(options: Options) -> Plan:
+    """Resolve everything that can be known before training: config, architecture, data, schedule.
+
+    To explain a run is to resolve what is given; weights and data may then be missing.
+
+    Raises:
+        UserError: any contradiction or missing thing.
+    """
+    explaining = options.explain is not None
+    output_dir = _output_dir(options)
+    own = output_dir / "config.yaml" if output_dir else None
+    name = options.config or _config_of_run(own, options)
+    reference = load_config(name)
+    own_config = own is not None and Path(name) == own
+    cfg = load_config(name, options.overrides)
+    explicit = list(options.overrides[::2])
+    if output_dir:
+        cfg.OUTPUT_DIR = str(output_dir)
+    if options.strict:
+        cfg.DATASETS.STRICT = True
+    if not explaining and not options.eval_only and options.trials is None:
+        _check_output_dir(Path(cfg.OUTPUT_DIR), options.resume)
+    world_size = int(os.environ["WORLD_SIZE"]) if under_torchrun() else options.num_gpus
+    source = "" if name == cfg.PROTOCOL else f" (from {name})"
+    notes = [f"protocol   {cfg.PROTOCOL or 'none'}{source}"]
+    if options.trial is not None:
+        cfg.SEED += 0 if own_config else options.trial
+        notes.insert(0, f"trial      {options.trial}, seed {cfg.SEED}")
+    notes += _settle_device(cfg, explicit, world_size)
+    if not own_config:  # a run's own config is settled
+        if not explaining and not options.eval_only:
+            _check_start(cfg)
+        notes += _settle_weights(cfg, [*explicit, *stated_keys(name)])
+    _check_dilation(cfg)
+    if not explaining or options.train_data or options.test_data:
+        notes += settle_data(
+            cfg, explicit, options.train_data, options.test_data, options.eval_only
+        )
+    cfg, scaled = scale_schedule(cfg, reference, explicit, world_size)
+    notes += _wrapped("scaled", scaled)
+    _check_solver(cfg, world_size)
+    notes += _wrapped("deviates", [line for line in deviations(cfg) if line not in scaled])
+    return Plan(
+        cfg,
+        notes,
+        options.eval_only,
+        options.resume,
+        tuple(explicit),
+        tuple(explanation(cfg)),
+        options.quiet,
+    )
+
+
+def trials(plan: Plan, count: int | None) -> list[Plan]:
+    """The run itself, or ``count`` of them: seeds SEED, SEED + 1, ... into ``trial_0``, ...
+
+    With ``--resume``, finished trials are left out.
+    """
+    if count is None:
+        return [plan]
+    if count < 1:
+        raise UserError(f"--trials must be at least 1, not {count}.")
+    plans = []
+    for k in range(count):
+        cfg = plan.cfg.clone()
+        cfg.SEED += k
+        cfg.OUTPUT_DIR = str(Path(plan.cfg.OUTPUT_DIR, f"trial_{k}"))
+        if plan.resume and Path(cfg.OUTPUT_DIR, "results.json").is_file() and not plan.eval_only:
+            continue
+        if not plan.eval_only:
+            _check_output_dir(Path(cfg.OUTPUT_DIR), plan.resume)
+        head = [f"trial      {k + 1} of {count}, seed {cfg.SEED}"]
+        plans.append(replace(plan, cfg=cfg, notes=head + plan.notes))
+    return plans
+
+
+def _wrapped(title: str, changes: Sequence[str]) -> list[str]:
+    """Changes as lines of a readable length under one title."""
+    text = ", ".join(change.replace(" ", "\xa0") for change in changes)  # break between them only
+    lines = textwrap.wrap(text, 100, break_long_words=False, break_on_hyphens=False)
+    return [f"{title:<10} {line}".replace("\xa0", " ") for line in lines]
+
+
+def _settle_device(cfg: CfgNode, explicit: Sequence[str], world_size: int) -> list[str]:
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if "MODEL.DEVICE" not in explicit:
+        cfg.MODEL.DEVICE = "cuda" if gpus else "cpu"
+    elif cfg.MODEL.DEVICE.startswith("cuda") and not gpus:
+        raise UserError("MODEL.DEVICE is cuda, but torch sees no GPU here: set it to cpu.")
+    local = int(os.environ["LOCAL_WORLD_SIZE"]) if under_torchrun() else world_size
+    if gpus and local > gpus:
+        raise UserError(f"--num-gpus {local}, but this machine has {gpus}.")
+    processes = "one process" if world_size == 1 else f"{world_size} processes"
+    return [f"device     {cfg.MODEL.DEVICE}, {processes}"]
+
+
+def _output_dir(options: Options) -> Path | None:
+    """The run directory on the command line; a single trial has its own below it."""
+    if options.trial is None:
+        return Path(options.output_dir) if options.output_dir else None
+    if options.trials is not None:
+        raise UserError("--trial K is one of the runs of --trials N: give one of the two.")
+    if options.trial < 0:
+        raise UserError(f"--trial counts from 0: {options.trial} is none.")
+    if not options.output_dir:
+        raise UserError("--trial K needs --output-dir DIR, where its folder trial_K goes.")
+    return Path(options.output_dir, f"trial_{options.trial}")
+
+
+def _config_of_run(own: Path | None, options: Options) -> str:
+    """The config that a run has left in its directory, to go on with it or to evaluate it."""
+    goes_on = options.resume or options.eval_only
+    if own and own.is_file() and (goes_on or options.explain is not None):
+        return str(own)
+    missing = f" ({own} is missing)" if own and goes_on else ""
+    raise UserError(f"name a protocol or a file with --config, such as --config VOC{missing}.")
+
+
+def _check_start(cfg: CfgNode) -> None:
+    """A protocol says whether it starts from weights; the weights must agree."""
+    base, start = split_name(cfg.PROTOCOL)
+    path = cfg.MODEL.WEIGHTS
+    if cfg.PROTOCOL and start == "random" and path:
+        raise UserError(
+            f"{cfg.PROTOCOL} starts from random weights, but MODEL.WEIGHTS is {path}: use "
+            f"{base}, or MODEL.ARCHITECTURE_FROM for the same network without its weights."
+        )
+    if cfg.PROTOCOL and start != "random" and not path:
+        raise UserError(
+            f"{cfg.PROTOCOL} starts from pre-trained weights: give MODEL.WEIGHTS FILE (from "
+            f"tools/convert.py), or use {base}-random."
+        )
+
+
+def _check_dilation(cfg: CfgNode) -> None:
+    depth = cfg.MODEL.RESNETS.DEPTH
+    if cfg.MODEL.RESNETS.RES5_DILATION != 1 and depth in BASIC_BLOCKS:
+        raise UserError(
+            f"{cfg.PROTOCOL or 'this config'} dilates res5, which Detectron2 cannot do for a "
+            f"ResNet-{depth}: use a C4 or FPN protocol, or a ResNet-50 or deeper."
+        )
+
+
+def _settle_weights(cfg: CfgNode, explicit: Sequence[str]) -> list[str]:
+    """Architecture and pixel statistics from the weights."""
+    path, like = cfg.MODEL.WEIGHTS, cfg.MODEL.ARCHITECTURE_FROM
+    if like and path:
+        raise UserError(
+            "MODEL.ARCHITECTURE_FROM is for random weights: with MODEL.WEIGHTS leave it out."
+        )
+    source = like or path
+    if not source or holds_detector(source):
+        return []
+    weights = read_backbone(source)
+    if path:
+        check_norm(cfg.MODEL.RESNETS.NORM == GROUP_NORM, weights)
+    taken = apply_settings(cfg, weights, explicit)
+    said = [f"weights    {source}" + (": its architecture, not its values" if like else "")]
+    if "MODEL.PIXEL_MEAN" not in weights.settings:
+        said.append(
+            f"weights    no pixel statistics in the file: the protocol's {cfg.INPUT.FORMAT}"
+        )
+    return said + _wrapped("taken", taken)
+
+
+def _check_solver(cfg: CfgNode, world_size: int) -> None:
+    solver = cfg.SOLVER
+    share(cfg, world_size)
+    precision(cfg)
+    if solver.MAX_ITER < 1:
+        raise UserError(f"SOLVER.MAX_ITER must be at least 1, not {solver.MAX_ITER}.")
+
+
+def _check_output_dir(directory: Path, resume: bool) -> None:
+    """Refuse a folder with another run in it; what a start leaves that trained nothing is none."""
+    if resume or not _is_first() or not directory.is_dir():
+        return
+    left = (".", "log.txt", "findings.json")
+    if any(not entry.name.startswith(left) for entry in directory.iterdir()):
+        finished = "a finished run" if (directory / "results.json").is_file() else "files already"
+        raise UserError(
+            f"{directory} holds {finished}: choose another --output-dir, or go on with --resume."
+        )
+
+
+def _is_first() -> bool:
+    return not under_torchrun() or os.environ["RANK"] == "0"

@@ -1,0 +1,192 @@
+"""One optimisation step, made of one or several forward and backward passes."""
+
+import math
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+from torch import Tensor, nn
+
+from moco_common.errors import UserError
+from moco_det.data.samplers import TRAINING, Batch, seed_model
+
+
+class TrainStep:
+    """Gradients of ``passes`` micro-batches, averaged; then one step of the optimizer.
+
+    What it equals: ``passes`` on one process give the gradient of as many processes with one pass
+    each, which is the published arrangement (16 images on 8 GPUs, 2 in a pass), up to synchronised
+    BN, which sees the images of one pass only. The gradient of one pass over the joined batch is
+    the same where a loss is a mean over images (the RPN's, and the box head's as long as every
+    image yields equally many regions); a loss that is a mean over what was found (masks of
+    foreground regions, visible keypoints) weights the micro-batches alike, as processes do.
+
+    Args:
+        model: in training mode; a dict of losses for a batch. May be wrapped in DDP.
+        batches: starts the micro-batches of iterations [first, last): ``(number, batch)`` each,
+            ``passes`` an iteration.
+        optimizer: steps once for all passes.
+        passes: micro-batches of a step.
+        seed: with the number of a micro-batch it decides what the model draws.
+        dtype: of autocast, None for none; with float16 (GPU only) the loss is scaled.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Callable[[int, int], Iterator[tuple[int, Batch]]],
+        optimizer: torch.optim.Optimizer,
+        *,
+        passes: int = 1,
+        seed: int,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.model = model
+        self.start_batches = batches
+        self.batches: Iterator[tuple[int, Batch]] = iter(())
+        self.optimizer = optimizer
+        self.passes = passes
+        self.seed = seed
+        self.device = next(model.parameters()).device
+        self.dtype = dtype
+        self.scaler = _scaler() if dtype is torch.float16 else None
+
+    def start(self, first: int, last: int) -> None:
+        """Start the loader at iteration ``first``."""
+        self.batches = self.start_batches(first, last)
+
+    def __call__(self, iteration: int) -> dict[str, float]:
+        """Take the step.
+
+        Returns:
+            The losses and their sum ``total_loss``, averaged over passes and processes, and the
+            seconds that the slowest process waited for data, ``data_time``.
+
+        Raises:
+            UserError: on every process, if a loss of any is not finite. Neither weights nor
+                optimizer have changed then.
+        """
+        self.optimizer.zero_grad()
+        rows: list[dict[str, Tensor]] = []
+        files: list[list[str]] = []
+        waited = 0.0
+        for index in range(self.passes):
+            start = time.perf_counter()
+            number, batch = next(self.batches)
+            waited += time.perf_counter() - start
+            files.append([str(image.get("file_name", "?")) for image in batch])
+            seed_model(self.seed, TRAINING, number)
+            rows.append(self._pass(batch, last=index == self.passes - 1))
+        losses = self._mean_losses(rows, files, iteration)
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.unscale_(self.optimizer)  # clipping, where configured, sees true gradients
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        return {**losses, "data_time": max(comm.all_gather(waited))}
+
+    def _pass(self, batch: Batch, last: bool) -> dict[str, Tensor]:
+        """Forward and backward of one micro-batch; DDP averages the gradients in the last one."""
+        scale = self.scaler.scale if self.scaler is not None else _unscaled
+        ddp = isinstance(self.model, nn.parallel.DistributedDataParallel)
+        with self.model.no_sync() if ddp and not last else nullcontext():  # type: ignore[operator]
+            return forward_backward(
+                self.model, batch, self.dtype, lambda loss: scale(loss / self.passes)
+            )
+
+    def _mean_losses(
+        self, rows: list[dict[str, Tensor]], files: list[list[str]], iteration: int
+    ) -> dict[str, float]:
+        table = torch.stack([torch.stack(list(row.values())) for row in rows])  # passes x losses
+        mean = table.mean(0)
+        if comm.get_world_size() > 1:
+            dist.all_reduce(mean)  # what is not finite stays so: all processes see it
+            mean /= comm.get_world_size()
+        losses = dict(zip(rows[0], mean.tolist(), strict=True))
+        if not all(map(math.isfinite, losses.values())):
+            finite = torch.isfinite(table).all(1).tolist()
+            here = [
+                name for ok, names in zip(finite, files, strict=True) for name in names if not ok
+            ]
+            found = ", ".join(name for names in comm.all_gather(here) for name in names)
+            wrong = ", ".join(f"{k} {v}" for k, v in losses.items() if not math.isfinite(v))
+            raise UserError(
+                f"the loss is not finite in iteration {iteration + 1} ({wrong}), on the images "
+                f"{found}; nothing was saved since the last checkpoint: lower SOLVER.BASE_LR or "
+                "lengthen SOLVER.WARMUP_ITERS, and go on with --resume."
+            )
+        return {"total_loss": sum(losses.values()), **losses}
+
+    def close(self) -> None:
+        """End the loader and its workers."""
+        if isinstance(self.batches, Generator):
+            self.batches.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of the optimizer and, with float16, of the loss scale."""
+        state = {"optimizer": self.optimizer.state_dict()}
+        return state if self.scaler is None else state | {"grad_scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict`; without a scaler in it, with a new one."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scaler is not None and "grad_scaler" in state:
+            self.scaler.load_state_dict(state["grad_scaler"])
+
+
+def forward_backward(
+    model: nn.Module,
+    batch: Batch,
+    dtype: torch.dtype | None,
+    scale: Callable[[Tensor], Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Add the gradient of a batch to those of the parameters.
+
+    Args:
+        dtype: of autocast; None for none.
+        scale: applied to the loss before the backward pass.
+
+    Returns:
+        The losses, float32 scalars without gradient, not scaled.
+    """
+    device = next(model.parameters()).device.type
+    with torch.autocast(device, dtype, enabled=dtype is not None):
+        losses = model(batch)
+    loss = torch.stack([value.float() for value in losses.values()]).sum()
+    (loss if scale is None else scale(loss)).backward()
+    return {name: value.detach().float() for name, value in losses.items()}
+
+
+def precision(cfg: CfgNode) -> torch.dtype | None:
+    """What autocast computes in; None without it.
+
+    Raises:
+        UserError: an unknown precision, or one that the device does not do.
+    """
+    if not cfg.SOLVER.AMP.ENABLED:
+        return None
+    dtypes = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+    name = cfg.SOLVER.AMP.PRECISION
+    if name not in dtypes:
+        raise UserError(
+            f"SOLVER.AMP.PRECISION {name!r} is unknown: there are {' and '.join(dtypes)}."
+        )
+    if name == "float16" and torch.device(cfg.MODEL.DEVICE).type == "cpu":
+        raise UserError("SOLVER.AMP.PRECISION float16 needs a GPU: use bfloat16 on a CPU.")
+    return dtypes[name]
+
+
+def _unscaled(loss: Tensor) -> Tensor:
+    return loss
+
+
+def _scaler() -> Any:
+    """torch.amp.GradScaler, which torch before 2.3 has only under torch.cuda."""
+    amp = torch.amp if hasattr(torch.amp, "GradScaler") else torch.cuda.amp
+    return amp.GradScaler()

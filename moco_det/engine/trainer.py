@@ -1,0 +1,264 @@
+"""The fine-tuning run: Detectron2's loop with what transfer needs.
+
+``build_trainer`` and ``evaluate`` read the config; ``Trainer`` takes explicit arguments.
+"""
+
+import logging
+import weakref
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog, build_detection_test_loader
+from detectron2.engine import HookBase, TrainerBase, create_ddp_model, hooks
+from detectron2.evaluation import inference_on_dataset
+from detectron2.solver import build_lr_scheduler, build_optimizer
+from detectron2.utils import comm
+from detectron2.utils.events import JSONWriter, TensorboardXWriter
+from torch import nn
+
+from moco_common.progress import Ticker
+from moco_det.checkpoint.run_checkpointer import RunCheckpointer
+from moco_det.config.key_descriptions import explanation
+from moco_det.data.dataset_mapper import build_train_mapper
+from moco_det.data.samplers import (
+    PRECISE_BN,
+    TRAINING,
+    TrainingSet,
+    load_training_set,
+    numbers,
+    share,
+)
+from moco_det.engine.console_log import ProgressPrinter, TerminalBar, printing_to_log
+from moco_det.engine.hooks import Checkpoints, Evaluation, PreciseBN, forget_later_lines
+from moco_det.engine.stopping import Stopped, StopRequest
+from moco_det.engine.train_step import TrainStep, precision
+from moco_det.evaluation.build import build_evaluator, evaluated_tasks
+from moco_det.evaluation.results import headline, with_classes_apart, write_results
+from moco_det.modeling.batch_norm import replace_sync_bn, say_norms
+from moco_det.modeling.detector import assert_all_trained
+
+log = logging.getLogger(__name__)
+
+
+class Trainer(TrainerBase):
+    """A training run: step, schedule, checkpoints and hooks, on one process or under DDP.
+
+    Not ``DefaultTrainer``: its constructor gives DDP a device id, which processes on CPUs have
+    not. State and files are the same. Nothing else is needed to go on: which images come and what
+    is drawn at random follow from the seed and the iteration.
+
+    Args:
+        step: takes one optimisation step; owns model, batches and optimizer.
+        scheduler: learning-rate scheduler, stepped by the ``LRScheduler`` hook.
+        model: the bare model, not wrapped in DDP.
+        max_iter: length of the schedule.
+        output_dir: the run directory.
+    """
+
+    def __init__(
+        self,
+        step: TrainStep,
+        scheduler: torch.optim.lr_scheduler.LRScheduler,
+        model: nn.Module,
+        max_iter: int,
+        output_dir: str,
+    ) -> None:
+        super().__init__()
+        self.step = step
+        self.scheduler = scheduler
+        self.model = model
+        self.max_iter = max_iter
+        self.stop = StopRequest()
+        # A proxy: the trainer owns the checkpointer.
+        self.checkpointer = RunCheckpointer(model, output_dir, trainer=weakref.proxy(self))
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self.step.optimizer
+
+    def run_step(self) -> None:
+        self.storage.put_scalars(**self.step(self.iter))
+
+    def resume(self) -> bool:
+        """Go on from the newest checkpoint of the run directory; False where there is none."""
+        if self.checkpointer.load_newest() is None:
+            return False
+        self.start_iter = self.iter + 1  # the checkpoint holds the iteration that was just done
+        return True
+
+    def fit(self) -> None:
+        """Train from ``start_iter`` to ``max_iter``.
+
+        Raises:
+            UserError: an image that cannot be read, or a loss or weight that is not finite.
+            Stopped: the run was asked to stop, and has saved its state.
+        """
+        self.step.start(self.start_iter, self.max_iter)
+        self.step.model.train()
+        try:
+            with self.stop.listening():
+                self.train(self.start_iter, self.max_iter)
+        except Stopped:  # after the last line of progress
+            done = min(self.iter + 1, self.max_iter)
+            log.warning("stopped    after iteration %d, saved: go on with --resume", done)
+            raise
+        finally:
+            self.step.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "_trainer": self.step.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.step.load_state_dict(state_dict["_trainer"])
+
+
+def build_trainer(
+    cfg: CfgNode,
+    model: nn.Module,
+    run: CfgNode,
+    *,
+    training_set: TrainingSet | None = None,
+    resume: bool = False,
+) -> Trainer:
+    """The trainer of a loaded model.
+
+    Args:
+        cfg: the config whose ``DATASETS`` are names in the catalog.
+        model: from :func:`build_detector`, weights loaded, not wrapped.
+        run: the config that is recorded, with the data sets as the user gave them.
+        training_set: its images, if they are read already.
+        resume: go on from the run's newest checkpoint, if there is one.
+
+    Raises:
+        UserError: a layer or a BN would not be trained, or a batch that cannot be shared.
+    """
+    assert_all_trained(model, cfg.MODEL.BACKBONE.FREEZE_AT)
+    world_size = comm.get_world_size()
+    per_pass, passes = share(cfg, world_size), cfg.SOLVER.ACCUMULATION_STEPS
+    on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
+    if world_size > 1 and on_cpu:
+        replace_sync_bn(model)
+    for line in say_norms(model, per_pass=per_pass, passes=passes, world_size=world_size):
+        log.info("norms      %s", line)
+    if cfg.SOLVER.CHANNELS_LAST:
+        model.to(memory_format=torch.channels_last)
+    optimizer = build_optimizer(cfg, model)
+    wrapped = create_ddp_model(
+        model, broadcast_buffers=False, device_ids=None if on_cpu else [comm.get_local_rank()]
+    )
+    batches = partial(
+        (training_set or load_training_set(cfg)).batches,
+        build_train_mapper(cfg),
+        per_pass,
+        seed=cfg.SEED,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+    )
+    ranks = {"passes": passes, "rank": comm.get_rank(), "world_size": world_size}
+    step = TrainStep(
+        wrapped,
+        lambda first, last: batches(sequence=TRAINING, numbers=numbers(first, last, **ranks)),
+        optimizer,
+        passes=passes,
+        seed=cfg.SEED,
+        dtype=precision(cfg),
+    )
+    trainer = Trainer(
+        step, build_lr_scheduler(cfg, optimizer), model, cfg.SOLVER.MAX_ITER, cfg.OUTPUT_DIR
+    )
+    precise = None
+    if cfg.TEST.PRECISE_BN.ENABLED:
+        count = cfg.TEST.PRECISE_BN.NUM_ITER
+        precise = PreciseBN(
+            cfg.TEST.EVAL_PERIOD,
+            model,
+            lambda: batches(sequence=PRECISE_BN, numbers=numbers(0, count, **ranks)),
+            seed=cfg.SEED,
+            images=count * cfg.SOLVER.IMS_PER_BATCH,
+        )
+    if comm.is_main_process():
+        trainer.register_hooks([TerminalBar()])  # first: its figure is then that of the line above
+    trainer.register_hooks(_build_hooks(cfg, trainer, run, precise))
+    if resume and trainer.resume():
+        log.info("resumed    at iteration %d of %d", trainer.start_iter, trainer.max_iter)
+    if comm.is_main_process():
+        trainer.register_hooks([_build_writer(cfg, trainer.start_iter)])
+    return trainer
+
+
+def _build_hooks(
+    cfg: CfgNode,
+    trainer: Trainer,
+    run: CfgNode,
+    precise: PreciseBN | None,
+) -> Sequence[HookBase | None]:
+    """In Detectron2's order: statistics, then checkpoint, then evaluation; the writers follow."""
+    proxy = weakref.proxy(trainer)
+
+    def test() -> dict[str, Any]:
+        done = min(proxy.iter + 1, proxy.max_iter)
+        return evaluate(cfg, proxy.model, run=run, iteration=done)
+
+    return [
+        hooks.IterationTimer(),
+        hooks.LRScheduler(),
+        precise,
+        Checkpoints(trainer.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, trainer.stop),
+        Evaluation(cfg.TEST.EVAL_PERIOD, test, trainer.stop) if cfg.DATASETS.TEST else None,
+    ]
+
+
+def _build_writer(cfg: CfgNode, start_iter: int) -> HookBase:
+    metrics = Path(cfg.OUTPUT_DIR, "metrics.json")
+    forget_later_lines(metrics, start_iter)
+    writers = [
+        ProgressPrinter(cfg.SOLVER.MAX_ITER),
+        JSONWriter(str(metrics)),
+        TensorboardXWriter(cfg.OUTPUT_DIR),
+    ]
+    return hooks.PeriodicWriter(writers, period=cfg.LOG_PERIOD)
+
+
+def evaluate(
+    cfg: CfgNode,
+    model: nn.Module,
+    *,
+    run: CfgNode | None = None,
+    iteration: int | None = None,
+) -> dict[str, Any]:
+    """Evaluate on the test set and write ``results.json``.
+
+    Args:
+        cfg: a config whose ``DATASETS.TEST`` is the name of one registered data set.
+        model: the detector; all ranks call this together, each sees its share of the images.
+        run: the config to record (``cfg`` by default).
+        iteration: how long the model was trained, for the record.
+
+    Returns:
+        ``{"bbox": {"AP": ..., "AP50": ..., "AP75": ..., "per_class": {...}}, "segm": {...}}`` on
+        the first rank, AP in percent; an empty dict on the others.
+    """
+    (name,) = cfg.DATASETS.TEST
+    metadata = MetadataCatalog.get(name)
+    evaluator = build_evaluator(
+        name,
+        tasks=evaluated_tasks(cfg, name),
+        output_dir=str(Path(cfg.OUTPUT_DIR, "inference")),
+        sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
+    )
+    loader = build_detection_test_loader(cfg, name)
+    ticker = Ticker("evaluating", len(loader), say=log.info)
+    with printing_to_log():  # pycocotools prints its tables
+        results = inference_on_dataset(model, loader, evaluator, {"after_inference": ticker.tick})
+    if not comm.is_main_process():
+        return {}
+    results = {task: with_classes_apart(scores) for task, scores in results.items()}
+    for task, scores in results.items():
+        log.info("%-10s %s", task, headline(scores))
+    recorded = run or cfg
+    write_results(recorded, results, metadata.get("spec", name), iteration, explanation(recorded))
+    return results

@@ -1,0 +1,70 @@
+"""The shares of all ranks, gathered so that every image counts once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
+
+from detectron2.utils import comm
+
+from moco_common.errors import UserError
+
+logger = logging.getLogger(__name__)
+Share = TypeVar("Share")  # what one rank has seen, as an evaluator keeps it
+PREDICTIONS_FILE = "coco_instances_results.json"  # Detectron2's name for COCO's result format
+
+
+def shares_of_ranks(share: Share, distributed: bool) -> list[Share] | None:
+    """What every rank has gathered for itself, in rank order, on the first rank; None elsewhere.
+
+    Args:
+        distributed: False where each rank evaluates alone: its own share only. If True, all ranks
+            must call.
+    """
+    if not distributed:
+        return [share]
+    shares = comm.gather(share, dst=0)
+    return shares if comm.is_main_process() else None
+
+
+def images_once(
+    dataset_name: str, seen: Sequence[Any], expected: Iterable[Any] | None = None
+) -> list[int]:
+    """Which of the evaluated images count, each once: a repeated one would change the metric.
+
+    A sampler that fills up the shares of its processes gives some images to two of them; only
+    the first of equal ones is taken, and a warning says how many were not.
+
+    Args:
+        seen: the image ids in the order of their predictions, of all processes.
+        expected: the data set's image ids.
+
+    Returns:
+        Indices into ``seen``, in the order of ``expected`` (of ``seen`` where there is none), so
+        that what follows does not depend on how the images were shared out.
+
+    Raises:
+        UserError: an image is unknown, or was not evaluated.
+    """
+    first: dict[Any, int] = {}
+    for index, image in enumerate(seen):
+        first.setdefault(image, index)
+    if len(first) < len(seen):
+        logger.warning(
+            f"{len(seen) - len(first)} images of {dataset_name} were evaluated more than once: "
+            "each counts once"
+        )
+    if expected is None:
+        return list(first.values())
+    known = dict.fromkeys(expected)
+    unknown = [image for image in first if image not in known]
+    lost = [image for image in known if image not in first]
+    if unknown:
+        raise UserError(f"image {unknown[0]} is not of {dataset_name}: evaluate on its own loader")
+    if lost:
+        raise UserError(
+            f"{len(lost)} of {len(known)} images of {dataset_name} were not evaluated (first: "
+            f"{lost[0]}): run the model over the whole data set"
+        )
+    return [first[image] for image in known]

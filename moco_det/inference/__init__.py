@@ -1,0 +1,1 @@
+"""A finished run used on images and videos."""

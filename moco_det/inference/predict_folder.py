@@ -1,0 +1,159 @@
+"""What a trained model says of one's own images and videos: pictures and one JSON file."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pycocotools import mask as mask_codec
+
+from moco_common.errors import UserError
+from moco_common.files import replace_text
+from moco_det.inference.predictor import Detector, Segmenter, load_image
+from moco_det.inference.video import VideoFile, draw_on_frame, is_video, read_frames, video_facts
+from moco_det.structures.label_map import LabelMap
+from moco_det.structures.objects import Objects
+from moco_det.visualization.detections import save_picture
+from moco_det.visualization.label_maps import draw_labels_on_frame, save_label_picture, save_labels
+
+Found = Objects | LabelMap
+Told = Iterator[tuple[Path, int | None, str | None]]
+
+
+def predict(
+    model: Detector | Segmenter, images: Sequence[tuple[Path, Path]], folder: str | Path
+) -> Told:
+    """Run a model on each image and frame, draw what it finds into `folder`, and write
+    predictions.json at the end.
+
+    predictions.json is COCO's layout: `images` (frames have a `frame` number and a `time` in
+    seconds), `categories` and `annotations` (with `score`, `category_name`, box as x y width
+    height, masks as run lengths), and `failed`. Of pixels' classes there is one annotation for each
+    class of an image, with its `area` and mean score, and beside the picture NAME-labels.png holds
+    the classes (`labels` in `images`).
+
+    Yields:
+        (file, number of objects or classes, None) for each image and frame, or (file, None, what
+        is wrong).
+    """
+    folder = Path(folder)
+    found = _Predictions(model.class_names)
+    taken = {picture for _, picture in images}
+    for file, picture in images:
+        try:
+            if is_video(file):
+                yield from _predict_video(model, file, picture, folder, found)
+                continue
+            image = load_image(file)
+        except UserError as error:
+            found.fail(file, error)
+            yield file, None, str(error)
+            continue
+        result = model(image)
+        more = {}
+        if isinstance(result, LabelMap):
+            more["labels"] = str(labels := _labels_file(picture, taken))
+            save_label_picture(image, result, model.class_names, folder / picture)
+            save_labels(result, len(model.class_names), folder / labels)
+        else:
+            save_picture(image, result, model.class_names, folder / picture)
+        found.add(file, picture, image, result, more)
+        yield file, len(result), None
+    replace_text(folder / "predictions.json", json.dumps(found.content()) + "\n")
+
+
+def _labels_file(picture: Path, taken: set[Path]) -> Path:
+    """A name for the labels beside a picture that no other file has."""
+    labels, number = picture.with_name(f"{picture.stem}-labels.png"), 2
+    while labels in taken:
+        labels = picture.with_name(f"{picture.stem}-labels-{number}.png")
+        number += 1
+    taken.add(labels)
+    return labels
+
+
+def _predict_video(
+    model: Detector | Segmenter, file: Path, picture: Path, folder: Path, found: "_Predictions"
+) -> Told:
+    rate, _ = video_facts(file)
+    with VideoFile(folder / picture, rate) as drawn:
+        for number, frame in enumerate(read_frames(file)):
+            result = model(frame)
+            if isinstance(result, LabelMap):
+                drawn.add(draw_labels_on_frame(frame, result, model.class_names))
+            else:
+                drawn.add(draw_on_frame(frame, result, model.class_names))
+            place = {"frame": number, "time": round(number / rate, 4)}
+            found.add(file, picture, frame, result, place)
+            yield file, len(result), None
+
+
+class _Predictions:
+    """What goes into predictions.json."""
+
+    def __init__(self, class_names: Sequence[str]) -> None:
+        self.class_names = class_names
+        self.images: list[dict[str, Any]] = []
+        self.annotations: list[dict[str, Any]] = []
+        self.failed: list[dict[str, str]] = []
+
+    def add(
+        self,
+        file: Path,
+        picture: Path,
+        image: NDArray[np.uint8],
+        result: Found,
+        more: Mapping[str, Any],
+    ) -> None:
+        height, width = image.shape[:2]
+        entry = {"id": len(self.images) + 1, "file_name": str(file), "picture": str(picture)}
+        self.images.append({**entry, "width": width, "height": height, **more})
+        told = _of_classes(result) if isinstance(result, LabelMap) else _of_objects(result)
+        for annotation in told:
+            annotation["category_name"] = self.class_names[annotation["category_id"]]
+            number = {"id": len(self.annotations) + 1, "image_id": len(self.images)}
+            self.annotations.append({**number, **annotation})
+
+    def fail(self, file: Path, error: UserError) -> None:
+        self.failed.append({"file_name": str(file), "error": str(error)})
+
+    def content(self) -> dict[str, Any]:
+        categories = [{"id": index, "name": name} for index, name in enumerate(self.class_names)]
+        return {
+            "images": self.images,
+            "categories": categories,
+            "annotations": self.annotations,
+            "failed": self.failed,
+        }
+
+
+def _of_objects(objects: Objects) -> Iterator[dict[str, Any]]:
+    for index, (x0, y0, x1, y1) in enumerate(objects.boxes.tolist()):
+        annotation: dict[str, Any] = {
+            "category_id": int(objects.classes[index]),
+            "bbox": [round(value, 2) for value in (x0, y0, x1 - x0, y1 - y0)],
+            "score": round(float(objects.scores_or_zero()[index]), 4),
+        }
+        if objects.masks is not None:
+            annotation["segmentation"] = _run_lengths(objects.masks[index])
+        yield annotation
+
+
+def _of_classes(found: LabelMap) -> Iterator[dict[str, Any]]:
+    for category in found.shares():
+        mask = found.classes == category
+        code = _run_lengths(mask)
+        yield {
+            "category_id": category,
+            "bbox": mask_codec.toBbox(code).tolist(),
+            "area": int(mask.sum()),
+            "score": round(float(found.scores[mask].mean()), 4),
+            "segmentation": code,
+        }
+
+
+def _run_lengths(mask: NDArray[np.bool_]) -> dict[str, Any]:
+    code = mask_codec.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {"size": [int(side) for side in code["size"]], "counts": code["counts"].decode()}

@@ -1,0 +1,223 @@
+"""A trained model for one's own images: a detector, or one that gives each pixel a class."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.data.detection_utils import read_image
+from detectron2.data.transforms import ResizeShortestEdge
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+from moco_common.errors import UserError
+from moco_det.checkpoint.detector_weights import load_detector, read_detector
+from moco_det.checkpoint.run_checkpointer import newest_checkpoints
+from moco_det.config.defaults import is_semantic_model
+from moco_det.config.protocols import load_config
+from moco_det.data.datasets.voc import IMAGE_SUFFIXES
+from moco_det.inference.video import VIDEO_SUFFIXES, is_video, video_facts
+from moco_det.modeling.detector import build_detector
+from moco_det.structures.label_map import MOST_CLASSES, UNLABELLED, LabelMap
+from moco_det.structures.objects import Objects
+
+SUFFIXES = IMAGE_SUFFIXES | VIDEO_SUFFIXES
+
+
+class _Model:
+    """A model for single images of any size.
+
+    Args:
+        model: Detectron2's; it is put into evaluation mode.
+        class_names: names in the order of the classifier.
+        image_format: "RGB" or "BGR", the order of channels that the model was trained with.
+        short_side: to which images are resized, with `long_side` as the limit of the other side;
+            0 leaves them as they are.
+        threshold: least score of what is returned.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        class_names: Sequence[str],
+        image_format: str = "RGB",
+        short_side: int = 800,
+        long_side: int = 1333,
+        threshold: float = 0.5,
+    ) -> None:
+        self.model = model.eval()
+        self.class_names = list(class_names)
+        self.image_format = image_format
+        self.resize = ResizeShortestEdge(short_side, long_side)
+        self.threshold = threshold
+
+    def run(self, image: NDArray[np.uint8]) -> dict[str, Any]:
+        """What the model says of an RGB image (H, W, 3)."""
+        height, width = image.shape[:2]
+        ordered = image if self.image_format == "RGB" else image[:, :, ::-1]
+        resized = self.resize.get_transform(ordered).apply_image(ordered)
+        pixels = torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1))).float()
+        (output,) = self.model([{"image": pixels, "height": height, "width": width}])
+        return dict(output)
+
+
+class Detector(_Model):
+    """A detector; what it finds are objects."""
+
+    @torch.inference_mode()
+    def __call__(self, image: NDArray[np.uint8]) -> Objects:
+        """The objects of an RGB image (H, W, 3), by falling score."""
+        found = self.run(image)["instances"].to("cpu")
+        objects = Objects(
+            found.pred_boxes.tensor.numpy(),
+            found.pred_classes.numpy(),
+            found.scores.numpy(),
+            found.pred_masks.numpy() if found.has("pred_masks") else None,
+        )
+        return objects.select(np.flatnonzero(objects.scores_or_zero() >= self.threshold))
+
+
+class Segmenter(_Model):
+    """A semantic segmentation model; what it finds is the class of every pixel."""
+
+    @torch.inference_mode()
+    def __call__(self, image: NDArray[np.uint8]) -> LabelMap:
+        """The classes of an RGB image (H, W, 3); below the threshold a pixel has no label."""
+        logits: Tensor = self.run(image)["sem_seg"]  # C x H x W
+        scores, classes = logits.float().softmax(0).max(0)  # H x W
+        classes = classes.to(torch.uint8).masked_fill(scores < self.threshold, UNLABELLED)
+        return LabelMap(classes.cpu().numpy(), scores.cpu().numpy())
+
+
+def build_predictor(
+    cfg: CfgNode, weights: str | Path, threshold: float | None = None
+) -> Detector | Segmenter:
+    """The model of a config, filled from a checkpoint of a whole model.
+
+    Runs on `MODEL.DEVICE`, or on the CPU where that is a GPU and there is none.
+
+    Args:
+        threshold: least score of objects (0.5 by default), or of pixels (0).
+
+    Raises:
+        UserError: unreadable weights, or weights of another model.
+    """
+    semantic = is_semantic_model(cfg)
+    if threshold is None:
+        threshold = 0.0 if semantic else 0.5
+    if not 0 <= threshold <= 1:
+        raise UserError(f"--threshold is {threshold}, but scores lie between 0 and 1")
+    names = class_names(cfg)
+    if semantic and len(names) > MOST_CLASSES:
+        raise UserError(
+            f"the model has {len(names)} classes of pixels, but a label file holds {MOST_CLASSES}"
+        )
+    cfg = cfg.clone()
+    cfg.defrost()
+    if torch.device(cfg.MODEL.DEVICE).type == "cuda" and not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    # The heads drop what scores less, before the (costly) masks are drawn.
+    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = threshold
+    tensors = read_detector(weights)["model"]
+    model = build_detector(cfg)
+    load_detector(model, tensors, source=str(weights))
+    return (Segmenter if semantic else Detector)(
+        model,
+        names,
+        cfg.INPUT.FORMAT,
+        cfg.INPUT.MIN_SIZE_TEST,
+        cfg.INPUT.MAX_SIZE_TEST,
+        threshold,
+    )
+
+
+def predictor_of_run(run: str | Path, threshold: float | None = None) -> Detector | Segmenter:
+    """The model of a fine-tuning run: its config.yaml and its last checkpoint.
+
+    That is model_final.pth or, of a run that is not finished, the one that it would go on from.
+
+    Raises:
+        UserError: one of the files is missing or unreadable.
+    """
+    config, weights = Path(run) / "config.yaml", Path(run) / "model_final.pth"
+    if not weights.is_file():
+        weights = next(iter(newest_checkpoints(run)), weights)
+    for file in (config, weights):
+        if not file.is_file():
+            raise UserError(
+                f"{run} has no {file.name}: is it the directory of a fine-tuning run? Other "
+                "checkpoints go with --config and --weights"
+            )
+    return build_predictor(load_config(str(config)), weights, threshold)
+
+
+def class_names(cfg: CfgNode) -> list[str]:
+    """Names of the classifier's classes: the config's own, its data set's, else `class 0`, ..."""
+    semantic = is_semantic_model(cfg)
+    count = cfg.MODEL["SEM_SEG_HEAD" if semantic else "ROI_HEADS"].NUM_CLASSES
+    key = "stuff_classes" if semantic else "thing_classes"
+    if len(cfg.DATASETS.CLASSES) == count:
+        return list(cfg.DATASETS.CLASSES)
+    for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
+        names = MetadataCatalog.get(name).get(key) if name in MetadataCatalog else None
+        if names is not None and len(names) == count:
+            return list(names)
+    return [f"class {index}" for index in range(count)]
+
+
+def find_images(paths: Sequence[str | Path]) -> list[tuple[Path, Path]]:
+    """Images and videos by (file, name of its picture): files, and all that is below folders.
+
+    Names are relative to the folder given and unique; a file that is no image is tried all the
+    same, so that the user hears of it.
+
+    Raises:
+        UserError: a path does not exist, or there is no image at all.
+    """
+    found: list[tuple[Path, Path]] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+            found += [(p, p.relative_to(path)) for p in inside if p.is_file()]
+        elif path.exists():
+            found.append((path, Path(path.name)))
+        else:
+            raise UserError(f"there is no image, video or folder {path}")
+    if not found:
+        kinds = ", ".join(sorted(suffix[1:] for suffix in SUFFIXES))
+        raise UserError(f"no image or video in {', '.join(map(str, paths))} (looked for {kinds})")
+    taken: set[Path] = set()
+    named = []
+    for file, name in dict(found).items():
+        suffix, number = ".mp4" if is_video(file) else ".png", 2
+        picture = name.with_suffix(suffix)
+        while picture in taken:
+            picture = name.with_name(f"{name.stem}-{number}{suffix}")
+            number += 1
+        taken.add(picture)
+        named.append((file, picture))
+    return named
+
+
+def count_pictures(images: Sequence[tuple[Path, Path]]) -> int:
+    """How many images and frames there are in them, as far as the videos' headers tell."""
+    return sum(video_facts(file)[1] if is_video(file) else 1 for file, _ in images)
+
+
+def load_image(file: str | Path) -> NDArray[np.uint8]:
+    """An image as RGB (H, W, 3) uint8, turned as its EXIF tag says.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        image: NDArray[np.uint8] = read_image(str(file), "RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, cv2.error) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{file} is not readable as an image ({reason})") from error
+    return image

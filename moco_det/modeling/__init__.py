@@ -1,0 +1,1 @@
+"""Parts of the detector that replace Detectron2's."""

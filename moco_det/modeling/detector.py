@@ -1,0 +1,83 @@
+"""The detector of a protocol: built for this machine, filled from a file, nothing in it frozen."""
+
+import logging
+
+from detectron2.config import CfgNode
+from detectron2.layers import FrozenBatchNorm2d
+from detectron2.modeling import build_model
+from detectron2.utils import comm
+from torch import nn
+
+from moco_common.errors import UserError
+from moco_common.text import counted
+
+log = logging.getLogger(__name__)
+NORM_KEYS = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD", "SEM_SEG_HEAD")
+SYNCHRONISED = ("SyncBN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
+
+
+def assert_all_trained(model: nn.Module, freeze_at: int) -> None:
+    """Refuse a model in which any layer or batch norm is frozen.
+
+    Raises:
+        UserError: naming the config key that froze it.
+    """
+    if freeze_at != 0:
+        raise UserError(
+            f"MODEL.BACKBONE.FREEZE_AT is {freeze_at}, but a transfer trains every layer: set it "
+            "to 0."
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            key = "FPN" if ".fpn_" in name else "RESNETS"
+            raise UserError(
+                f"MODEL.{key}.NORM is FrozenBN (in {name}), but a transfer trains every BN: use "
+                "SyncBN, naiveSyncBN or BN."
+            )
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    if frozen:
+        raise UserError(
+            f"{counted(len(frozen), 'parameter')} would not be trained, the first is {frozen[0]}."
+        )
+
+
+def fit_norms(cfg: CfgNode, world_size: int) -> tuple[CfgNode, str | None]:
+    """Replace synchronised BN by plain BN where one process sees the whole batch.
+
+    The protocol's config stays as it is. (Several processes on CPUs, where torch's SyncBN does not
+    run, get this project's own when the trainer is built: :func:`batch_norm.replace_sync_bn`.)
+
+    Returns:
+        A copy of the config for building the model, and a sentence saying what was replaced.
+    """
+    fitted = cfg.clone()
+    fitted.defrost()
+    replaced: dict[str, str] = {}
+    for section in NORM_KEYS:
+        norm = fitted.MODEL[section].NORM
+        if world_size == 1 and norm in SYNCHRONISED:
+            replaced[norm] = fitted.MODEL[section].NORM = "BN"
+    if not replaced:
+        return fitted, None
+    return fitted, f"{', '.join(replaced)} -> BN (one process)"
+
+
+def build_detector(cfg: CfgNode) -> nn.Module:
+    """The protocol's model, on ``MODEL.DEVICE``, with random weights.
+
+    Raises:
+        UserError: group norm over channels that do not part into its 32 groups.
+    """
+    fitted, said = fit_norms(cfg, comm.get_world_size())
+    if said:
+        log.info("norms      %s", said)
+    try:
+        model: nn.Module = build_model(fitted)
+    except ValueError as error:
+        if "divisible by num_groups" not in str(error):
+            raise
+        raise UserError(
+            f"{cfg.PROTOCOL or 'this config'} has group norm, whose 32 groups do not part the "
+            "channels of so narrow a network: take one of twice the width or more, or batch norm."
+        ) from error
+    return model

@@ -1,0 +1,1 @@
+"""Runs to tables, curves and one page."""

@@ -1,0 +1,147 @@
+"""What lies behind an AP: precision over recall, sizes, confusions, the best and worst images.
+
+Everything is of boxes, and computed from the predictions that an evaluated run keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moco_det.evaluation.coco_evaluation import coco_content
+from moco_det.evaluation.coco_metrics import coco_metrics
+from moco_det.report.matching import assign, threshold_of_best_f1
+from moco_det.report.predictions_io import OpenDataset, annotated_objects, read_predictions
+from moco_det.structures.objects import Objects
+
+
+@dataclass(frozen=True)
+class RunAnalysis:
+    """One run on its test set of N images and C classes.
+
+    Attributes:
+        threshold: the score that gives the best F1 over the data set, at IoU 0.5.
+        precision: (2, 101, C) at IoU 0.50 and 0.75 and recalls 0, 0.01, ... 1, interpolated as
+            COCO does; in [0, 1], NaN for a class without objects.
+        sizes: APs, APm, APl in percent, by COCO's metric; NaN where there is no such object.
+        confusion: (C + 1, C + 1) counts at `threshold`: row the annotated class, column the
+            detected one; the last row is detections where nothing is, the last column objects
+            that were missed.
+        f1: (N,) in [0, 1], of each image at `threshold`; NaN where nothing is, nor was found.
+    """
+
+    threshold: float
+    precision: NDArray[np.float64]
+    sizes: Mapping[str, float]
+    confusion: NDArray[np.int64]
+    f1: NDArray[np.float64]
+
+
+def analyse_run(run: str | Path, dataset: OpenDataset) -> RunAnalysis:
+    """Analyse the predictions of one evaluated run.
+
+    Raises:
+        UserError: it keeps none, or they are of other data.
+    """
+    predictions = read_predictions(run)
+    truth = [annotated_objects(record) for record in dataset.records]
+    found = [dataset.detections(record, predictions) for record in dataset.records]
+    pairs = list(zip(found, truth, strict=True))
+    taken = [assign(*pair) for pair in pairs]
+    threshold = threshold_of_best_f1(
+        [objects.scores_or_zero() for objects in found],
+        [indices >= 0 for indices in taken],
+        sum(int((~objects.ignored_or_none()).sum()) for objects in truth),
+    )
+    count = len(dataset.class_names)
+    confusion = np.zeros((count + 1, count + 1), dtype=np.int64)
+    f1 = np.full(len(pairs), np.nan)
+    for index, (detections, objects) in enumerate(pairs):
+        surely = detections.scores_or_zero() >= threshold
+        kept, paired = detections.select(surely), taken[index][surely]
+        own = count_confusions(confusion, kept, objects, paired)
+        if own is not None:
+            f1[index] = own
+    return RunAnalysis(threshold, *_coco_view(dataset, predictions), confusion, f1)
+
+
+def count_confusions(
+    confusion: NDArray[np.int64],
+    detections: Objects,
+    truth: Objects,
+    taken: NDArray[np.int64],
+) -> float | None:
+    """Add one image to a matrix of confusions, in place.
+
+    Detections that took no annotation of their class may take a free one of another class: a
+    confusion. What is left was missed, or found where nothing is. Ignored annotations, and what
+    took them, do not count.
+
+    Returns:
+        The image's F1; None where nothing counts.
+    """
+    ignored = truth.ignored_or_none()
+    counted = np.array([index < 0 or not ignored[index] for index in taken], dtype=bool)
+    detections, taken = detections.select(counted), taken[counted]
+    right = taken >= 0
+    np.add.at(confusion, (truth.classes[taken[right]], detections.classes[right]), 1)
+    free = ~ignored
+    free[taken[right]] = False
+    rest, missed = detections.select(~right), truth.select(free)
+    other = assign(rest, missed, any_class=True)
+    confused = other >= 0
+    np.add.at(confusion, (missed.classes[other[confused]], rest.classes[confused]), 1)
+    size = len(confusion)
+    confusion[-1] += np.bincount(rest.classes[~confused], minlength=size)
+    unseen = np.delete(missed.classes, other[confused])
+    confusion[:, -1] += np.bincount(unseen, minlength=size)
+    total = len(detections) + int((~ignored).sum())
+    return 2 * int(right.sum()) / total if total else None
+
+
+def choose_images(f1: Sequence[NDArray[np.float64]], count: int) -> dict[str, NDArray[np.intp]]:
+    """Indices of the images that say most about one or several runs, `count` of each kind.
+
+    Args:
+        f1: (N,) of each run.
+
+    Returns:
+        "best" and "worst" by the mean of the runs, and with two or more runs "most different".
+        Each image comes once.
+    """
+    scores = np.stack(f1)  # G x N
+    usable = np.flatnonzero(np.isfinite(scores).all(axis=0))
+    kinds = {"worst": scores.mean(axis=0), "best": -scores.mean(axis=0)}
+    if len(scores) > 1:
+        kinds = {"most different": scores.min(axis=0) - scores.max(axis=0), **kinds}
+    chosen: dict[str, NDArray[np.intp]] = {}
+    for kind, rank in kinds.items():
+        first = usable[np.argsort(rank[usable], kind="stable")][:count]
+        chosen[kind] = first
+        usable = np.setdiff1d(usable, first)
+    return {kind: chosen[kind] for kind in ("best", "worst", "most different") if kind in chosen}
+
+
+def _coco_view(
+    dataset: OpenDataset, predictions: Mapping[str, list[dict[str, Any]]]
+) -> tuple[NDArray[np.float64], dict[str, float]]:
+    """Curves and AP by size, by COCO's metric."""
+    index = dataset.ids or {number: number for number in range(len(dataset.class_names))}
+    classes = {key: dataset.class_names[index[key]] for key in sorted(index, key=index.__getitem__)}
+    content = coco_content(dataset.records, classes)
+    ids = {str(record["image_id"]): record["image_id"] for record in dataset.records}
+    results = [
+        {**result, "image_id": ids.get(image, image)}
+        for image, found in predictions.items()
+        for result in found
+    ]
+    metrics = coco_metrics(content, results, ["bbox"])["bbox"]
+    order = np.argsort(np.argsort(list(classes)))  # the arrays go by ascending id
+    curves = metrics.precision[[0, 5], :, :, 0, -1][:, :, order]
+    sizes = {key: value for key, value in metrics.percentages().items() if key[-1] in "sml"}
+    return np.where(curves > -1, curves, np.nan), sizes

@@ -1,0 +1,171 @@
+"""Example images of a report: ground truth and detections of several runs side by side."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from detectron2.data.detection_utils import read_image
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from numpy.typing import NDArray
+
+from moco_common.errors import UserError
+from moco_det.report.matching import best_threshold, match
+from moco_det.report.predictions_io import (
+    OpenDataset,
+    annotated_objects,
+    detected_objects,
+    open_dataset,
+    read_predictions,
+)
+from moco_det.report.runs import read_run
+from moco_det.structures.objects import Objects
+from moco_det.visualization.detections import CELL, COLORS, DASHED, DPI, SOLID, draw_objects
+from moco_det.visualization.figure import save_figure
+
+
+def detections_grid(
+    images: Sequence[NDArray[np.uint8]],
+    truth: Sequence[Objects],
+    detections: Mapping[str, Sequence[Objects]],
+    class_names: Sequence[str],
+    path: str | Path,
+    row_names: Sequence[str] | None = None,
+) -> Path:
+    """Write one PNG: a row an image, the ground truth first, then a column each model.
+
+    Right detections (IoU 0.5 with an annotation of their class that no surer one took) are
+    solid, wrong ones dashed. Images are shown with 320 pixels on their long side.
+
+    Args:
+        images: RGB, (H, W, 3) uint8.
+        detections: heading of the column -> the detections of each image.
+        row_names: names for the rows, such as file names.
+
+    Raises:
+        ValueError: the numbers of images, annotations and detections differ.
+    """
+    if any(len(column) != len(images) for column in (truth, *detections.values())):
+        raise ValueError("a grid needs annotations and detections for each image")
+    columns = {"ground truth": truth, **detections}
+    sizes = []
+    for image in images:
+        height, width = image.shape[:2]
+        scale = CELL / max(height, width)
+        sizes.append((max(1, round(width * scale)), max(1, round(height * scale))))
+    gap, left, head, foot = 8, 22, 16 + 16 * max(c.count("\n") + 1 for c in columns), 46
+    across = left + len(columns) * (max(w for w, _ in sizes) + gap)
+    down = head + sum(h + gap for _, h in sizes) + foot
+    figure = Figure(figsize=(across / DPI, down / DPI), dpi=DPI, facecolor="white")
+
+    top = head
+    for row, (image, (width, height)) in enumerate(zip(images, sizes, strict=True)):
+        for column, (title, objects) in enumerate(columns.items()):
+            x = left + column * ((across - left) / len(columns))
+            place = (x / across, 1 - (top + height) / down, width / across, height / down)
+            axes = figure.add_axes(place)
+            right = match(objects[row], truth[row]) if column else None
+            # The legend is enough for a single class.
+            several = len(class_names) > 1
+            draw_objects(axes, image, objects[row], class_names, right, (width, height), several)
+            if not row:
+                axes.set_title(title, fontsize=10)
+        if row_names:
+            y = 1 - (top + height / 2) / down
+            name, fits = row_names[row], height // 6
+            name = name if len(name) <= fits else "…" + name[1 - fits :]
+            figure.text(11 / across, y, name, rotation=90, va="center", ha="center",
+                        fontsize=7, color="0.3")  # fmt: skip
+        top += height + gap
+    _legend(figure, [truth, *detections.values()], class_names)
+    return save_figure(figure, path)
+
+
+def compare_runs(
+    dataset: str | Sequence[Mapping[str, Any]],
+    runs: Mapping[str, str | Path],
+    path: str | Path,
+    num_images: int = 6,
+    seed: int = 0,
+    threshold: float | None = None,
+    class_names: Sequence[str] | None = None,
+) -> Path:
+    """Write the detections of several evaluated runs beside the ground truth, as one PNG.
+
+    Args:
+        dataset: a registered name, a `voc:` or `coco:` text, or Detectron2's dataset dicts.
+        runs: heading -> run directory with inference/coco_instances_results.json.
+        num_images: spread evenly over the images that have annotations; `seed` shifts them.
+        threshold: least score shown; None: each model's own, where its F1 over the whole data
+            set is best (in the heading).
+        class_names: default: those of the runs' config or of the data set.
+
+    Raises:
+        UserError: a run has no predictions, or no image of the data set has annotations.
+    """
+    opened = open_dataset(dataset, class_names or classes_of_runs(runs.values()))
+    records = opened.records
+    annotated = [record for record in records if record.get("annotations")]
+    if not annotated:
+        raise UserError(f"no pictures: none of the {len(records)} images has annotations")
+    count = min(num_images, len(annotated))
+    step = len(annotated) / count
+    chosen = [annotated[(int((i + 0.5) * step) + seed) % len(annotated)] for i in range(count)]
+    thresholds = {}
+    for heading, run in runs.items():
+        found = read_predictions(run)
+        pairs = ((opened.detections(r, found), annotated_objects(r)) for r in records)
+        thresholds[heading] = best_threshold(pairs) if threshold is None else threshold
+    return draw_images(opened, chosen, runs, thresholds, path)
+
+
+def draw_images(
+    dataset: OpenDataset,
+    records: Sequence[Mapping[str, Any]],
+    runs: Mapping[str, str | Path],
+    thresholds: Mapping[str, float],
+    path: str | Path,
+    notes: Sequence[str] | None = None,
+) -> Path:
+    """Write the detections of several runs in the images of `records`, beside the ground truth.
+
+    Args:
+        runs: heading -> run directory; `thresholds` holds the least score of each.
+        path: .png, or .jpg for a much smaller file.
+        notes: a few words for each image, behind its file's name.
+    """
+    columns = {}
+    for heading, run in runs.items():
+        found, least = read_predictions(run), thresholds[heading]
+        shown = []
+        for record in records:
+            results = found.get(str(record["image_id"]), [])
+            objects = detected_objects(results, dataset.ids, masks=True)
+            shown.append(objects.select(objects.scores_or_zero() >= least))
+        columns[f"{heading}\nscore ≥ {least:.2f}"] = shown
+    images = [read_image(record["file_name"], "RGB") for record in records]
+    truth = [annotated_objects(record, masks=True) for record in records]
+    names = [Path(record["file_name"]).name for record in records]
+    if notes is not None:
+        names = [f"{name}  {note}" for name, note in zip(names, notes, strict=True)]
+    return detections_grid(images, truth, columns, dataset.class_names, path, names)
+
+
+def classes_of_runs(runs: Iterable[str | Path]) -> list[str] | None:
+    """The classes that the first run to name them was trained for."""
+    named = (read_run(run).config.get("DATASETS.CLASSES") for run in runs)
+    return next((list(names) for names in named if names), None)
+
+
+def _legend(
+    figure: Figure, columns: Sequence[Sequence[Objects]], class_names: Sequence[str]
+) -> None:
+    present = sorted({int(c) for column in columns for objects in column for c in objects.classes})
+    handles = [Line2D([], [], color=COLORS[c % len(COLORS)], linewidth=4) for c in present]
+    labels = [str(class_names[c]) for c in present]
+    for style, meaning in ((SOLID, "right (IoU ≥ 0.5)"), (DASHED, "wrong")):
+        handles.append(Line2D([], [], color="0.3", linewidth=1.8, linestyle=style))
+        labels.append(meaning)
+    figure.legend(handles, labels, loc="lower center", ncols=10, fontsize=7.5, frameon=False,
+                  handlelength=2, columnspacing=1.2)  # fmt: skip

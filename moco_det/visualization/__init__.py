@@ -1,0 +1,1 @@
+"""Objects and label maps drawn on images."""

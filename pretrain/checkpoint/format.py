@@ -1,0 +1,163 @@
+"""Checkpoints: one schema, sealed by a checksum, atomic writes, safe reads, retention.
+
+A checkpoint is a dictionary of tensors and plain values, so that it is read with
+``weights_only=True`` and nothing in it is ever executed::
+
+    format      "moco-det/pretrain/2"
+    state_dict  the method's: encoder_q.*, encoder_k.*, queue, queue_ptr, ...; BN statistics are
+                means over the ranks
+    optimizer   the optimiser's state (and "scaler", the gradient scaler's, with float16)
+    step        steps done; with the seed it is the position in the data
+    images      number of images in the data
+    ranks       what each rank has of its own: {"torch": random state, "cuda": the device's,
+                "batch_norm": running statistics}, one row a rank
+    config      the resolved configuration, as YAML text
+    version     of this project
+
+The file is one of ``torch.save``, a zip, and any reader of those reads it. Its seal, the SHA-256 of
+all that ``torch.save`` wrote, is the zip's comment.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+
+from moco_common.errors import UserError
+from moco_common.files import link_file, replace_file
+
+FORMAT = "moco-det/pretrain/2"
+LAST = "checkpoint_last.pth"
+_MARK = b"sha256:"
+_SEAL = 2 + len(_MARK) + 64  # bytes: length of the comment, mark, hexadecimal digest
+
+
+class DamagedError(UserError):
+    """The file is not what was written: an earlier checkpoint may be."""
+
+
+def save(checkpoint: dict[str, Any], folder: str | os.PathLike[str], keep: int = 2) -> Path:
+    """Write ``checkpoint_<step>.pth`` atomically, point `LAST` at it, drop all but ``keep``.
+
+    A reader, or a process killed at any moment, finds either the old file or the new one whole.
+    Checkpoints of later steps (of a run that was set back) are left alone.
+
+    Raises:
+        UserError: the disk is full. The checkpoints written before are as they were.
+        OSError: the file cannot be written for another reason.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"checkpoint_{checkpoint['step']:08d}.pth"
+    replace_file(path, lambda file: _write_sealed(checkpoint, file))
+    link_file(path, folder / LAST)
+    older = [old for old in sorted(folder.glob("checkpoint_[0-9]*.pth")) if old.name <= path.name]
+    for old in older[:-keep]:
+        old.unlink()
+    return path
+
+
+def load(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a checkpoint of this project on the CPU, executing nothing in it.
+
+    Raises:
+        DamagedError: cut off, or a byte has changed.
+        UserError: missing, not one of ours, or with something in it that is no plain value.
+    """
+    try:
+        with open(path, "rb") as file:
+            sealed = _check_seal(file, path)
+            file.seek(0)
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"There is no checkpoint at {path}.") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # It asks for a function or a class; torch before 2.4 says so in other words.
+        if "GLOBAL" in str(error) or "Unsupported class" in str(error):
+            raise UserError(
+                f"{path} holds more than tensors and plain values, and was not read ({reason}): "
+                f"no run of this project wrote it; remove it."
+            ) from None
+        raise DamagedError(
+            f"{path} is damaged, and was not read ({reason}): use an earlier checkpoint."
+        ) from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+        raise UserError(
+            f"{path} is not a pre-training checkpoint of this project (format {FORMAT}): "
+            f"a run can only be resumed from its own."
+        )
+    if not sealed:
+        raise DamagedError(f"{path} has lost its checksum: use an earlier checkpoint.")
+    return checkpoint
+
+
+def candidates(folder: str | os.PathLike[str]) -> list[Path]:
+    """Checkpoints of a run, those to be tried first at the front: `LAST`, then the newest."""
+    folder = Path(folder)
+    numbered = sorted(folder.glob("checkpoint_[0-9]*.pth"), reverse=True)
+    last = folder / LAST
+    if not last.exists():
+        return numbered
+    return [last, *(path for path in numbered if not path.samefile(last))]
+
+
+class _Hashed:
+    """A file that computes the SHA-256 of what is written to it."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.hash = file, hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, data: memoryview) -> int:
+        self.hash.update(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error  # torch goes on to raise another one, of what it had expected
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _write_sealed(checkpoint: dict[str, Any], file: IO[bytes]) -> None:
+    sink = _Hashed(file)
+    try:
+        torch.save(checkpoint, cast(IO[bytes], sink))
+    except RuntimeError:
+        if sink.error:
+            raise sink.error from None
+        raise
+    # The last two bytes of a zip without comment are the length of its comment, 0.
+    seal = _MARK + sink.hash.hexdigest().encode()
+    file.seek(-2, os.SEEK_END)
+    file.write(len(seal).to_bytes(2, "little") + seal)
+
+
+def _check_seal(file: IO[bytes], path: str | os.PathLike[str]) -> bool:
+    """Whether the file has a seal, which is right."""
+    size = file.seek(0, os.SEEK_END)
+    if size < _SEAL:
+        return False
+    file.seek(-_SEAL, os.SEEK_END)
+    seal = file.read()
+    if not seal[2:].startswith(_MARK):
+        return False
+    digest, left = hashlib.sha256(), size - _SEAL
+    file.seek(0)
+    while left:
+        chunk = file.read(min(left, 1 << 20))
+        digest.update(chunk)
+        left -= len(chunk)
+    digest.update(b"\0\0")
+    if seal != (_SEAL - 2).to_bytes(2, "little") + _MARK + digest.hexdigest().encode():
+        raise DamagedError(
+            f"{path} is damaged (it is not what its checksum says): use an earlier checkpoint."
+        )
+    return True

@@ -1,0 +1,1 @@
+"""Recipes: every key with its default, and the YAML files that set them."""

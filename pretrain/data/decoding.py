@@ -1,0 +1,125 @@
+"""Encoded bytes -> uint8 RGB pixels, whatever the file turns out to hold."""
+
+import io
+import warnings
+
+import cv2
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+MAX_PIXELS = 89_478_485  # where Pillow too begins to suspect a decompression bomb
+_FLAGS = {
+    1: getattr(cv2, "IMREAD_COLOR_RGB", cv2.IMREAD_COLOR),  # OpenCV >= 4.11 saves a pass
+    2: cv2.IMREAD_REDUCED_COLOR_2,
+    4: cv2.IMREAD_REDUCED_COLOR_4,
+    8: cv2.IMREAD_REDUCED_COLOR_8,
+}
+
+
+class DecodeError(ValueError):
+    """The bytes are no picture that can be used; the message says why."""
+
+
+def decode(data: bytes, *, min_side: int | None = None, min_area: int | None = None) -> np.ndarray:
+    """Decodes any still picture; of an animation, its first frame.
+
+    Grey, palette, CMYK and 16-bit pictures become 8-bit RGB, transparency is dropped, and the
+    camera's orientation (EXIF) is applied.
+
+    Args:
+        data: an encoded file: JPEG fast, anything else that Pillow reads.
+        min_side, min_area: if both are given, a JPEG may come out smaller by 2, 4 or 8 (which
+            its format makes cheaper) as long as it keeps these sizes, in pixels.
+
+    Returns:
+        uint8 (H, W, 3), RGB. A JPEG above `MAX_PIXELS` comes out smaller by 2, 4 or 8.
+
+    Raises:
+        DecodeError: empty, truncated, undecodable, or too large.
+    """
+    if not data:
+        raise DecodeError("the file is empty")
+    header = _read_jpeg_header(data)
+    if header is None:
+        return _decode_with_pillow(data)
+    height, width, progressive = header
+    reduction = 1
+    if min_side is not None and min_area is not None:
+        while (
+            reduction < 8
+            and min(height, width) >= 2 * reduction * min_side
+            and height * width >= (2 * reduction) ** 2 * min_area
+        ):
+            reduction *= 2
+    # A progressive file is held whole while it is decoded, a sequential one line by line.
+    while height * width > MAX_PIXELS * (1 if progressive else reduction**2):
+        if reduction == 8 or progressive:
+            raise DecodeError(f"{width} x {height} pixels are too many")
+        reduction *= 2
+    image = _decode_jpeg(data, reduction)
+    # What OpenCV gives up on, Pillow can decode or else tell what is wrong with it.
+    return _decode_with_pillow(data) if image is None else image
+
+
+def _read_jpeg_header(data: bytes) -> tuple[int, int, bool] | None:
+    """Height, width and whether it is progressive, of a whole 8-bit grey or three-channel JPEG.
+
+    None for anything else, left to Pillow: CMYK, a broken header, or no end-of-image marker,
+    where some versions of OpenCV fill up a truncated picture with grey and say nothing.
+    """
+    if data[:3] != b"\xff\xd8\xff":
+        return None
+    i = 2
+    while i + 10 <= len(data) and data[i] == 0xFF:
+        marker = data[i + 1]
+        if marker == 0xFF:  # fill byte
+            i += 1
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of frame
+            height = int.from_bytes(data[i + 5 : i + 7], "big")
+            width = int.from_bytes(data[i + 7 : i + 9], "big")
+            usual = data[i + 4] == 8 and data[i + 9] in (1, 3) and height > 0 and width > 0
+            whole = data.rfind(b"\xff\xd9", i) > 0
+            return (height, width, marker == 0xC2) if usual and whole else None
+        else:
+            i += 2 + int.from_bytes(data[i + 2 : i + 4], "big")
+    return None
+
+
+def _decode_jpeg(data: bytes, reduction: int) -> np.ndarray | None:
+    flags = _FLAGS[reduction]
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error:
+        return None
+    if image is None or flags == getattr(cv2, "IMREAD_COLOR_RGB", None):
+        return image
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def _decode_with_pillow(data: bytes) -> np.ndarray:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about sizes and palettes, which are handled here
+            with Image.open(io.BytesIO(data)) as image:
+                width, height = image.size
+                if height * width > MAX_PIXELS:
+                    raise DecodeError(f"{width} x {height} pixels are too many")
+                return _to_rgb(ImageOps.exif_transpose(image))
+    except DecodeError:
+        raise
+    except Exception as error:  # parsers of hostile bytes raise almost anything
+        reason = str(error) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            reason = "not an image of a known format"  # Pillow's words name a memory address
+        raise DecodeError(reason) from None
+
+
+def _to_rgb(image: Image.Image) -> np.ndarray:
+    if image.mode == "F":
+        raise DecodeError("floating-point pixels have no set range")
+    if image.mode.startswith("I"):  # 16 bits, which Pillow's own conversion would clip
+        values = np.asarray(image).astype(np.int64) >> 8
+        return np.repeat(values.clip(0, 255).astype(np.uint8)[:, :, None], 3, axis=2)
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return np.array(image.convert("RGB"))

@@ -1,0 +1,158 @@
+"""What images there are: a folder tree, a list, a COCO file or tar shards -> encoded bytes.
+
+Paths are kept flat, one ``bytes`` object and one array of offsets, not a list of strings: a
+million of them cost about as much as their letters, and forked workers share them for good,
+because reading them touches no per-path reference count.
+"""
+
+import json
+import os
+from array import array
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from moco_common.errors import UserError
+from pretrain.data.shards import open_shards
+from pretrain.data.source_base import EXTENSIONS, Source
+
+_KINDS = "a folder, a .txt list, coco:JSON:IMAGES or shards:URL"
+
+
+class FileSource(Source):
+    """One image a file."""
+
+    def __init__(self) -> None:
+        self._roots: list[bytes] = []
+        self._starts = np.zeros(0, np.int64)  # index of the first image of each root
+        self._paths = b""  # relative to their root, end to end
+        self._ends = np.zeros(0, np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def read(self, index: int) -> bytes:
+        with open(self._path(index), "rb") as file:
+            return file.read()
+
+    def name(self, index: int) -> str:
+        return os.fsdecode(self._path(index))
+
+    def _path(self, index: int) -> bytes:
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
+        root = self._roots[int(np.searchsorted(self._starts, index, side="right")) - 1]
+        start = self._ends[index - 1] if index else 0
+        return os.path.join(root, self._paths[start : self._ends[index]])
+
+
+def open_source(specs: str | Sequence[str]) -> Source:
+    """Opens one or more sources as one, in the order given.
+
+    Args:
+        specs: each a folder (searched recursively, links followed, sorted by path), a ``.txt``
+            file with one path a line, absolute or relative to the file's folder, in its order,
+            or ``coco:JSON:IMAGES``, the ``images`` of a COCO file in its order. Or else each
+            ``shards:URL``, tar files (see `shards`).
+
+    Raises:
+        UserError: a source is missing, malformed or has no image. That a listed image exists is
+            found out when it is read.
+    """
+    specs = [specs] if isinstance(specs, str) else specs
+    shards = [spec for spec in specs if spec.startswith("shards:")]
+    if shards:
+        if len(shards) < len(specs):
+            raise UserError(f"{shards[0]} cannot be mixed with files: give shards alone, or none")
+        return open_shards([spec.removeprefix("shards:") for spec in shards])
+    paths, ends, labels = bytearray(), array("q"), array("i")
+    classes: dict[str, int] = {}
+    source = FileSource()
+    starts = []
+    for spec in specs:
+        root, entries = _open_one(os.path.expanduser(spec))
+        source._roots.append(root)
+        starts.append(len(ends))
+        for path, folder in entries:
+            paths += path
+            ends.append(len(paths))
+            labels.append(-1 if folder is None else classes.setdefault(folder, len(classes)))
+        if len(ends) == starts[-1]:
+            raise UserError(f"{spec} holds no image: give a folder of images, a list or COCO JSON")
+    if not starts:
+        raise UserError(f"no source of images: give {_KINDS}")
+    source._starts = np.array(starts, np.int64)
+    source._paths = bytes(paths)
+    source._ends = np.array(ends, np.int64)
+    if classes:
+        source.classes = tuple(sorted(classes))
+        rank = np.array([source.classes.index(name) for name in classes] + [-1], np.int32)
+        source.labels = rank[np.array(labels, np.int32)]  # -1 picks the last entry: -1
+    return source
+
+
+Entries = Iterator[tuple[bytes, str | None]]  # (path relative to the root, class folder or None)
+
+
+def _open_one(spec: str) -> tuple[bytes, Entries]:
+    if spec.startswith("coco:"):
+        _, _, rest = spec.partition(":")
+        annotations, separator, images = rest.partition(":")
+        if not separator:
+            raise UserError(f"{spec}: write coco:JSON:IMAGES, a file and the folder of its images")
+        if not os.path.isdir(images):
+            raise UserError(f"{spec}: the folder of images {images} does not exist")
+        return os.fsencode(images), _coco_entries(annotations)
+    if os.path.isdir(spec):
+        return os.fsencode(spec), _tree_entries(os.fsencode(spec))
+    if not os.path.exists(spec):
+        raise UserError(f"{spec} does not exist: give {_KINDS}")
+    if not spec.endswith(".txt"):
+        raise UserError(f"{spec} is neither a folder nor a .txt list: give {_KINDS}")
+    return os.fsencode(os.path.dirname(spec)), _list_entries(spec)
+
+
+def _tree_entries(
+    root: bytes, inside: bytes = b"", label: str | None = None, above: frozenset[str] = frozenset()
+) -> Entries:
+    """Images under a folder, depth first and sorted, without hidden files and link cycles."""
+    real = os.path.realpath(os.fsdecode(os.path.join(root, inside)))
+    if real in above:
+        return
+    files, folders = [], []
+    with os.scandir(os.path.join(root, inside)) as entries:
+        for entry in entries:
+            if entry.name.startswith(b"."):
+                continue
+            if entry.is_dir():
+                folders.append(entry.name)
+            elif entry.name.lower().endswith(EXTENSIONS):
+                files.append(entry.name)
+    for name in sorted(files):
+        yield os.path.join(inside, name), label
+    for name in sorted(folders):
+        below = label if label is not None else os.fsdecode(name)
+        yield from _tree_entries(root, os.path.join(inside, name), below, above | {real})
+
+
+def _list_entries(file: str) -> Entries:
+    with open(file, "rb") as lines:
+        for line in lines:
+            path = line.removeprefix(b"\xef\xbb\xbf").strip()
+            if path:
+                yield path, None
+
+
+def _coco_entries(file: str) -> Entries:
+    try:
+        with open(file, encoding="utf-8") as stream:
+            images = json.load(stream)["images"]
+        names = [image["file_name"] for image in images]
+    except OSError as error:
+        raise UserError(f"cannot read the COCO file {file}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{file} is not a COCO file with `images` that have a `file_name`: {error!r}"
+        ) from None
+    for name in names:
+        yield os.fsencode(name), None

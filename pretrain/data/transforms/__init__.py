@@ -1,0 +1,1 @@
+"""Views: what is drawn at random, and how it is rendered on the CPU or the device."""

@@ -1,0 +1,101 @@
+"""What the steps of all ranks leave to be told: scalars and unreadable images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moco_common import comm
+from moco_common.errors import UserError
+from moco_common.files import append_text
+from pretrain import distributed
+
+SKIPPED = "skipped_images.txt"
+
+
+class Scalars:
+    """Means over steps and ranks. Nothing is read from the device until `settle`, so that a step
+    need not wait for the one before."""
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._fresh: list[Tensor] = []  # a row of scalars for each step since `settle`
+        self._settled: list[Tensor] = []  # (steps, scalars), means over the ranks
+
+    def add(self, outputs: dict[str, Tensor]) -> None:
+        """Take in what one step put out: scalars, the same names in every step."""
+        self._names = list(outputs)
+        device = comm.device()
+        self._fresh.append(torch.stack([value.float().to(device) for value in outputs.values()]))
+
+    def settle(self, step: int) -> None:
+        """Average over the ranks, ``step`` steps being done. All ranks must call.
+
+        Raises:
+            UserError: on every rank, if the loss of any rank was not finite; it names the step.
+        """
+        if not self._fresh:
+            return
+        rows = torch.stack(self._fresh)
+        distributed.all_reduce_mean([rows])
+        rows, self._fresh = rows.cpu(), []
+        for i, loss in enumerate(rows[:, self._names.index("loss")].tolist()):
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"The loss is {loss} at iteration {step - len(rows) + i + 1}: lower "
+                    f"SOLVER.BASE_LR, and go on with --resume from the last checkpoint, whose "
+                    f"weights are finite."
+                )
+        self._settled.append(rows)
+
+    def take(self) -> dict[str, float]:
+        """Means by name over the settled steps since the last call."""
+        means = torch.cat(self._settled).mean(0)
+        self._settled.clear()
+        return dict(zip(self._names, means.tolist(), strict=True))
+
+
+class SkippedImages:
+    """The images that could not be read: each once in ``skipped_images.txt``, with the reason.
+
+    Rank 0 writes for all ranks. A resumed run goes on with the list.
+
+    Attributes:
+        count: images in the list, on rank 0.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / SKIPPED
+        self._fresh: list[tuple[str, str]] = []
+        self._listed: set[str] = set()
+        if comm.rank() == 0 and self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            self._listed = {line.partition("\t")[0] for line in lines}
+        self.count = len(self._listed)
+
+    def add(self, skipped: Sequence[tuple[str, str]]) -> None:
+        """Take in names and reasons of one batch."""
+        self._fresh += skipped
+
+    def settle(self) -> None:
+        """Bring the list up to date. All ranks must call."""
+        mine = "".join(f"{_plain(name)}\t{_plain(reason)}\n" for name, reason in self._fresh)
+        self._fresh = []
+        lines = "".join(distributed.all_gather_text(mine)).splitlines()
+        if comm.rank() != 0:
+            return
+        news = {line.partition("\t")[0]: line for line in lines}
+        fresh = [line for name, line in news.items() if name not in self._listed]
+        if fresh:
+            append_text(self.path, "".join(f"{line}\n" for line in fresh))
+            self._listed |= set(news)
+            self.count = len(self._listed)
+
+
+def _plain(text: str) -> str:
+    """On one line, without tabs, and encodable whatever the name's bytes are."""
+    return " ".join(text.encode("utf-8", "backslashreplace").decode().split())

@@ -1,0 +1,139 @@
+"""What a run says while it goes: progress lines, metrics.json, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from tqdm import tqdm
+
+from moco_common.files import append_text, full_disk_explained, replace_text
+from moco_common.progress import clock
+
+METRICS = "metrics.json"
+BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}"  # the lines tell the time left
+
+
+class Progress:
+    """Records scalars of a run that has ``total`` steps and may start at ``start``.
+
+    Lines of metrics.json from beyond ``start`` (steps that a killed run did after its last
+    checkpoint) are dropped, so a resumed run leaves the record of one run.
+
+    Args:
+        quiet: print nothing but warnings.
+        stream: for what is said; warnings go to standard error. In a terminal a bar of the steps
+            stays below the lines; a file gets the lines alone.
+        now: seconds of a clock.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        start: int,
+        total: int,
+        batch_size: int,
+        quiet: bool = False,
+        stream: TextIO | None = None,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, needed only here
+
+        self.total, self.batch_size, self.quiet, self.now = total, batch_size, quiet, now
+        self.stream = stream or sys.stdout
+        self.bar = None
+        if self.stream.isatty() and not quiet:
+            shape = {"leave": False, "dynamic_ncols": True, "bar_format": BAR}
+            self.bar = tqdm(total=total, initial=start, file=self.stream, **shape)
+        self.path = folder / METRICS
+        kept = []
+        if self.path.exists():
+            for line in self.path.read_text().splitlines():
+                record = _record(line)
+                if record is not None and record["iteration"] <= start:
+                    kept.append(line + "\n")
+        replace_text(self.path, "".join(kept))
+        self.writer = SummaryWriter(str(folder), purge_step=start)
+        self.begin(start)
+
+    def begin(self, step: int) -> None:
+        """Start the clock at ``step`` steps done: again after the first step of a process, which
+        pays for its start (workers, memory, compilation)."""
+        self._step, self._time = step, self.now()
+        self._recent: deque[tuple[int, float]] = deque(maxlen=50)  # steps and seconds of each line
+
+    def advance(self) -> None:
+        """One step more is done."""
+        if self.bar is not None:
+            self.bar.update()
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Stop the clock meanwhile: for evaluations, which say nothing about the pace."""
+        began = self.now()
+        try:
+            yield
+        finally:
+            self._time += self.now() - began
+
+    def log(self, step: int, text: str, **scalars: float) -> None:
+        """Print one line for ``step`` steps done and record ``scalars`` with it.
+
+        The time left is told from the pace of the last fifty lines.
+        """
+        steps, seconds = step - self._step, max(self.now() - self._time, 1e-9)
+        if steps:
+            self._recent.append((steps, seconds))
+        self._step, self._time = step, self.now()
+        pace = sum(s for _, s in self._recent) / max(1, sum(n for n, _ in self._recent))
+        rate = scalars["images_per_second"] = steps * self.batch_size / seconds
+        eta = clock(pace * (self.total - step))
+        width = len(str(self.total))
+        self.say(f"iter {step:>{width}}/{self.total}  {text}  {rate:.0f} images/s  eta {eta}")
+        append_text(self.path, json.dumps({"iteration": step, **scalars}) + "\n")
+        with full_disk_explained(self.path.parent):
+            for name, value in scalars.items():
+                self.writer.add_scalar(name, value, step)
+
+    def say(self, text: str) -> None:
+        """Print a line, unless the run is quiet."""
+        if not self.quiet:
+            self._print(text, self.stream)
+
+    def warn(self, text: str) -> None:
+        """Print a warning on standard error, quiet or not."""
+        self._print(f"warning: {text}", sys.stderr)
+
+    def _print(self, text: str, stream: TextIO) -> None:
+        if self.bar is None:
+            print(text, file=stream, flush=True)
+        else:
+            tqdm.write(text, file=stream)  # above the bar
+
+    def close(self) -> None:
+        """Write what TensorBoard has not yet been given, and take the bar away."""
+        if self.bar is not None:
+            self.bar.close()
+        self.writer.close()
+
+
+def read_records(path: Path) -> list[dict[str, float]]:
+    """The lines of a metrics.json, but for the half one of a killed process."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [record for line in lines if (record := _record(line)) is not None]
+
+
+def _record(line: str) -> dict[str, float] | None:
+    """A line of metrics.json; None for the half line of a killed process."""
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return record if isinstance(record, dict) and "iteration" in record else None

@@ -1,0 +1,178 @@
+"""What a run needs to go on: gathered from its parts, and put back into them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from fvcore.common.config import CfgNode
+from torch import Tensor, nn
+
+from moco_common import comm
+from moco_common.errors import UserError
+from moco_common.text import counted
+from moco_common.version import __version__
+from pretrain import distributed
+from pretrain.checkpoint import format as checkpoint
+from pretrain.config.defaults import get_defaults, leaves
+from pretrain.engine.train_step import TrainStep
+from pretrain.methods.base import Method
+
+# Keys, or their beginnings, that a resumed run may change. Of the first it is told.
+TOLD = ("DATA", "SOLVER")
+FREE = ("OUTPUT_DIR", "DATALOADER", "CHECKPOINT", "LOG", "PROBE")
+FIXED = ("SOLVER.BATCH_SIZE", "SOLVER.OPTIMIZER")  # all the same
+STATISTICS = ("running_mean", "running_var")  # of BN, which each rank has of its own
+MUST_NOT, MAY_AND_IS_TOLD, MAY = "must be the same", "may change, and is told", "may change"
+
+
+def may_change(key: str) -> str:
+    """Whether a resumed run may have another value of a key: one of the three sentences above."""
+    if key in FIXED or not key.startswith(TOLD + FREE):
+        return MUST_NOT
+    return MAY if key.startswith(FREE) else MAY_AND_IS_TOLD
+
+
+def capture(
+    method: Method, take_step: TrainStep, *, config: str, step: int, images: int
+) -> dict[str, Any]:
+    """The state of a run after ``step`` steps, as `pretrain.checkpoint.format` describes it.
+
+    Nothing of the run is changed by it, so a run ends the same however often it is saved. All ranks
+    must call; tensors are those of the run, not copies.
+    """
+    method.before_save()
+    device = comm.device()
+    state = dict(method.state_dict())
+    ranks = {"torch": comm.all_gather(torch.get_rng_state()[None].to(device))}
+    if device.type == "cuda":
+        ranks["cuda"] = comm.all_gather(torch.cuda.get_rng_state(device)[None].to(device))
+    if own := _statistics(method):
+        flat = torch.cat([x.reshape(-1) for x in own.values()])
+        ranks["batch_norm"] = comm.all_gather(flat[None])  # Wxn
+        state |= _unflatten(ranks["batch_norm"].mean(0), own)
+    return {
+        "format": checkpoint.FORMAT,
+        "version": __version__,
+        "config": config,
+        "step": step,
+        "images": images,
+        "state_dict": state,
+        **take_step.state_dict(),
+        "ranks": ranks,
+    }
+
+
+def shared(state: dict[str, Any]) -> dict[str, Tensor]:
+    """What all ranks must have in common of a captured state: its tensors but for what each has of
+    its own, BN statistics and extra state (where a method keeps what it holds in parts)."""
+    own = (*STATISTICS, "_extra_state")
+    tensors = state["state_dict"].items()
+    return {name: x for name, x in tensors if not name.endswith(own)}
+
+
+def restore(
+    cfg: CfgNode, folder: Path, method: Method, take_step: TrainStep, images: int
+) -> tuple[int, list[str]]:
+    """Put the newest whole checkpoint of ``folder`` back into the parts of a run.
+
+    All ranks must call. Where there is no checkpoint, nothing happens.
+
+    Returns:
+        steps done, and what the user ought to know: a damaged checkpoint that was passed over,
+        keys that have changed, another number of ranks or images.
+
+    Raises:
+        UserError: no checkpoint is whole, or it belongs to another configuration.
+    """
+    path, state, notes = _newest(folder)
+    if state is None:
+        return 0, notes
+    notes += _compare(cfg, yaml.safe_load(state["config"]), path)
+    try:
+        method.load_state_dict(state["state_dict"])
+        take_step.load_state_dict(state)
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} does not fit this run ({reason}).") from None
+    world, rank, ranks = comm.world_size(), comm.rank(), state["ranks"]
+    if len(ranks["torch"]) == world:
+        # A copy: torch reads the state as a struct, and crashes on a view that is not aligned.
+        torch.set_rng_state(ranks["torch"][rank].clone())
+        if "cuda" in ranks and comm.device().type == "cuda":
+            torch.cuda.set_rng_state(ranks["cuda"][rank].clone(), comm.device())
+        if own := _statistics(method):
+            for name, value in _unflatten(ranks["batch_norm"][rank], own).items():
+                own[name].copy_(value)
+    else:
+        notes.append(
+            f"{path} was written by {counted(len(ranks['torch']), 'rank')} and goes on with "
+            f"{world}, from the same place in the data"
+        )
+    if state["images"] != images:
+        notes.append(
+            f"the data hold {counted(images, 'image')} and held {state['images']}: from here on "
+            f"they come in another order"
+        )
+    return int(state["step"]), notes
+
+
+def _newest(folder: Path) -> tuple[Path, dict[str, Any] | None, list[str]]:
+    """The newest whole checkpoint: rank 0 looks for it, so that all ranks take the same."""
+    name, state, notes = "", None, []
+    if comm.rank() == 0:
+        for path in checkpoint.candidates(folder):
+            try:
+                state, name = checkpoint.load(path), path.name
+                break
+            except checkpoint.DamagedError as error:
+                notes.append(str(error))
+        if notes and not name:
+            raise UserError(
+                f"No checkpoint of {folder} is whole: start again with another --output-dir. "
+                f"{' '.join(notes)}"
+            )
+        if notes:
+            notes.append(f"going on from {name}, the newest that is whole")
+    name = distributed.all_gather_text(name)[0]
+    if name and state is None:
+        if not (folder / name).exists():
+            raise UserError(
+                f"{folder / name} is there on rank 0 and not on rank {comm.rank()}: "
+                f"--output-dir must lie on a file system that all hosts share."
+            )
+        state = checkpoint.load(folder / name)
+    return folder / name, state, notes
+
+
+def _compare(cfg: CfgNode, old: dict[str, Any], path: Path) -> list[str]:
+    """Notes of the keys that have changed; UserError for those that must not."""
+    now = leaves(yaml.safe_load(cfg.dump()))
+    # What an older version did not have, it did as the default says.
+    before = leaves(yaml.safe_load(get_defaults().dump())) | leaves(old)
+    refused, told = [], []
+    for key in sorted({*now, *before}):
+        if before.get(key) == now.get(key):
+            continue
+        change = f"{key} was {before.get(key)!r} and is now {now.get(key)!r}"
+        if may_change(key) == MUST_NOT:
+            refused.append(change)
+        elif may_change(key) == MAY_AND_IS_TOLD:
+            told.append(change)
+    if refused:
+        raise UserError(
+            f"{path} was written by another configuration, and cannot be resumed: "
+            f"{'; '.join(refused)}. Give the same configuration or another --output-dir."
+        )
+    return told
+
+
+def _statistics(module: nn.Module) -> dict[str, Tensor]:
+    return {name: x for name, x in module.named_buffers() if name.endswith(STATISTICS)}
+
+
+def _unflatten(flat: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
+    parts = flat.split([x.numel() for x in like.values()])
+    return {name: part.view_as(x) for (name, x), part in zip(like.items(), parts, strict=True)}

@@ -1,0 +1,261 @@
+"""The pre-training loop. It knows no method by name."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Generator
+from contextlib import closing, nullcontext
+from pathlib import Path
+
+import torch
+from fvcore.common.config import CfgNode
+
+from moco_common import comm
+from moco_common.errors import UserError
+from moco_common.files import remove_unfinished, replace_text
+from moco_common.hardware import cpu_count
+from moco_common.run_lock import RunLock
+from moco_common.stopping import Interrupt, Stopped
+from moco_common.text import counted
+from pretrain.checkpoint import consistency as guards
+from pretrain.checkpoint import format as checkpoint
+from pretrain.checkpoint.async_writer import Snapshots
+from pretrain.data.loader import Batch, build_batches
+from pretrain.data.source_base import Source
+from pretrain.data.sources import open_source
+from pretrain.data.transforms.recipes import build_recipes
+from pretrain.engine.health_monitor import Monitor, patience
+from pretrain.engine.metrics import Scalars, SkippedImages
+from pretrain.engine.progress import Progress
+from pretrain.engine.resume import capture, restore, shared
+from pretrain.engine.train_step import TrainStep
+from pretrain.methods import build_method
+from pretrain.methods.base import Method
+from pretrain.probe import build_online_knn
+from pretrain.profiling import Profiler
+from pretrain.solver.optimizers import build_optimizer
+from pretrain.solver.schedules import learning_rate, total_steps, warmup_steps
+
+
+def train(cfg: CfgNode, resume: bool = False, quiet: bool = False, profile: int = 0) -> None:
+    """Run ``cfg`` on this rank to its end, writing ``cfg.OUTPUT_DIR``.
+
+    Args:
+        resume: go on from the newest whole checkpoint there, if there is one; all ranks do if one
+            is told to.
+        quiet: print nothing but warnings.
+        profile: iterations to time and to trace, see `Profiler`; 0 for none.
+
+    Raises:
+        UserError: bad data or configuration; an output directory that holds a run (without
+            ``resume``) or in which one is at work; a checkpoint of another configuration; a loss
+            that is not finite; ranks whose states differ; a full disk.
+        Stopped: a signal asked for it, and there is a checkpoint of the last step done.
+    """
+    _check(cfg)
+    config = cfg.dump()
+    folder, main = Path(cfg.OUTPUT_DIR), comm.rank() == 0
+    source = open_source(cfg.DATA)
+    total = total_steps(
+        len(source),
+        batch_size=cfg.SOLVER.BATCH_SIZE,
+        epochs=cfg.SOLVER.EPOCHS,
+        max_iter=cfg.SOLVER.MAX_ITER,
+    )
+    warmup = warmup_steps(
+        len(source),
+        batch_size=cfg.SOLVER.BATCH_SIZE,
+        iterations=cfg.SOLVER.WARMUP_ITERS,
+        epochs=cfg.SOLVER.WARMUP_EPOCHS,
+    )
+    torch.manual_seed(cfg.SEED)
+    device = comm.device()
+    method = build_method(cfg, num_images=len(source), total_steps=total)
+    method = method.to(device).to(memory_format=torch.channels_last)
+    take_step = TrainStep(
+        method,
+        build_optimizer(cfg, method),
+        total_steps=total,
+        precision=cfg.SOLVER.PRECISION,
+        compile=cfg.SOLVER.COMPILE,
+    )
+    with (
+        Interrupt() as interrupt,
+        RunLock(folder, held=main),
+        Snapshots(folder, keep=cfg.CHECKPOINT.KEEP) as snapshots,
+    ):
+        resume = bool(comm.maximum(int(resume)))
+        if not resume and checkpoint.candidates(folder):
+            raise UserError(
+                f"{folder} already holds a run: add --resume to go on with it, or choose another "
+                f"--output-dir."
+            )
+        images = len(source)
+        knn = build_online_knn(cfg, num_images=images, total_steps=total)
+        start, notes = restore(cfg, folder, method, take_step, images) if resume else (0, [])
+        scalars, skipped = Scalars(), SkippedImages(folder)
+        comm.barrier()  # nobody writes into the folder before everybody has looked at it
+        progress = monitor = None
+        if main:
+            remove_unfinished(folder)
+            replace_text(folder / "config.yaml", config)
+            progress = Progress(
+                folder, start=start, total=total, batch_size=cfg.SOLVER.BATCH_SIZE, quiet=quiet
+            )
+            progress.say(_banner(cfg, images, total, device, start))
+            if cpu_count() < cfg.DATALOADER.NUM_WORKERS:
+                progress.say(
+                    f"DATALOADER.NUM_WORKERS is {cfg.DATALOADER.NUM_WORKERS}, and the cores are "
+                    f"{cpu_count()}: more workers than cores only compete, so {cpu_count()} decode"
+                )
+            for note in notes:
+                progress.warn(note)
+            wait = patience(method.settling_images, cfg.SOLVER.BATCH_SIZE)
+            monitor = Monitor(method.chance_loss, wait, method.remedies)
+
+        method.train()
+        say = progress.say if progress else print
+        profiler = Profiler(folder, profile, say=say) if profile else None
+        run_step = profiler.watch_step(take_step) if profiler else take_step
+        step, stop, pause, found = start, 0, 0.0, {}
+        with closing(_batches(cfg, source, method, start, total)) as batches:  # ends its workers
+            for batch in profiler.watch_data(batches) if profiler else batches:
+                lr = _learning_rate(cfg, step, total, warmup)
+                scalars.add(run_step(batch.to(device), batch.index, step, lr))
+                skipped.add(batch.skipped)
+                step += 1
+                if progress:
+                    progress.advance()
+
+                snapshots.check()
+                stop = interrupt.agreed()
+                logs = step % cfg.LOG.PERIOD == 0 or step == total
+                saves = step % cfg.CHECKPOINT.PERIOD == 0 or step == total or stop
+                if knn and knn.due(step):
+                    with progress.pause() if progress else nullcontext():
+                        found = knn.evaluate(method)
+                if logs or saves:
+                    scalars.settle(step)
+                    skipped.settle()
+                if logs:
+                    means = scalars.take() | found
+                    found = {}
+                    means |= {"lr": lr, "epoch": step * cfg.SOLVER.BATCH_SIZE / images}
+                    means |= {"skipped_images": skipped.count, "checkpoint_pause": pause}
+                    pause = 0.0
+                    if progress:
+                        progress.log(step, _line(means, method.chance_loss), **means)
+                        warning = monitor and monitor.observe(
+                            step, means["loss"], means["spread"], means.get("accuracy", 0.0)
+                        )
+                        if warning:
+                            progress.warn(warning)
+                if saves or step == start + 1:
+                    began = time.perf_counter()
+                    state = capture(method, take_step, config=config, step=step, images=images)
+                    if main and step == start + 1:
+                        snapshots.reserve(state)
+                    if saves:
+                        guards.check_finite(state["state_dict"], step)
+                        guards.check_same_on_all_ranks(shared(state), step)
+                        if main:
+                            snapshots.take(state)
+                        pause += time.perf_counter() - began
+                if progress and step == start + 1:
+                    progress.begin(step)
+                if stop:
+                    break
+        interrupt.finish()
+        snapshots.finish()
+        comm.barrier()  # a rank that left while rank 0 writes would be taken for lost
+        if progress:
+            if start >= total:
+                progress.say(f"nothing left to do: {folder} is at iteration {start} of {total}")
+            if step < total:
+                progress.warn(
+                    f"stopped by {signal.Signals(stop).name} after iteration {step} of {total}, "
+                    f"which is saved: go on with --resume"
+                )
+            else:
+                progress.say(f"pre-training done: {folder / checkpoint.LAST}")
+            progress.close()
+    if step < total:
+        raise Stopped(stop)
+
+
+def _check(cfg: CfgNode) -> None:
+    world, batch_size = comm.world_size(), cfg.SOLVER.BATCH_SIZE
+    if batch_size % world or 2 * world > batch_size:
+        raise UserError(
+            f"SOLVER.BATCH_SIZE {batch_size} cannot be shared by {world} ranks: "
+            f"choose a multiple of {world}, at least {2 * world}."
+        )
+    for key in ("LOG.PERIOD", "CHECKPOINT.PERIOD", "CHECKPOINT.KEEP"):
+        section, name = key.split(".")
+        if cfg[section][name] < 1:
+            raise UserError(f"{key} is {cfg[section][name]}: it must be at least 1.")
+
+
+def _batches(
+    cfg: CfgNode, source: Source, method: Method, start: int, total: int
+) -> Generator[Batch, None, None]:
+    recipes = build_recipes(cfg)
+    return build_batches(
+        source,
+        recipes[: method.num_views],
+        batch_size=cfg.SOLVER.BATCH_SIZE,
+        rank=comm.rank(),
+        world_size=comm.world_size(),
+        seed=cfg.SEED,
+        start_step=start,
+        stop_step=total,
+        num_workers=min(cfg.DATALOADER.NUM_WORKERS, cpu_count()),  # more only compete
+        pin_memory=comm.device().type == "cuda",
+        max_bad_share=cfg.DATALOADER.MAX_BAD_SHARE,
+    )
+
+
+def _learning_rate(cfg: CfgNode, step: int, total: int, warmup: int) -> float:
+    return learning_rate(
+        step,
+        total,
+        base=cfg.SOLVER.BASE_LR,
+        schedule=cfg.SOLVER.SCHEDULE,
+        warmup=warmup,
+        milestones=cfg.SOLVER.MILESTONES,
+        gamma=cfg.SOLVER.GAMMA,
+        decay_period=cfg.SOLVER.DECAY_PERIOD,
+        end=cfg.SOLVER.END_SHARE,
+    )
+
+
+def _banner(cfg: CfgNode, images: int, total: int, device: torch.device, start: int) -> str:
+    world = comm.world_size()
+    ranks = "one process" if world == 1 else f"{world} ranks"
+    return (
+        f"{cfg.METHOD}: ResNet-{cfg.MODEL.DEPTH} width {cfg.MODEL.WIDTH:g}, "
+        f"{counted(images, 'image')}, batch {cfg.SOLVER.BATCH_SIZE} on {ranks} ({device.type}), "
+        f"{counted(total, 'iteration')} ({total * cfg.SOLVER.BATCH_SIZE / images:.1f} epochs), "
+        f"lr {cfg.SOLVER.BASE_LR:g}" + (f", resumed at iteration {start}" if start else "")
+    )
+
+
+def _line(scalars: dict[str, float], chance_loss: float | None) -> str:
+    """What a method reports, in one order, each only where there is such a thing."""
+    parts = [f"epoch {scalars['epoch']:.2f}", f"loss {scalars['loss']:.3f}"]
+    if chance_loss is not None:
+        parts[-1] += f" (chance {chance_loss:.3f})"
+    if "accuracy" in scalars:
+        parts.append(f"accuracy {scalars['accuracy']:6.1%}")
+    parts.append(f"spread {scalars['spread']:.2f}")
+    if "queue_fill" in scalars:
+        parts.append(f"queue {scalars['queue_fill']:4.0%}")
+    if "knn_top1" in scalars:
+        parts.append(f"kNN {scalars['knn_top1']:.1f}%")
+    parts.append(f"lr {scalars['lr']:.4f}")
+    if scalars["skipped_images"]:
+        parts.append(f"skipped {counted(int(scalars['skipped_images']), 'image')}")
+    if scalars["checkpoint_pause"]:
+        parts.append(f"checkpoint paused {scalars['checkpoint_pause']:.2f} s")
+    return "  ".join(parts)

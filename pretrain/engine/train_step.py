@@ -1,0 +1,122 @@
+"""One optimisation step: forward, backward, update, the same for every method."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moco_common.errors import UserError
+from pretrain import distributed
+from pretrain.methods.base import Method
+from pretrain.modeling.resnet import ResNet
+from pretrain.profiling import stage
+
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class TrainStep:
+    """Runs a method's steps; owns its optimiser.
+
+    Args:
+        method: on its device and in its memory format.
+        optimizer: over the method's parameters that require gradients.
+        total_steps: length of the run, for the method's own schedules.
+        precision: ``float32``, or ``bfloat16`` or ``float16`` for autocast inside the encoders,
+            those without gradient too; parameters, embeddings and losses stay float32. With
+            ``float16`` the loss is scaled so that small gradients do not vanish, and a step whose
+            gradients overflow leaves the parameters as they are.
+        compile: compile the encoders at their first step (minutes for a ResNet-50 on a CPU).
+
+    Raises:
+        UserError: an unknown precision, or one that this device or torch cannot compute in; no
+            compiler where one is needed.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        optimizer: torch.optim.Optimizer,
+        *,
+        total_steps: int,
+        precision: str = "float32",
+        compile: bool = False,
+    ) -> None:
+        self.method, self.optimizer, self.total_steps = method, optimizer, total_steps
+        device = next(method.parameters()).device.type
+        dtype = _autocast_dtype(precision, device)
+        if compile:
+            _require_compiler(device)
+        for module in method.modules():
+            if isinstance(module, ResNet):
+                module.autocast_dtype = dtype
+                if compile:
+                    module.compile()
+        self.scaler = _scaler(device, enabled=dtype is torch.float16)
+        self.parallel = distributed.wrap(method)
+
+    def __call__(
+        self, views: Sequence[Tensor], index: Tensor, step: int, lr: float
+    ) -> dict[str, Tensor]:
+        """Take one step at learning rate ``lr``; return the method's scalars, detached."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        outputs = self.parallel(views, step, index)
+        self.optimizer.zero_grad(set_to_none=True)
+        with stage("encoders: backward"):
+            self.scaler.scale(outputs["loss"]).backward()
+        with stage("machinery: optimiser"):
+            self.scaler.unscale_(self.optimizer)
+            self.method.before_update(step)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.method.after_update(step, self.total_steps)
+        return {name: value.detach() for name, value in outputs.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """``optimizer``, and ``scaler`` where there is one."""
+        state = {"optimizer": self.optimizer.state_dict()}
+        return state | {"scaler": self.scaler.state_dict()} if self.scaler.is_enabled() else state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict`; a run that was not in float16 starts with a new scaler."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        if "scaler" in state:
+            self.scaler.load_state_dict(state["scaler"])
+
+
+def _autocast_dtype(precision: str, device: str) -> torch.dtype | None:
+    if precision not in PRECISIONS:
+        raise UserError(
+            f"SOLVER.PRECISION is '{precision}': choose one of {', '.join(PRECISIONS)}."
+        )
+    if precision == "float16" and device == "cpu" and not hasattr(torch.amp, "GradScaler"):
+        raise UserError(
+            f"SOLVER.PRECISION float16 needs a GPU or torch 2.3, and this is torch "
+            f"{torch.__version__} on a CPU: choose bfloat16 or float32."
+        )
+    if precision == "bfloat16" and device == "cuda" and not torch.cuda.is_bf16_supported():
+        raise UserError(
+            "SOLVER.PRECISION bfloat16 is more than this GPU can: choose float16 or float32."
+        )
+    return PRECISIONS[precision]
+
+
+def _scaler(device: str, enabled: bool) -> Any:
+    if hasattr(torch.amp, "GradScaler"):
+        return torch.amp.GradScaler(device, enabled=enabled)
+    return torch.cuda.amp.GradScaler(enabled=enabled)  # torch < 2.3
+
+
+def _require_compiler(device: str) -> None:
+    # On a CPU torch.compile writes C++; its own error comes late and is a page long.
+    choices = [os.environ.get("CXX"), "g++", "clang++"]
+    if device == "cpu" and not any(name and shutil.which(name) for name in choices):
+        raise UserError(
+            "SOLVER.COMPILE needs a C++ compiler on the CPU, and none was found: install g++, "
+            "name one in the environment variable CXX, or set SOLVER.COMPILE False."
+        )

@@ -1,0 +1,150 @@
+"""What a run has left behind: its configuration, its record, its newest whole checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from fvcore.common.config import CfgNode
+
+from moco_common.errors import UserError
+from pretrain.checkpoint import format as checkpoint
+from pretrain.config.defaults import get_defaults
+from pretrain.engine.progress import METRICS, read_records
+from pretrain.methods import build_method
+from pretrain.methods.base import Method
+
+CONFIG = "config.yaml"
+
+
+@dataclass
+class InspectedRun:
+    """A run as far as it has come.
+
+    Attributes:
+        folder: of the run.
+        cfg: its configuration; what an older version did not know is as the default says.
+        records: metrics.json, one dictionary of scalars a progress line; perhaps none.
+        path: the checkpoint; None where none has been written yet.
+        state: its content, see `pretrain.checkpoint.format`.
+        notes: what the user ought to know, one sentence each.
+    """
+
+    folder: Path
+    cfg: CfgNode
+    records: list[dict[str, float]] = field(default_factory=list)
+    path: Path | None = None
+    state: dict[str, Any] | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def step(self) -> int:
+        """Steps done, as the checkpoint says; without one, as the record does."""
+        if self.state:
+            return int(self.state["step"])
+        return int(self.records[-1]["iteration"]) if self.records else 0
+
+    @property
+    def seen(self) -> int:
+        """Samples that went into the weights of the checkpoint."""
+        return self.step * int(self.cfg.SOLVER.BATCH_SIZE)
+
+    def build(self) -> Method:
+        """The method with the checkpoint's weights, in evaluation mode; without a checkpoint with
+        fresh ones. The global generator is left as it was.
+
+        Raises:
+            UserError: checkpoint and configuration do not fit each other.
+        """
+        least = self.cfg.BANK.NEGATIVES + self.cfg.SOLVER.BATCH_SIZE  # that a memory bank takes
+        images = int(self.state["images"]) if self.state else least
+        with torch.random.fork_rng(devices=[]):
+            method = build_method(self.cfg, num_images=images, total_steps=max(1, self.step))
+        if self.state:
+            try:
+                method.load_state_dict(self.state["state_dict"])
+            except (RuntimeError, ValueError, KeyError) as error:
+                raise UserError(
+                    f"{self.path} does not fit its own configuration "
+                    f"({' '.join(str(error).split())[:200]}): inspect it with the version of this "
+                    f"project that wrote it ({self.state.get('version')})."
+                ) from None
+        return method.eval()
+
+
+def open_run(path: str | Path) -> InspectedRun:
+    """A run by its directory, or by one of its checkpoints.
+
+    In a directory the newest checkpoint that is whole is taken; damaged ones are noted.
+
+    Raises:
+        UserError: nothing is there, no checkpoint is whole, or it is no pre-training run.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"There is no run at {path}: give the --output-dir of a pre-training run.")
+    if path.is_file():
+        state = checkpoint.load(path)
+        run = InspectedRun(path.parent, _parse(state["config"], path), path=path, state=state)
+        run.records = [r for r in _records(run) if r["iteration"] <= run.step]
+        return run
+    found, notes = checkpoint.candidates(path), []
+    for candidate in found:
+        try:
+            state = checkpoint.load(candidate)
+        except checkpoint.DamagedError as error:
+            notes.append(str(error))
+            continue
+        cfg = _parse(state["config"], candidate)
+        run = InspectedRun(path, cfg, path=candidate, state=state, notes=notes)
+        break
+    else:
+        if found:
+            raise UserError(f"No checkpoint of {path} is whole: {' '.join(notes)}")
+        run = InspectedRun(path, _parse(_config_text(path), path / CONFIG))
+        run.notes.append(f"{path} holds no checkpoint yet: there are curves to see, and no more.")
+    run.records = _records(run)
+    return run
+
+
+def _records(run: InspectedRun) -> list[dict[str, float]]:
+    path = run.folder / METRICS
+    records = read_records(path) if path.is_file() else []
+    if not records:
+        run.notes.append(f"{path} holds no record of the run: there are no curves.")
+    return records
+
+
+def _config_text(folder: Path) -> str:
+    try:
+        return (folder / CONFIG).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        raise UserError(
+            f"{folder} holds no run (neither a checkpoint nor {CONFIG}): give the --output-dir of "
+            f"a pre-training run."
+        ) from None
+
+
+def _parse(text: str, where: Path) -> CfgNode:
+    cfg = get_defaults()
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError:
+        values = None
+    if not isinstance(values, dict) or "METHOD" not in values:
+        raise UserError(
+            f"{where} describes no pre-training run (it has no METHOD): tools/report.py shows runs "
+            f"of fine-tuning."
+        )
+    try:
+        cfg.merge_from_other_cfg(CfgNode(values))
+    except (KeyError, ValueError, AssertionError) as error:
+        reason = " ".join(str(error.args[0] if error.args else error).split())
+        raise UserError(
+            f"{where} was written by another version of this project ({reason}): inspect the run "
+            f"with that one."
+        ) from None
+    return cfg

@@ -1,0 +1,111 @@
+"""What methods are made of: the encoder that ``MODEL`` names, heads, views through an encoder, a
+network that follows another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from fvcore.common.config import CfgNode
+from torch import Tensor, nn
+
+from moco_common import comm
+from moco_common.errors import UserError
+from pretrain import distributed
+from pretrain.methods.base import Run
+from pretrain.modeling.batch_norm import SplitBatchNorm1d
+from pretrain.modeling.heads import Head, linear_head, mlp_head
+from pretrain.modeling.resnet import ResNet
+from pretrain.profiling import stage
+
+
+def encoder_builder(cfg: CfgNode, run: Run, head: Head) -> Callable[[], ResNet]:
+    """Makes a new ResNet as ``MODEL`` says, with ``head`` as its ``fc``, at each call."""
+    return partial(
+        ResNet,
+        cfg.MODEL.DEPTH,
+        width=cfg.MODEL.WIDTH,
+        groups=cfg.MODEL.GROUPS,
+        width_per_group=cfg.MODEL.WIDTH_PER_GROUP,
+        bn_groups=run.bn_groups,
+        head=head,
+    )
+
+
+def contrastive_head(cfg: CfgNode, run: Run) -> Head:
+    """The head of the MoCo paper's three mechanisms, as ``MOCO.DIM``, ``MLP``, ``MLP_BN`` say."""
+    norm = partial(SplitBatchNorm1d, groups=run.bn_groups) if cfg.MOCO.MLP_BN else None
+    if norm is not None and not cfg.MOCO.MLP:
+        raise UserError("MOCO.MLP_BN True needs the MLP head: set MOCO.MLP True as well.")
+    return mlp_head(cfg.MOCO.DIM, batch_norm=norm) if cfg.MOCO.MLP else linear_head(cfg.MOCO.DIM)
+
+
+def unit(x: Tensor) -> Tensor:
+    """Rows scaled to length 1. Shape: (N, C) -> (N, C)."""
+    return F.normalize(x, dim=1)
+
+
+def embedding_spread(embeddings: Tensor) -> Tensor:
+    """Root mean square distance of unit vectors from their mean, in [0, 1].
+
+    0: all alike (collapse). 1: their mean is zero, as for vectors spread evenly over the sphere.
+    Shape: (N, C) -> ().
+    """
+    return (1.0 - embeddings.mean(0).square().sum()).clamp_min(0.0).sqrt()
+
+
+def shared_generator(seed: int, step: int) -> torch.Generator:
+    """Of the random choices of a step that all ranks make alike."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
+def encode_keys(encoder: nn.Module, images: Tensor, permutations: torch.Generator | None) -> Tensor:
+    """Unit vectors of this rank's images, encoded in batches that other ranks' images share: the
+    batch of all ranks (and BN groups) is permuted before the encoder and put back behind it, so
+    that BN statistics cannot tell a query its key (He et al. 2020, Section 3.3, "Shuffling BN").
+    A gradient takes the same way back.
+
+    Args:
+        permutations: draws the permutation, the same on every rank; None to leave the batch alone.
+
+    Shape: (N, 3, H, W) -> (N, C).
+    """
+    if permutations is None:
+        with stage("encoders: forward k"):
+            return unit(encoder(images))
+    total = len(images) * comm.world_size()
+    permutation = torch.randperm(total, generator=permutations)
+    with stage("communication: shuffle"):
+        shuffled = distributed.permute_batch(images, permutation)
+    with stage("encoders: forward k"):
+        k = unit(encoder(shuffled))  # NxC
+    with stage("communication: unshuffle"):
+        return distributed.permute_batch(k, permutation.argsort())
+
+
+def encode_together(encoder: nn.Module, views: Sequence[Tensor], bn_groups: int) -> list[Tensor]:
+    """Views of one size through the encoder in one pass, whose BN statistics they share.
+
+    Slice g of ``bn_groups`` holds the g-th share of every view, as a rank of its own would.
+
+    Shape: V times (N, 3, H, W) -> V times (N, C).
+    """
+    shares = zip(*(view.chunk(bn_groups) for view in views), strict=True)
+    together = torch.cat([part for share in shares for part in share])  # V*Nx3xHxW
+    parts = encoder(together).chunk(bn_groups * len(views))
+    return [torch.cat(parts[v :: len(views)]) for v in range(len(views))]
+
+
+@torch.no_grad()
+def follow(average: nn.Module, network: nn.Module, momentum: float) -> None:
+    """average <- m average + (1 - m) network over parameters; BN buffers are not averaged."""
+    torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1.0 - momentum)
+
+
+def positive_temperature(key: str, value: float) -> float:
+    """``value``, if it can be a temperature; `UserError` naming ``key`` if not."""
+    if value <= 0.0:
+        raise UserError(f"{key} is {value}: it must be above 0.")
+    return value

@@ -1,0 +1,1 @@
+"""The encoder: ResNet, batch normalization, projection heads."""

@@ -1,0 +1,197 @@
+"""Encoders: uint8 photographs -> backbone features -> projection, in torchvision's names.
+
+The backbone's tensors carry torchvision's names (``conv1``, ``bn1``, ``layer1.0.conv1`` ...) and
+the projection head is ``fc``, as in the published MoCo checkpoints, so one converter reads both.
+A width multiplier scales every channel: 2 and 4 are the R50-w2x and R50-w4x of the MoCo paper
+(He et al. 2020, Table 1), 0.25 serves CPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moco_common.errors import UserError
+from pretrain.modeling.batch_norm import SplitBatchNorm2d
+
+# Mean and standard deviation of ImageNet's RGB channels, on the scale of uint8 pixels.
+PIXEL_MEAN = (123.675, 116.28, 103.53)
+PIXEL_STD = (58.395, 57.12, 57.375)
+BLOCKS_PER_STAGE = {
+    18: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+}
+Norm = Callable[[int], nn.Module]
+
+
+def normalize(images: Tensor) -> Tensor:
+    """Pixels on the 0-255 scale -> zero mean and unit variance per channel, on the same device.
+
+    Args:
+        images: (N, 3, H, W), uint8, RGB, any memory format (which is kept).
+
+    Returns:
+        float32 tensor of the same shape.
+    """
+    mean = torch.tensor(PIXEL_MEAN, device=images.device).view(1, 3, 1, 1)
+    scale = torch.tensor(PIXEL_STD, device=images.device).reciprocal_().view(1, 3, 1, 1)
+    return images.to(torch.float32).sub_(mean).mul_(scale)
+
+
+def conv(
+    in_channels: int, out_channels: int, size: int, stride: int = 1, groups: int = 1
+) -> nn.Conv2d:
+    """A convolution without bias (BN follows), padded to keep the size at stride 1."""
+    return nn.Conv2d(
+        in_channels,
+        out_channels,
+        size,
+        stride=stride,
+        padding=size // 2,
+        groups=groups,
+        bias=False,
+    )
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut (He et al. 2016, Fig. 5 left): ResNet-18 and -34."""
+
+    expansion = 1
+
+    def __init__(
+        self, in_channels: int, base: int, stride: int, width: int, groups: int, norm: Norm
+    ) -> None:
+        super().__init__()
+        self.conv1 = conv(in_channels, base, 3, stride)
+        self.bn1 = norm(base)
+        self.conv2 = conv(base, base, 3)
+        self.bn2 = norm(base)
+        self.downsample = _shortcut(in_channels, base, stride, norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        out = self.bn2(self.conv2(out))
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return F.relu(out.add_(shortcut), inplace=True)
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 that carries the stride, 1x1 (He et al. 2016, Fig. 5 right; stride as in v1.5)."""
+
+    expansion = 4
+
+    def __init__(
+        self, in_channels: int, base: int, stride: int, width: int, groups: int, norm: Norm
+    ) -> None:
+        super().__init__()
+        self.conv1 = conv(in_channels, width, 1)
+        self.bn1 = norm(width)
+        self.conv2 = conv(width, width, 3, stride, groups)
+        self.bn2 = norm(width)
+        self.conv3 = conv(width, base * self.expansion, 1)
+        self.bn3 = norm(base * self.expansion)
+        self.downsample = _shortcut(in_channels, base * self.expansion, stride, norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        out = F.relu(self.bn2(self.conv2(out)), inplace=True)
+        out = self.bn3(self.conv3(out))
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return F.relu(out.add_(shortcut), inplace=True)
+
+
+def _shortcut(in_channels: int, out_channels: int, stride: int, norm: Norm) -> nn.Module | None:
+    if stride == 1 and in_channels == out_channels:
+        return None
+    return nn.Sequential(conv(in_channels, out_channels, 1, stride), norm(out_channels))
+
+
+class ResNet(nn.Module):
+    """A ResNet or ResNeXt whose tensors have torchvision's names, with a projection head as ``fc``.
+
+    Args:
+        depth: 18, 34, 50, 101 or 152.
+        width: multiplier of every channel, 0.25 to 4; channels are rounded to whole numbers.
+        groups: cardinality of the 3x3 convolutions (32 in ResNeXt-50 32x4d).
+        width_per_group: channels of a group in the first stage before ``width`` (64; 4 in 32x4d).
+        bn_groups: slices of the batch with BN statistics of their own, see `SplitBatchNorm2d`.
+        head: builds the projection head from the number of backbone features; None for none.
+
+    Shape: images (N, 3, H, W), uint8 RGB, or float already normalised -> (N, features or head's).
+    """
+
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+    layer4: nn.Sequential
+    autocast_dtype: torch.dtype | None = (
+        None  # set by the step, see `pretrain.engine.train_step.TrainStep`
+    )
+
+    def __init__(
+        self,
+        depth: int = 50,
+        *,
+        width: float = 1.0,
+        groups: int = 1,
+        width_per_group: int = 64,
+        bn_groups: int = 1,
+        head: Callable[[int], nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        if depth not in BLOCKS_PER_STAGE:
+            raise UserError(f"MODEL.DEPTH is {depth}: choose one of {sorted(BLOCKS_PER_STAGE)}.")
+        block = BasicBlock if depth < 50 else Bottleneck
+        if block is BasicBlock and (groups, width_per_group) != (1, 64):
+            raise UserError(
+                f"MODEL.GROUPS and MODEL.WIDTH_PER_GROUP need a bottleneck ResNet: "
+                f"MODEL.DEPTH {depth} has none, choose 50, 101 or 152."
+            )
+        if not 1 / 16 <= width <= 8:
+            raise UserError(f"MODEL.WIDTH is {width}: choose a multiplier from 0.0625 to 8.")
+        norm: Norm = partial(SplitBatchNorm2d, groups=bn_groups)
+        channels = round(64 * width)
+        self.conv1 = conv(3, channels, 7, 2)
+        self.bn1 = norm(channels)
+        for stage, num_blocks in enumerate(BLOCKS_PER_STAGE[depth], start=1):
+            base = round(64 * width * 2 ** (stage - 1))
+            inner = round(base * width_per_group / 64) * groups
+            blocks = []
+            for i in range(num_blocks):
+                stride = 2 if stage > 1 and i == 0 else 1
+                blocks.append(block(channels, base, stride, inner, groups, norm))
+                channels = base * block.expansion
+            setattr(self, f"layer{stage}", nn.Sequential(*blocks))
+        self.num_features = channels
+        self.fc: nn.Module = nn.Identity() if head is None else head(channels)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Images -> global average of the last stage: (N, num_features)."""
+        x = normalize(images) if images.dtype == torch.uint8 else images
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = stage(x)
+        return x.mean(dim=(2, 3))  # NxC
+
+    def forward(self, images: Tensor) -> Tensor:
+        """As in the class, computed in ``autocast_dtype`` where one is set; float32 all the same,
+        so that losses and dictionaries never see less."""
+        if self.autocast_dtype is None:
+            return self._embed(images)
+        with torch.autocast(images.device.type, dtype=self.autocast_dtype):
+            return self._embed(images).float()
+
+    def _embed(self, images: Tensor) -> Tensor:
+        embeddings: Tensor = self.fc(self.forward_features(images))
+        return embeddings

@@ -1,0 +1,243 @@
+"""Labelled images to probe with: class folders, splits, and the one look at each image."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moco_common.errors import UserError
+from moco_common.text import counted
+from pretrain.data.decoding import DecodeError, decode
+from pretrain.data.source_base import Source
+from pretrain.data.sources import open_source
+
+SPLITS = {"train", "test", "val", "valid", "validation"}
+
+
+class LabelledImages(Source):
+    """Some images of a source, each with a class.
+
+    Args:
+        source: where they are.
+        rows: int64 (N,), which of the source's images these are.
+        labels: int64 (N,), index into ``classes``.
+        classes: the names, those of the training images also for the test images.
+    """
+
+    labels: np.ndarray
+
+    def __init__(
+        self, source: Source, rows: np.ndarray, labels: np.ndarray, classes: Sequence[str]
+    ) -> None:
+        super().__init__()
+        self.source, self.rows, self.labels = source, rows, labels
+        self.classes = tuple(classes)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, index: int) -> bytes:
+        return self.source.read(int(self.rows[index]))
+
+    def name(self, index: int) -> str:
+        return self.source.name(int(self.rows[index]))
+
+    def pick(self, rows: np.ndarray) -> LabelledImages:
+        return LabelledImages(self.source, self.rows[rows], self.labels[rows], self.classes)
+
+    def digest(self) -> str:
+        """SHA-256 of every image's path, size and time of change, and of its class."""
+        total = hashlib.sha256("\n".join(self.classes).encode())
+        for i, label in enumerate(self.labels.tolist()):
+            name = self.name(i)
+            try:
+                status = os.stat(name)
+                total.update(f"\n{name} {status.st_size} {status.st_mtime_ns} {label}".encode())
+            except OSError:
+                total.update(f"\n{name} {label}".encode())
+        return total.hexdigest()
+
+
+def open_labelled(spec: str) -> LabelledImages:
+    """The images of class folders.
+
+    Raises:
+        UserError: no folders, folders of splits, or images in no class folder.
+    """
+    source = open_source([spec])
+    if source.labels is None or (source.labels < 0).any():
+        where = spec if source.labels is None else source.name(int(np.argmax(source.labels < 0)))
+        raise UserError(
+            f"{where} lies in no class folder: give a folder that holds one folder of images for "
+            f"each class."
+        )
+    if set(source.classes) <= SPLITS:
+        raise UserError(
+            f"{spec} holds the folders {', '.join(source.classes)}, which look like splits and "
+            f"not like classes: name them apart, as {spec}/{source.classes[0]}."
+        )
+    return LabelledImages(
+        source, np.arange(len(source)), source.labels.astype(np.int64), source.classes
+    )
+
+
+def open_train_and_test(
+    train: str, test: str | None = None, *, holdout: float = 0.2, seed: int = 0
+) -> tuple[LabelledImages, LabelledImages]:
+    """Training and test images under one numbering of the classes.
+
+    Args:
+        test: another folder; None to hold out a share of ``train``, see `stratified_split`.
+
+    Raises:
+        UserError: as `open_labelled`; a single class; a class of the test images that the training
+            images lack.
+    """
+    images = open_labelled(train)
+    if len(images.classes) < 2:
+        raise UserError(
+            f"{train} holds one class, {images.classes[0]}: there is nothing to tell apart."
+        )
+    if test is None:
+        kept, held = stratified_split(images.labels, holdout, seed)
+        return images.pick(kept), images.pick(held)
+    tested = open_labelled(test)
+    unknown = sorted(set(tested.classes) - set(images.classes))
+    if unknown:
+        raise UserError(
+            f"{test} has {counted(len(unknown), 'class')} that {train} lacks, the first is "
+            f"{unknown[0]}: name folders with the same classes."
+        )
+    number = np.array([images.classes.index(name) for name in tested.classes])
+    return images, LabelledImages(tested.source, tested.rows, number[tested.labels], images.classes)
+
+
+def stratified_split(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Hold out a share of every class, at random but the same for the same seed.
+
+    Of n images of a class round(share * n) are held out, at least one and at most n - 1 (so
+    none of a class that has a single image).
+
+    Returns:
+        rows kept and rows held out, both in ascending order.
+
+    Raises:
+        UserError: ``share`` outside (0, 1).
+    """
+    if not 0.0 < share < 1.0:
+        raise UserError(f"--holdout is {share}: give the share to hold out, such as 0.2.")
+    rng = np.random.default_rng(seed)
+    held = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        count = min(max(1, round(share * len(rows))), len(rows) - 1)
+        held[rng.permutation(rows)[:count]] = True
+    return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Resize the short side, antialiased and bilinear, and cut the square in the middle.
+
+    Attributes:
+        crop_size: side of the square, pixels.
+        resize: short side before it is cut; 256 for 224 in He et al. 2020, so `of` keeps 8/7.
+    """
+
+    crop_size: int
+    resize: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.crop_size <= self.resize:
+            raise UserError(
+                f"--resize {self.resize} is below --crop-size {self.crop_size}: the square "
+                f"is cut out of the resized image."
+            )
+
+    @classmethod
+    def of(cls, crop_size: int, resize: int | None = None) -> Preprocessing:
+        """With a short side of 8/7 of the crop, where none is given."""
+        return cls(crop_size, resize or round(crop_size * 256 / 224))
+
+    def __call__(self, image: np.ndarray) -> Tensor:
+        """uint8 (H, W, 3) RGB -> uint8 (3, crop_size, crop_size)."""
+        height, width, _ = image.shape
+        short = min(height, width)
+        size = (self.resize * height // short, self.resize * width // short)
+        x = torch.from_numpy(image)[None].permute(0, 3, 1, 2)
+        x = F.interpolate(x, size, mode="bilinear", antialias=True)[0]  # 3xH'xW'
+        top, left = (round((side - self.crop_size) / 2) for side in size)
+        return x[:, top : top + self.crop_size, left : left + self.crop_size]
+
+
+def read_batches(
+    images: LabelledImages,
+    preprocessing: Preprocessing,
+    *,
+    batch_size: int,
+    threads: int = 1,
+    rows: np.ndarray | None = None,
+) -> Iterator[tuple[np.ndarray, Tensor, list[str]]]:
+    """Stream images in order, the next batch being decoded while one is used.
+
+    Threads suffice, since decoding and resizing hold no lock, and unlike processes they leave a
+    training run's generators and memory alone.
+
+    Args:
+        rows: which images; default: all.
+
+    Yields:
+        rows (n,) that could be read, their images uint8 (n, 3, S, S), and a line for each image
+        that could not.
+    """
+    wanted = np.arange(len(images)) if rows is None else rows
+    parts = np.split(wanted, range(batch_size, len(wanted), batch_size))
+
+    def load(row: int) -> Tensor | str:
+        try:
+            side = preprocessing.resize
+            return preprocessing(decode(images.read(row), min_side=side, min_area=side**2))
+        except (OSError, DecodeError) as error:
+            return f"{images.name(row)}: {error}"
+
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+
+        def start(part: np.ndarray) -> list[Future[Tensor | str]]:
+            return [pool.submit(load, row) for row in part.tolist()]
+
+        ahead = start(parts[0])
+        for i, part in enumerate(parts):
+            loaded = [future.result() for future in ahead]
+            ahead = start(parts[i + 1]) if i + 1 < len(parts) else []
+            good = [x for x in loaded if isinstance(x, Tensor)]
+            bad = [x for x in loaded if isinstance(x, str)]
+            if good:
+                read = np.array([isinstance(x, Tensor) for x in loaded])
+                yield part[read], torch.stack(good), bad
+            elif bad:
+                side = preprocessing.crop_size
+                yield part[:0], torch.zeros(0, 3, side, side, dtype=torch.uint8), bad
+
+
+def batches_in(images: LabelledImages, batch_size: int) -> int:
+    """Number of batches, the last one perhaps smaller."""
+    return math.ceil(len(images) / batch_size)
+
+
+def splits_of(folder: str) -> tuple[str, str | None]:
+    """``folder/train`` and ``folder/test`` (or ``val``) where there are such folders; else the
+    folder itself, and None."""
+    for name in ("test", "val"):
+        if (Path(folder) / "train").is_dir() and (Path(folder) / name).is_dir():
+            return str(Path(folder) / "train"), str(Path(folder) / name)
+    return folder, None

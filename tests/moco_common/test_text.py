@@ -1,0 +1,23 @@
+"""Numbers beside their nouns."""
+
+import pytest
+
+from moco_common.text import counted
+
+
+@pytest.mark.parametrize(
+    ("number", "noun", "spec", "text"),
+    [
+        (1, "run", "", "1 run"),
+        (2, "run", "", "2 runs"),
+        (0, "image", "", "0 images"),
+        (1, "class", "", "1 class"),
+        (3, "class", "", "3 classes"),
+        (2, "box", "", "2 boxes"),
+        (2, "batch", "", "2 batches"),
+        (12345, "image", ",", "12,345 images"),
+        (0.5, "epoch", "g", "0.5 epochs"),
+    ],
+)
+def test_one_is_singular_and_everything_else_plural(number, noun, spec, text):
+    assert counted(number, noun, spec) == text

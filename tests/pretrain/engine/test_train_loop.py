@@ -1,0 +1,151 @@
+"""Whole runs through the command line, on small images: files, resume, mistakes."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pretrain.checkpoint import format as checkpoint
+from tests.pretrain.runs import TINY, assert_equal_checkpoints, run, write_photographs
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    return write_photographs(tmp_path_factory.mktemp("photographs"))
+
+
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (2, 1)])
+def test_a_resumed_run_ends_bit_for_bit_as_the_uninterrupted_one(
+    photographs, tmp_path, ranks, workers
+):
+    options = ["--data", photographs, *TINY, "DATALOADER.NUM_WORKERS", workers]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    code, text = run("--output-dir", whole, *options, ranks=ranks)
+    assert code == 0, text
+    assert "pre-training done" in text
+    # What a killed run leaves: its checkpoint at step 3, and a record that had gone further.
+    broken.mkdir()
+    shutil.copy(whole / "checkpoint_00000003.pth", broken / checkpoint.LAST)
+    lines = (whole / "metrics.json").read_text().splitlines(keepends=True)
+    (broken / "metrics.json").write_text("".join(lines[:4]) + '{"iteration": 5, "lo')
+    # The queue, its pointer and the position in the data come from the checkpoint, or this fails.
+    code, text = run("--output-dir", broken, "--resume", *options, ranks=ranks)
+    assert code == 0, text
+    assert "warning" not in text
+    assert_equal_checkpoints(whole / checkpoint.LAST, broken / checkpoint.LAST)
+    records = [json.loads(line) for line in (broken / "metrics.json").read_text().splitlines()]
+    assert [record["iteration"] for record in records] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_directory_holds_what_is_promised(photographs, tmp_path):
+    out = tmp_path / "run"
+    code, text = run("--data", photographs, "--output-dir", out, *TINY, config="moco-v1")
+    assert code == 0, text
+    assert {"config.yaml", "metrics.json", checkpoint.LAST} <= {p.name for p in out.iterdir()}
+    assert not list(out.glob(".*"))
+    assert list(out.glob("events.out.tfevents.*"))
+    last = json.loads((out / "metrics.json").read_text().splitlines()[-1])
+    assert {"loss", "accuracy", "spread", "queue_fill", "lr", "images_per_second"} <= set(last)
+    assert {"skipped_images", "checkpoint_pause"} <= set(last)
+    state = checkpoint.load(out / checkpoint.LAST)["state_dict"]
+    assert state["encoder_q.fc.weight"].shape == (8, 32)
+    assert state["encoder_k.layer1.0.conv1.weight"].shape[0] == 4
+    code, text = run("--data", photographs, "--output-dir", out, *TINY)
+    assert code == 1
+    assert "already holds a run" in text
+
+
+def test_a_quiet_run_says_nothing_and_a_quiet_fault_is_told(photographs, tmp_path):
+    words = ["--data", photographs, "--output-dir", tmp_path / "run", "--quiet", *TINY]
+    assert run(*words) == (0, "")
+    code, text = run(*words)
+    assert code == 1
+    assert text.startswith("error: ")
+
+
+def test_a_checkpoint_of_another_architecture_is_refused_with_the_difference(photographs, tmp_path):
+    options = ["--data", photographs, "--output-dir", tmp_path / "run"]
+    assert run(*options, *TINY)[0] == 0
+    code, text = run(*options, "--resume", *TINY, "MODEL.DEPTH", "34")
+    assert code == 1
+    assert "MODEL.DEPTH was 18 and is now 34" in text
+    assert "Traceback" not in text
+
+
+def test_iterations_alone_make_a_run(photographs, tmp_path):
+    out = tmp_path / "run"
+    code, text = run("--data", photographs, "--output-dir", out, *TINY, "SOLVER.EPOCHS", "0")
+    assert code == 0, text
+    assert "6 iterations" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--data", "nowhere"], "nowhere"),
+        ([], "--data is missing"),
+        (["--data", "PHOTOS", "SOLVER.BATCH_SIZE", "7"], "cannot be shared by 2 ranks"),
+        (["--data", "PHOTOS", "METHOD", "mocco"], "choose one of"),
+        (["--data", "PHOTOS", "SOLVER.BASE_LR", "1e30"], "lower SOLVER.BASE_LR"),
+        (["--data", "PHOTOS", "SOLVER.EPOCHS", "0", "SOLVER.MAX_ITER", "0"], "must be above 0"),
+        (["--data", "PHOTOS", "SOLVER.ACCUMULATION_STEPS", "4"], "BN statistics"),
+        (["--data", "PHOTOS", "CHECKPOINT.KEEP", "0"], "CHECKPOINT.KEEP is 0"),
+        (["--data", "PHOTOS", "SOLVER.SCHEDULE", "exponential"], "needs the iterations between"),
+        (["--data", "PHOTOS", "--output-dir", "/dev/null/run"], "cannot be written"),
+    ],
+)
+def test_a_users_mistake_is_one_sentence_and_a_status(photographs, tmp_path, words, message):
+    words = [str(photographs) if word == "PHOTOS" else word for word in words]
+    out = [] if "--output-dir" in words else ["--output-dir", tmp_path / "run"]
+    at = 2 if words else 0
+    ranks = 2 if "7" in words else 1
+    code, text = run(*out, *words[:at], *TINY, *words[at:], ranks=ranks)
+    assert code == 1
+    errors = {line for line in text.splitlines() if line.startswith("error:")}
+    assert len(errors) == 1  # of two ranks, the same
+    assert message in errors.pop()
+    assert "Traceback" not in text
+
+
+def test_the_run_does_not_depend_on_the_number_of_workers(photographs, tmp_path):
+    for workers in (0, 2):
+        words = ["--data", photographs, "--output-dir", tmp_path / str(workers), *TINY]
+        assert run(*words, "DATALOADER.NUM_WORKERS", workers)[0] == 0
+    assert_equal_checkpoints(tmp_path / "0" / checkpoint.LAST, tmp_path / "2" / checkpoint.LAST)
+
+
+def test_the_command_starts_ranks_and_passes_a_signal_on_to_them(photographs, tmp_path):
+    """The one test that pays for fresh processes: the launcher and its two ranks."""
+    words = ["--data", photographs, "--output-dir", tmp_path / "run", *TINY]
+    command = [sys.executable, ROOT / "tools/pretrain.py", "--config", "moco-v2", "--num-gpus", "2"]
+    launcher = subprocess.Popen(
+        [*map(str, command), *map(str, words), "SOLVER.MAX_ITER", "100000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert launcher.stdout is not None
+    while " loss " not in (line := launcher.stdout.readline()):
+        assert line, launcher.communicate()[1]
+    launcher.send_signal(signal.SIGTERM)
+    _, errors = launcher.communicate(timeout=60)
+    assert launcher.returncode == 143, errors
+    assert "stopped by SIGTERM after iteration" in errors
+    assert "Traceback" not in errors
+    assert checkpoint.load(tmp_path / "run" / checkpoint.LAST)["step"] >= 1
+
+
+def test_pretrain_never_imports_the_detection_side():
+    code = (
+        "import sys, pretrain.engine.train_loop\n"
+        "assert not [m for m in sys.modules if m.split('.')[0] in ('detectron2', 'moco_det')]"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

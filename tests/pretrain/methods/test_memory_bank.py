@@ -1,0 +1,96 @@
+"""The memory bank against a dictionary of keys, its negatives, its shards."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from moco_common import comm
+from moco_common.errors import UserError
+from pretrain import distributed
+from pretrain.methods.memory_bank import ShardedBank
+from tests.pretrain import tiny
+from tests.pretrain.ranks import on_ranks
+
+
+def test_three_steps_are_those_of_a_dictionary_of_keys():
+    method, _ = tiny.build("memory-bank")
+    encoder = copy.deepcopy(method.encoder_q)
+    bank = dict(enumerate(method.bank.shard.double().clone()))
+    for step in range(3):
+        views, index = tiny.views("memory-bank", step), tiny.index(step)
+        negatives = method.draw(index, step).tolist()
+        loss = method(views, step, index)["loss"]
+        q = F.normalize(encoder(views[0]), dim=1)
+        expected = 0.0
+        for i, image in enumerate(index.tolist()):
+            positive = torch.exp(q[i] @ bank[image] / 0.2)
+            others = sum(torch.exp(q[i] @ bank[j] / 0.2) for j in negatives)
+            expected = expected - torch.log(positive / (positive + others)) / tiny.BATCH
+        torch.testing.assert_close(loss, expected)
+        old = dict(bank)
+        for i, image in enumerate(index.tolist()):  # of an image seen twice the later row stays
+            bank[image] = F.normalize(0.5 * old[image] + 0.5 * q[i].detach(), dim=0)
+        torch.testing.assert_close(method.bank.shard, torch.stack(list(bank.values())))
+
+
+def test_negatives_are_never_of_the_batch_never_twice_and_all_equally_likely():
+    method, _ = tiny.build("memory-bank", "BANK.NEGATIVES", 10)
+    index = tiny.index(0)
+    counts = torch.zeros(tiny.IMAGES)
+    draws = 600
+    for step in range(draws):
+        drawn = method.draw(index, step)
+        assert len(drawn) == len(drawn.unique()) == 10
+        counts[drawn] += 1
+    free = [i for i in range(tiny.IMAGES) if i not in index.tolist()]
+    assert counts[index].sum() == 0
+    expected = draws * 10 / len(free)
+    assert (counts[free] - expected).abs().max() < 5 * math.sqrt(expected)
+    assert torch.equal(method.draw(index, 7), method.draw(index, 7))
+
+
+def test_only_the_first_view_is_asked_for():
+    method, _ = tiny.build("memory-bank")
+    assert method.num_views == 1
+    assert method(tiny.views("memory-bank", 0)[:1], 0, tiny.index(0))["loss"].isfinite()
+
+
+def shards():
+    bank = ShardedBank(7, 3, seed=1)
+    everything = torch.arange(7)
+    noise = bank.rows(everything)
+    whole = torch.randn(7, 3, generator=torch.Generator().manual_seed(2))
+    bank.set_extra_state(whole)
+    bank.write(torch.tensor([6, 0, 6, 3]), torch.arange(12.0).view(4, 3))
+    refused = False
+    try:
+        bank.get_extra_state()
+    except RuntimeError:
+        refused = True
+    bank.gather()
+    saved = bank.get_extra_state() if comm.rank() == 0 else torch.empty(0)
+    asked = torch.tensor([5, 6, 5, 0])
+    own = distributed.all_reduce_sum(torch.tensor(len(bank.own_rows(asked))))
+    return [noise, whole, bank.rows(asked), saved, torch.tensor([refused, len(bank.shard)]), own]
+
+
+def test_a_sharded_bank_is_the_whole_one_and_is_saved_as_such():
+    alone = on_ranks(1, shards)[0]
+    saved = alone[1].clone()
+    saved[0], saved[3], saved[6] = (torch.arange(12.0).view(4, 3)[row] for row in (1, 3, 2))
+    torch.testing.assert_close(alone[3], saved)
+    torch.testing.assert_close(alone[2], saved[[5, 6, 5, 0]])
+    for rank, (noise, _, rows, whole, (refused, length), own) in enumerate(on_ranks(2, shards)):
+        assert torch.equal(noise, alone[0])
+        assert torch.equal(rows, alone[2])
+        assert torch.equal(whole, saved) or rank > 0
+        assert (bool(refused), int(length)) == (rank == 0, 4)  # half of seven, rounded up
+        assert int(own) == 4
+
+
+def test_a_checkpoint_of_other_data_is_refused():
+    with pytest.raises(UserError, match="holds 40 keys of 8 numbers, and the data has 39 images"):
+        ShardedBank(39, 8, seed=0).set_extra_state(torch.zeros(40, 8))

@@ -1,0 +1,214 @@
+"""Every method on the one harness: one process against several, whole runs, resume, export."""
+
+import json
+import math
+import re
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from moco_common.errors import UserError
+from moco_det import convert
+from pretrain.checkpoint import format as checkpoint
+from pretrain.config.defaults import load_config
+from pretrain.engine.train_loop import train
+from pretrain.methods import METHODS, build_method
+from pretrain.modeling.resnet import ResNet
+from pretrain.solver.schedules import warmup_steps
+from tests.pretrain import tiny
+from tests.pretrain.ranks import on_ranks
+
+NEW = [name for name in METHODS if name != "moco"]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_several_processes_take_the_steps_of_one(world):
+    expected = tiny.steps_of_all(world)
+    for rank, results in enumerate(on_ranks(world, tiny.steps_of_all, world)):
+        for words, result, alone in zip(tiny.settings(world), results, expected, strict=True):
+            if rank > 0:
+                alone["state"] = {}
+            torch.testing.assert_close(
+                result, alone, rtol=1e-6, atol=1e-8, msg=lambda m, w=words: f"{w}: {m}"
+            )
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photographs")
+    rng = np.random.default_rng(0)
+    for i in range(13):  # not a multiple of the batch
+        coarse = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)
+        cv2.imwrite(str(folder / f"{i}.jpg"), cv2.resize(coarse, (60, 48)))
+    return folder
+
+
+def tensors_of(state, prefix=""):
+    for name, value in state.items() if isinstance(state, dict) else enumerate(state):
+        if isinstance(value, dict | list):
+            yield from tensors_of(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def assert_same_ends(whole, broken):
+    one, other = (checkpoint.load(folder / checkpoint.LAST) for folder in (whole, broken))
+    assert one["step"] == 6
+    expected = dict(tensors_of({key: one[key] for key in ("state_dict", "optimizer")}))
+    for name, value in tensors_of({key: other[key] for key in ("state_dict", "optimizer")}):
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, expected[name]), name
+    return one
+
+
+def test_runs_of_two_ranks_resume_bit_for_bit_and_save_the_bank_whole(photographs, tmp_path):
+    on_ranks(2, tiny.whole_and_resumed, NEW, str(photographs), str(tmp_path))
+    ends = {
+        name: assert_same_ends(tmp_path / name / "whole", tmp_path / name / "broken")
+        for name in NEW
+    }
+    bank = ends["memory-bank"]["state_dict"]["bank._extra_state"]
+    assert bank.shape == (13, 8)
+    torch.testing.assert_close(bank.norm(dim=1), torch.ones(13))
+
+
+@pytest.mark.parametrize("method", NEW)
+def test_a_run_of_each_recipe_resumes_bit_for_bit_and_exports_its_encoder(
+    method, photographs, tmp_path
+):
+    tiny.whole_and_resumed([method], photographs, tmp_path)
+    whole, broken = tmp_path / method / "whole", tmp_path / method / "broken"
+    one = assert_same_ends(whole, broken)
+    converted = convert(whole / checkpoint.LAST, "torchvision", output=tmp_path / "weights.pth")
+    assert converted.report
+    weights = torch.load(tmp_path / "weights.pth", weights_only=True)
+    backbone = {
+        name.removeprefix("encoder_q."): tensor
+        for name, tensor in one["state_dict"].items()
+        if name.startswith("encoder_q.") and not name.startswith("encoder_q.fc.")
+    }
+    assert weights.keys() == backbone.keys() == ResNet(18, width=1 / 16).state_dict().keys()
+    for name, tensor in backbone.items():
+        assert torch.equal(weights[name], tensor), name
+
+
+@pytest.mark.parametrize("method", NEW)
+def test_each_method_learns_thirteen_photographs(method, photographs, tmp_path):
+    longer = "SOLVER.MAX_ITER 40 SOLVER.OPTIMIZER sgd SOLVER.BASE_LR 0.05 CHECKPOINT.PERIOD 40"
+    cfg = tiny.recipe(
+        method, photographs, tmp_path, *longer.split(), "INPUT.AUGMENTATION", "moco-v1"
+    )
+    train(cfg)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.json").open()]
+    assert np.mean(losses[-10:]) < np.mean(losses[:10]) - 0.1
+
+
+# Of each paper, by the keys that its recipe's result depends on. (MoCo's are in test_config.)
+PAPERS = {
+    "end-to-end": {
+        "INPUT": {"AUGMENTATION": "moco-v1", "MIN_SCALE": 0.2, "SMALL_CROPS": 0},
+        "MODEL": {"SYNC_BN": False, "BN_GROUPS": 8},
+        "MOCO": {"DIM": 128, "TEMPERATURE": 0.07, "MLP": False, "SHUFFLE_BN": True},
+        "SOLVER": {"OPTIMIZER": "sgd", "BATCH_SIZE": 1024, "BASE_LR": 0.12, "WEIGHT_DECAY": 1e-4},
+        "length": {"EPOCHS": 200, "SCHEDULE": "step", "MILESTONES": [0.6, 0.8], "GAMMA": 0.1},
+    },
+    "memory-bank": {
+        "INPUT": {"AUGMENTATION": "moco-v1", "MIN_SCALE": 0.2, "SMALL_CROPS": 0},
+        "MODEL": {"SYNC_BN": False},
+        "MOCO": {"DIM": 128, "TEMPERATURE": 0.07, "MLP": False},
+        "BANK": {"NEGATIVES": 65536, "MOMENTUM": 0.5},
+        "SOLVER": {"OPTIMIZER": "sgd", "BATCH_SIZE": 256, "BASE_LR": 0.03, "WEIGHT_DECAY": 1e-4},
+        "length": {"EPOCHS": 200, "SCHEDULE": "step", "MILESTONES": [0.6, 0.8], "GAMMA": 0.1},
+    },
+    "simclr": {
+        "INPUT": {"AUGMENTATION": "simclr", "MIN_SCALE": 0.08, "SMALL_CROPS": 0},
+        "MODEL": {"SYNC_BN": True},
+        "SIMCLR": {"DIM": 128, "TEMPERATURE": 0.1},
+        "SOLVER": {"OPTIMIZER": "lars", "BATCH_SIZE": 4096, "BASE_LR": 4.8, "WEIGHT_DECAY": 1e-6},
+        "length": {"EPOCHS": 100, "SCHEDULE": "cosine"},
+    },
+    "byol": {
+        "INPUT": {"AUGMENTATION": "byol", "MIN_SCALE": 0.08, "SMALL_CROPS": 0},
+        "MODEL": {"SYNC_BN": True},
+        "BYOL": {"HIDDEN": 4096, "DIM": 256, "MOMENTUM": 0.996},
+        "SOLVER": {"OPTIMIZER": "lars", "BATCH_SIZE": 4096, "BASE_LR": 3.2, "WEIGHT_DECAY": 1.5e-6},
+        "length": {"EPOCHS": 1000, "SCHEDULE": "cosine"},
+    },
+    "swav": {
+        "INPUT": {
+            "AUGMENTATION": "swav",
+            "SMALL_CROPS": 6,
+            "SMALL_CROP_SIZE": 96,
+            "SMALL_SCALE": 0.14,
+        },
+        "MODEL": {"SYNC_BN": True},
+        "SWAV": {
+            "HIDDEN": 2048,
+            "DIM": 128,
+            "PROTOTYPES": 3000,
+            "TEMPERATURE": 0.1,
+            "EPSILON": 0.05,
+            "SINKHORN_ITERS": 3,
+            "FREEZE_ITERS": 313,
+            "QUEUE_SIZE": 0,
+        },
+        "SOLVER": {"OPTIMIZER": "lars", "BATCH_SIZE": 4096, "BASE_LR": 4.8, "WEIGHT_DECAY": 1e-6},
+        "length": {"EPOCHS": 800, "SCHEDULE": "cosine"},
+    },
+}
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_a_recipe_is_its_papers(name):
+    cfg = load_config(name)
+    assert name == cfg.METHOD
+    for section, values in PAPERS[name].items():
+        found = cfg["SOLVER" if section == "length" else section]
+        assert {key: found[key] for key in values} == values
+    solver = cfg.SOLVER
+    assert (solver.MOMENTUM, cfg.MODEL.DEPTH, cfg.MODEL.WIDTH) == (0.9, 50, 1.0)
+    assert (cfg.INPUT.CROP_SIZE, solver.TRUST_COEFFICIENT, solver.MAX_ITER) == (224, 0.001, 0)
+    warmup = warmup_steps(
+        1_281_167,
+        batch_size=solver.BATCH_SIZE,
+        iterations=solver.WARMUP_ITERS,
+        epochs=solver.WARMUP_EPOCHS,
+    )
+    assert warmup == (3128 if solver.OPTIMIZER == "lars" else 0)  # ten epochs of ImageNet-1M
+
+
+def test_a_runs_learning_rates_are_the_recipes_schedule(photographs, tmp_path):
+    """Warm-up of two steps to 0.2, then half a cosine over the other four; or two drops."""
+    cosine = [0.1 * (1 + math.cos(math.pi * i / 4)) for i in range(4)]
+    expected = {"simclr": [0.1, 0.2, *cosine], "end-to-end": [0.1, 0.2, 0.2, 0.2, 0.02, 0.002]}
+    for name, rates in expected.items():
+        train(tiny.recipe(name, photographs, tmp_path / name), quiet=True)
+        records = map(json.loads, (tmp_path / name / "metrics.json").open())
+        assert [record["lr"] for record in records] == pytest.approx(rates)
+
+
+def test_an_unknown_method_is_refused_with_the_names():
+    cfg = load_config("moco-v1", ["METHOD", "mocco"])
+    with pytest.raises(UserError, match="choose one of moco, end-to-end, memory-bank, simclr"):
+        build_method(cfg, num_images=10, total_steps=1)
+
+
+@pytest.mark.parametrize(
+    ("method", "key", "value"),
+    [
+        ("end-to-end", "MOCO.TEMPERATURE", 0.0),
+        ("memory-bank", "MOCO.TEMPERATURE", -1.0),
+        ("memory-bank", "BANK.MOMENTUM", 1.0),
+        ("memory-bank", "BANK.NEGATIVES", 25),
+        ("simclr", "SIMCLR.TEMPERATURE", 0.0),
+        ("byol", "BYOL.MOMENTUM", 1.5),
+        ("swav", "SWAV.EPSILON", 0.001),
+        ("swav", "SWAV.PROTOTYPES", 0),
+        *((name, "INPUT.SMALL_CROPS", 2) for name in METHODS if name != "swav"),
+    ],
+)
+def test_an_impossible_setting_names_its_key(method, key, value):
+    with pytest.raises(UserError, match=re.escape(key)):
+        tiny.build(method, key, value)
