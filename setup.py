@@ -40,9 +40,9 @@ setup(
         "moco_tools": "tools",
     },
     package_data={
-        "moco_common": ["py.typed"],
-        "pretrain": ["py.typed"],
-        "moco_det": ["py.typed"],
+        "moco_common": ["py.typed", "templates/*.html.j2"],
+        "pretrain": ["py.typed", "inspection/*.html.j2"],
+        "moco_det": ["py.typed", "report/*.html.j2"],
         "pretrain.configs": ["*.yaml"],
         "moco_det.configs": ["*.yaml"],
     },

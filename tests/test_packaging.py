@@ -62,6 +62,14 @@ def test_protocols_and_recipes_travel_inside_the_wheel(installed):
     assert done.stdout.splitlines()[-1] == "True 24000"
 
 
+def test_every_page_template_is_inside_the_wheel(installed):
+    packages = ("moco_common", "pretrain", "moco_det")
+    templates = [path for name in packages for path in (ROOT / name).rglob("*.j2")]
+    assert len(templates) >= 4
+    for template in templates:
+        assert (installed / template.relative_to(ROOT)).read_bytes() == template.read_bytes()
+
+
 @pytest.mark.parametrize(
     ("tool", "message"),
     [

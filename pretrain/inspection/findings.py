@@ -1,4 +1,4 @@
-"""What has been found of a run so far, and the files that it becomes."""
+"""The findings of an inspection, and the files written from them."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from pretrain.inspection.run_directory import InspectedRun
 
 @dataclass
 class Findings:
-    """Gathered while a run is looked at; pictures are written at once.
+    """Everything an inspection has found; pictures are written immediately.
 
     Attributes:
-        folder: of everything written; it exists.
-        lines: figures for people, by what they are of.
-        sentences: what is to be said of them.
-        numbers: figures for ``summary.json``.
+        folder: output directory, which exists.
+        lines: name of a quantity -> its values as text.
+        sentences: conclusions drawn from them.
+        numbers: entries of ``summary.json``.
         pictures: caption -> file name.
-        geometries: by what the vectors are.
+        geometries: name of a set of vectors -> its geometry.
     """
 
     folder: Path
@@ -37,7 +37,7 @@ class Findings:
     geometries: dict[str, Geometry] = field(default_factory=dict)
 
     def draw(self, caption: str, name: str, picture: Figure | bytes) -> None:
-        """Write a picture, a figure or an encoded PNG, and keep its caption."""
+        """Write a picture (a figure or an encoded PNG) and record its caption."""
         path = self.folder / name
         if isinstance(picture, bytes):
             replace_file(path, lambda file: file.write(picture))
@@ -46,7 +46,7 @@ class Findings:
         self.pictures[caption] = name
 
     def add_geometry(self, name: str, geometry: Geometry) -> None:
-        """Keep it, and its line."""
+        """Record a geometry and its summary line."""
         self.geometries[name] = geometry
         self.lines[name] = geometry.line()
 
@@ -54,7 +54,8 @@ class Findings:
         """Write ``summary.json``, ``summary.txt`` and ``index.html``.
 
         Returns:
-            what ``summary.json`` holds, ``text``, what ``summary.txt`` does, and the ``folder``.
+            The content of ``summary.json``, with ``text`` (the content of ``summary.txt``) and
+            ``folder`` added.
         """
         title = f"{run.path or run.folder}: {run.cfg.METHOD}, ResNet-{run.cfg.MODEL.DEPTH} width "
         title += f"{run.cfg.MODEL.WIDTH:g}, iteration {run.step}"
@@ -76,6 +77,12 @@ class Findings:
         replace_text(self.folder / "summary.json", json.dumps(content, indent=1) + "\n")
         replace_text(self.folder / "summary.txt", text)
         pictures = {caption: self.folder / name for caption, name in self.pictures.items()}
-        page = render_page(title, self.lines, sentences, pictures)
+        page = render_page(
+            Path(__file__).with_name("inspection.html.j2"),
+            title=title,
+            lines=self.lines,
+            findings=sentences,
+            pictures=pictures,
+        )
         replace_text(self.folder / "index.html", page)
         return content | {"text": text, "folder": str(self.folder)}

@@ -1,5 +1,6 @@
 """The rooms of `pretrain.inspection` one by one: what is drawn, named, dated, said, escaped."""
 
+import html
 import io
 import re
 import tarfile
@@ -16,7 +17,7 @@ from pretrain.checkpoint import format as checkpoint
 from pretrain.config.defaults import get_defaults
 from pretrain.data.sources import open_source
 from pretrain.engine.train_loop import train
-from pretrain.inspection import dictionary
+from pretrain.inspection import dictionary, findings
 from pretrain.inspection.dictionary import dictionary_of, judge_prototypes
 from pretrain.inspection.filters import GROWN
 from pretrain.inspection.geometry import measure
@@ -118,11 +119,14 @@ def test_the_page_escapes_whatever_it_is_given_and_loads_nothing(tmp_path):
     evil = "<script>alert('\"x\"')</script> & co"
     picture = tmp_path / "p.png"
     picture.write_bytes(b"\x89PNG not really")
-    page = render_page(evil, {evil: evil}, [evil], {evil: picture})
+    template = Path(findings.__file__).with_name("inspection.html.j2")
+    page = render_page(
+        template, title=evil, lines={evil: evil}, findings=[evil], pictures={evil: picture}
+    )
     assert "<script" not in page
     assert page.count("&lt;script&gt;") == 7  # title and heading, finding, row twice, caption twice
     assert " & co" not in page
-    assert 'alt="&lt;script&gt;alert(&#x27;&quot;x&quot;&#x27;)' in page
+    assert html.unescape(re.search(r'alt="([^"]*)"', page)[1]) == evil
     assert re.findall(r'(?:src|href)="(\S{5})', page) == ["data:"]
     assert "default-src 'none'" in page
 
