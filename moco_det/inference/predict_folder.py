@@ -12,11 +12,11 @@ from pycocotools import mask as mask_codec
 from moco_common.errors import UserError
 from moco_common.files import replace_text
 from moco_det.inference.predictor import Detector, Segmenter, load_image
-from moco_det.inference.video import VideoFile, draw_on_frame, is_video, read_frames, video_facts
+from moco_det.inference.video import VideoFile, is_video, read_frames, video_facts
 from moco_det.structures.label_map import LabelMap
 from moco_det.structures.objects import Objects
-from moco_det.visualization.detections import save_picture
-from moco_det.visualization.label_maps import draw_labels_on_frame, save_label_picture, save_labels
+from moco_det.visualization.detections import draw_objects, save_picture
+from moco_det.visualization.label_maps import draw_labels, save_label_picture, save_labels
 
 Found = Objects | LabelMap
 Told = Iterator[tuple[Path, int | None, str | None]]
@@ -82,9 +82,9 @@ def _predict_video(
         for number, frame in enumerate(read_frames(file)):
             result = model(frame)
             if isinstance(result, LabelMap):
-                drawn.add(draw_labels_on_frame(frame, result, model.class_names))
+                drawn.add(draw_labels(frame, result, model.class_names))
             else:
-                drawn.add(draw_on_frame(frame, result, model.class_names))
+                drawn.add(draw_objects(frame, result, model.class_names))
             place = {"frame": number, "time": round(number / rate, 4)}
             found.add(file, picture, frame, result, place)
             yield file, len(result), None

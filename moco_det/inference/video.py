@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -12,8 +12,6 @@ from numpy.typing import NDArray
 
 from moco_common.errors import UserError
 from moco_common.files import new_beside, put_in_place
-from moco_det.structures.objects import Objects
-from moco_det.visualization.detections import COLORS
 
 VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".avi", ".mov", ".mkv", ".webm", ".mpg", ".mpeg"})
 LEAST_SHARE = 0.95  # of the frames that a file states; containers miscount by a few
@@ -103,30 +101,3 @@ class VideoFile:
             put_in_place(self._unfinished, self._path)
         else:
             self._unfinished.unlink(missing_ok=True)
-
-
-def draw_on_frame(
-    frame: NDArray[np.uint8], objects: Objects, class_names: Sequence[str]
-) -> NDArray[np.uint8]:
-    """A copy of an RGB frame with boxes, masks, names and scores: quicker than a figure."""
-    canvas = frame.copy()
-    line = max(1, round(max(frame.shape[:2]) / 400))
-    scale = max(0.4, max(frame.shape[:2]) / 1600)
-    for index in np.argsort(-objects.areas(), kind="stable"):
-        category = int(objects.classes[index])
-        code = COLORS[category % len(COLORS)]
-        color = tuple(int(code[i : i + 2], 16) for i in (1, 3, 5))
-        if objects.masks is not None:
-            inside = objects.masks[index]
-            canvas[inside] = (0.6 * canvas[inside] + 0.4 * np.array(color)).astype(np.uint8)
-        x0, y0, x1, y1 = (round(float(value)) for value in objects.boxes[index])
-        cv2.rectangle(canvas, (x0, y0), (x1, y1), color, line)
-        text = f"{class_names[category]} {objects.scores_or_zero()[index]:.2f}"
-        (width, height), _ = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, 1)
-        top = max(y0, height + 4)
-        cv2.rectangle(canvas, (x0, top - height - 4), (x0 + width + 2, top), color, -1)
-        cv2.putText(
-            canvas, text, (x0 + 1, top - 2), cv2.FONT_HERSHEY_SIMPLEX, scale, (0, 0, 0), 1,
-            cv2.LINE_AA,
-        )  # fmt: skip
-    return canvas

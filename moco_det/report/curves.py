@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 
 from moco_common.errors import UserError
 from moco_det.report.runs import Run, read_run
-from moco_det.visualization.figure import save_figure
+from moco_det.visualization.figure import literal, save_figure
 
 TITLES = {
     "loss": "pre-training: InfoNCE loss",
@@ -72,7 +72,7 @@ def training_curves(runs: Runs, path: str | Path, keys: Sequence[str] | None = N
                     lines.setdefault(label, line)
         if key == "loss":
             _chance_lines(axis, everything)
-        axis.set_title(TITLES.get(key, key), fontsize=10)
+        axis.set_title(literal(TITLES.get(key, key)), fontsize=10)
         axis.set_xlabel("iteration")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
@@ -80,7 +80,11 @@ def training_curves(runs: Runs, path: str | Path, keys: Sequence[str] | None = N
         axis.set_axis_off()
     named = [label for label in members if label in lines]
     figure.legend(
-        [lines[k] for k in named], named, loc="outside upper center", ncols=4, frameon=False
+        [lines[label] for label in named],
+        list(map(literal, named)),
+        loc="outside upper center",
+        ncols=4,
+        frameon=False,
     )
     figure.supxlabel(
         f"thin: as logged; thick: moving average over {SMOOTHING:.0%} of the points", fontsize=8
@@ -131,7 +135,7 @@ def precision_recall_curves(
             if len(values) > 1:
                 axis.plot(recall, values.T, color=color, linewidth=0.6, alpha=0.4)
             lines[label] = axis.plot(recall, values.mean(axis=0), color=color, linewidth=1.8)[0]
-        axis.set_title(title, fontsize=10)
+        axis.set_title(literal(title), fontsize=10)
         axis.tick_params(labelbottom=True)  # also above an empty place
         axis.set_xlim(0, 1)
         axis.set_ylim(0, 1.02)
@@ -140,7 +144,11 @@ def precision_recall_curves(
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
     figure.legend(
-        list(lines.values()), list(lines), loc="outside upper center", ncols=4, frameon=False
+        list(lines.values()),
+        list(map(literal, lines)),
+        loc="outside upper center",
+        ncols=4,
+        frameon=False,
     )
     note = "recall (horizontal), precision (vertical); thick: mean over the runs; thin: each run"
     if len(chosen) < len(usable):

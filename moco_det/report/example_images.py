@@ -21,8 +21,10 @@ from moco_det.report.predictions_io import (
 )
 from moco_det.report.runs import read_run
 from moco_det.structures.objects import Objects
-from moco_det.visualization.detections import CELL, COLORS, DASHED, DPI, SOLID, draw_objects
-from moco_det.visualization.figure import save_figure
+from moco_det.visualization.detections import CELL, draw_objects, resize
+from moco_det.visualization.figure import DPI, literal, save_figure
+from moco_det.visualization.palette import palette
+from moco_det.visualization.visualizer import DASHED, SOLID
 
 
 def detections_grid(
@@ -33,15 +35,16 @@ def detections_grid(
     path: str | Path,
     row_names: Sequence[str] | None = None,
 ) -> Path:
-    """Write one PNG: a row an image, the ground truth first, then a column each model.
+    """Write a grid as PNG or JPEG: one row per image; the ground truth, then a column per model.
 
-    Right detections (IoU 0.5 with an annotation of their class that no surer one took) are
-    solid, wrong ones dashed. Images are shown with 320 pixels on their long side.
+    Right detections (IoU of at least 0.5 with an annotation of their class that no detection of
+    higher score has taken) are solid, wrong ones dashed. The long side of an image measures 320
+    pixels.
 
     Args:
         images: RGB, (H, W, 3) uint8.
-        detections: heading of the column -> the detections of each image.
-        row_names: names for the rows, such as file names.
+        detections: column heading -> the detections of each image.
+        row_names: names of the rows, such as file names.
 
     Raises:
         ValueError: the numbers of images, annotations and detections differ.
@@ -49,35 +52,36 @@ def detections_grid(
     if any(len(column) != len(images) for column in (truth, *detections.values())):
         raise ValueError("a grid needs annotations and detections for each image")
     columns = {"ground truth": truth, **detections}
-    sizes = []
-    for image in images:
-        height, width = image.shape[:2]
-        scale = CELL / max(height, width)
-        sizes.append((max(1, round(width * scale)), max(1, round(height * scale))))
+    several = len(class_names) > 1  # a single class is named in the legend only
+    cells = [
+        [
+            _cell(image, objects[row], truth[row] if column else None, class_names, several)
+            for column, objects in enumerate(columns.values())
+        ]
+        for row, image in enumerate(images)
+    ]
     gap, left, head, foot = 8, 22, 16 + 16 * max(c.count("\n") + 1 for c in columns), 46
-    across = left + len(columns) * (max(w for w, _ in sizes) + gap)
-    down = head + sum(h + gap for _, h in sizes) + foot
-    figure = Figure(figsize=(across / DPI, down / DPI), dpi=DPI, facecolor="white")
-
+    step = max(row[0].shape[1] for row in cells) + gap
+    across = left + len(columns) * step
+    down = head + sum(len(row[0]) + gap for row in cells) + foot
+    sheet = np.full((down, across, 3), 255, np.uint8)
+    figure = Figure(figsize=(across / DPI, down / DPI), dpi=DPI)
     top = head
-    for row, (image, (width, height)) in enumerate(zip(images, sizes, strict=True)):
-        for column, (title, objects) in enumerate(columns.items()):
-            x = left + column * ((across - left) / len(columns))
-            place = (x / across, 1 - (top + height) / down, width / across, height / down)
-            axes = figure.add_axes(place)
-            right = match(objects[row], truth[row]) if column else None
-            # The legend is enough for a single class.
-            several = len(class_names) > 1
-            draw_objects(axes, image, objects[row], class_names, right, (width, height), several)
-            if not row:
-                axes.set_title(title, fontsize=10)
+    for number, row in enumerate(cells):
+        height, width = row[0].shape[:2]
+        for column, cell in enumerate(row):
+            x = left + column * step
+            sheet[top : top + height, x : x + width] = cell
         if row_names:
-            y = 1 - (top + height / 2) / down
-            name, fits = row_names[row], height // 6
+            name, fits = row_names[number], height // 6
             name = name if len(name) <= fits else "…" + name[1 - fits :]
-            figure.text(11 / across, y, name, rotation=90, va="center", ha="center",
-                        fontsize=7, color="0.3")  # fmt: skip
+            figure.text(11 / across, 1 - (top + height / 2) / down, literal(name), rotation=90,
+                        va="center", ha="center", fontsize=7, color="0.3")  # fmt: skip
         top += height + gap
+    for column, title in enumerate(columns):
+        x = left + column * step + cells[0][0].shape[1] / 2
+        figure.text(x / across, 1 - (head - 6) / down, literal(title), ha="center", fontsize=10)
+    figure.figimage(sheet)
     _legend(figure, [truth, *detections.values()], class_names)
     return save_figure(figure, path)
 
@@ -158,12 +162,25 @@ def classes_of_runs(runs: Iterable[str | Path]) -> list[str] | None:
     return next((list(names) for names in named if names), None)
 
 
+def _cell(
+    image: NDArray[np.uint8],
+    objects: Objects,
+    truth: Objects | None,
+    class_names: Sequence[str],
+    with_names: bool,
+) -> NDArray[np.uint8]:
+    right = None if truth is None else match(objects, truth)
+    image, objects = resize(image, objects, CELL)
+    return draw_objects(image, objects, class_names, right, with_names)
+
+
 def _legend(
     figure: Figure, columns: Sequence[Sequence[Objects]], class_names: Sequence[str]
 ) -> None:
     present = sorted({int(c) for column in columns for objects in column for c in objects.classes})
-    handles = [Line2D([], [], color=COLORS[c % len(COLORS)], linewidth=4) for c in present]
-    labels = [str(class_names[c]) for c in present]
+    colors = palette(len(class_names)) / 255
+    handles = [Line2D([], [], color=colors[c], linewidth=4) for c in present]
+    labels = [literal(str(class_names[c])) for c in present]
     for style, meaning in ((SOLID, "right (IoU ≥ 0.5)"), (DASHED, "wrong")):
         handles.append(Line2D([], [], color="0.3", linewidth=1.8, linestyle=style))
         labels.append(meaning)

@@ -16,7 +16,8 @@ from moco_det.data.datasets.sem_seg import register_semantic
 from moco_det.inference.predictor import Segmenter, class_names, load_image, predictor_of_run
 from moco_det.inference.video import read_frames
 from moco_det.structures.label_map import UNLABELLED, LabelMap
-from moco_det.visualization.label_maps import blend_labels, palette, save_label_picture
+from moco_det.visualization.label_maps import draw_labels, save_label_picture
+from moco_det.visualization.palette import palette
 from tests.moco_det.inference.test_predictor import make_run, write_video
 from tools.predict import main
 
@@ -109,19 +110,24 @@ def test_a_video_is_drawn_and_has_one_entry_a_frame(run, tmp_path):
     assert sorted(p.name for p in out.iterdir()) == ["clip.mp4", "predictions.json"]
 
 
-def test_background_and_what_has_no_label_are_not_tinted():
-    image = np.full((8, 12, 3), 200, np.uint8)
-    classes = np.zeros((8, 12), np.uint8)
-    classes[:, 4:8] = 1
-    classes[:, 8:] = UNLABELLED
-    found = LabelMap(classes, np.ones((8, 12), np.float32))
-    canvas = blend_labels(image, found, CLASSES)
-    assert (canvas[:, :3] == 200).all()
-    assert (canvas[:, 10:] == 200).all()
-    expected = (0.45 * 200 + 0.55 * palette(2)[1].astype(float)).astype(np.uint8)
-    assert (canvas[3, 6] == expected).all()
+def test_background_and_unlabelled_pixels_are_not_tinted():
+    image = np.full((80, 120, 3), 200, np.uint8)
+    classes = np.zeros((80, 120), np.uint8)
+    classes[:, 40:80] = 1
+    classes[:, 80:] = UNLABELLED
+    classes[70:72, 90:92] = 2  # tinted like large areas, but not named
+    found = LabelMap(classes, np.ones((80, 120), np.float32))
+    canvas = draw_labels(image, found, CLASSES)
+    assert canvas.shape == image.shape
+    named = slice(20, 60)  # rows in which names are written
+    outside = np.delete(canvas, np.r_[named, 70:72], axis=0)[:, np.r_[:40, 80:120]]
+    assert (outside == 200).all()
+    for category, pixel in ((1, canvas[75, 60]), (2, canvas[71, 91])):
+        expected = 0.45 * 200 + 0.55 * palette(3)[category].astype(float)
+        np.testing.assert_allclose(pixel, expected, atol=2)
+    assert np.ptp(canvas[named, 40:80], axis=(0, 1)).max() > 100  # the name
     assert (image == 200).all()
-    assert found.shares() == pytest.approx({0: 1 / 3, 1: 1 / 3})
+    assert found.shares() == pytest.approx({0: 1 / 3, 1: 1 / 3, 2: 4 / 9600})
 
 
 def test_colours_differ_and_a_legend_of_many_classes_fits(tmp_path):

@@ -81,6 +81,13 @@ def test_pretraining_loss_comes_with_the_loss_of_chance(tmp_path, drawn):
     assert len(accuracy.lines) == 1
 
 
+def test_a_label_with_dollar_signs_is_drawn_as_it_is(tmp_path, drawn):
+    run = write_metrics(tmp_path / "a", total_loss=[3, 2])
+    plots.training_curves({"$lr{$": run}, tmp_path / "c.png")
+    (text,) = drawn[0].legends[0].get_texts()
+    assert text._preprocess_math(text.get_text()) == ("$lr{$", False)
+
+
 def test_values_that_are_no_numbers_are_left_out(tmp_path, drawn):
     run = write_metrics(tmp_path / "a", total_loss=[3, float("nan"), None, 1])
     plots.training_curves({"a": run}, tmp_path / "c.png")

@@ -1,12 +1,14 @@
 """Matching, thresholds and pictures, against naive loops and by reading the pixels back."""
 
 import json
+import warnings
 
 import cv2
 import numpy as np
 import pytest
 import torch
 from detectron2.structures import BoxMode
+from matplotlib.text import Text
 from pycocotools import mask as mask_codec
 from torchvision.ops import box_iou as torchvision_box_iou
 
@@ -14,8 +16,12 @@ from moco_common.errors import UserError
 from moco_det.report.example_images import compare_runs, detections_grid
 from moco_det.report.matching import best_threshold, match
 from moco_det.report.predictions_io import annotated_objects, detected_objects
+from moco_det.structures.label_map import LabelMap
 from moco_det.structures.objects import Objects, box_iou
-from moco_det.visualization.detections import COLORS, save_picture
+from moco_det.visualization.detections import draw_objects, save_picture
+from moco_det.visualization.label_maps import draw_labels
+from moco_det.visualization.palette import COLORS
+from moco_det.visualization.visualizer import ObjectVisualizer
 
 GREY = np.full((64, 96, 3), 128, np.uint8)
 
@@ -155,6 +161,57 @@ def test_a_mask_tints_its_pixels_only(tmp_path):
     scale = picture.shape[1] / 96
     assert (picture[int(25 * scale), int(25 * scale)] != 128).any()
     assert (picture[int(55 * scale), int(70 * scale)] == 128).all()
+
+
+def test_the_hole_of_a_mask_is_not_tinted():
+    ring = np.zeros((1, 64, 96), bool)
+    ring[0, 10:50, 10:50] = True
+    ring[0, 20:40, 20:40] = False
+    found = objects([[10, 10, 50, 50]])
+    found.masks = ring
+    picture = draw_objects(GREY, found, ["a"], with_names=False)
+    assert (picture[25:35, 25:35] == 128).all()
+    assert (picture[14:17, 30] != 128).any()
+
+
+@pytest.mark.parametrize("name", ["$a$", "${", "a $ b|c\\", "кошка", "γάτα", "<b>&amp;"])
+def test_any_class_name_is_drawn_as_it_is(name, monkeypatch):
+    """Signs such as $ reach the picture and start no formula."""
+    seen = []
+    image = np.full((200, 300, 3), 128, np.uint8)
+    draw = Text.draw
+
+    def keep(text, renderer):
+        if text.get_text():
+            seen.append(text._preprocess_math(text.get_text()))
+        draw(text, renderer)
+
+    monkeypatch.setattr(Text, "draw", keep)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # such as of a glyph that the font lacks
+        draw_objects(image, objects([[50, 50, 200, 150]], scores=[0.5]), [name])
+        labels = LabelMap(np.zeros((200, 300), np.uint8), np.ones((200, 300), np.float32))
+        draw_labels(image, labels, [name])
+    assert seen == [(f"{name} 0.50", False), (name, False)]
+
+
+def test_a_label_at_the_right_edge_lies_inside_the_image():
+    image = np.full((200, 300, 3), 128, np.uint8)
+    visualizer = ObjectVisualizer(image)
+    visualizer.draw_text("a long class name 0.97", (290, 195), horizontal_alignment="left")
+    extent = visualizer.output.ax.texts[-1].get_window_extent()
+    assert 0 <= extent.x0 < extent.x1 <= 300
+    assert 0 <= extent.y0 < extent.y1 <= 200
+
+
+def test_ignored_annotations_are_dotted():
+    image = np.full((200, 300, 3), 128, np.uint8)
+
+    def colored(**more):
+        drawn = draw_objects(image, objects([[50, 50, 250, 150]], **more), ["a"], with_names=False)
+        return (drawn != 128).any(axis=2).sum()
+
+    assert 0.3 * colored() < colored(ignored=[True]) < 0.8 * colored()
 
 
 def test_wrong_detections_are_dashed(tmp_path):

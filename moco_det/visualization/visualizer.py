@@ -1,0 +1,47 @@
+"""Detectron2's visualizer, adapted to detections that are right or wrong."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from detectron2.utils.visualizer import VisImage, Visualizer
+from matplotlib.font_manager import get_font_names
+
+from moco_det.visualization.figure import literal
+
+LineStyle = tuple[float, Sequence[float]]
+SOLID: LineStyle = (0, ())
+DASHED: LineStyle = (0, (3, 2))
+DOTTED: LineStyle = (0, (1, 1))
+# Matplotlib's own font has no Chinese, Japanese or Korean; these do, where they are installed.
+CJK_FONTS = ("Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans JP", "Noto Sans SC", "PingFang SC",
+             "Hiragino Sans", "Microsoft YaHei", "WenQuanYi Zen Hei", "IPAGothic")  # fmt: skip
+FONTS = ["DejaVu Sans", *sorted(set(CJK_FONTS) & set(get_font_names()))]
+
+
+class ObjectVisualizer(Visualizer):
+    """Draw opaque boxes in `line_style`, and text literally and inside the image.
+
+    For images at their own size only (`scale` 1).
+    """
+
+    line_style = SOLID
+
+    def draw_box(
+        self,
+        box_coord: Sequence[float],
+        alpha: float = 1.0,
+        edge_color: Any = "g",
+        line_style: Any = None,
+    ) -> VisImage:
+        return super().draw_box(box_coord, alpha, edge_color, line_style or self.line_style)
+
+    def draw_text(self, text: str, position: Sequence[float], **options: Any) -> VisImage:
+        output = super().draw_text(literal(text), position, **options)
+        drawn = output.ax.texts[-1]
+        drawn.set_fontfamily(FONTS)
+        extent = drawn.get_window_extent()  # pixels; y runs up
+        x, y = drawn.get_position()
+        right = max(0.0, extent.x1 + 2 - output.width)
+        below = max(0.0, 2 - extent.y0)
+        drawn.set_position((max(x - right, 0.0), max(y - below, 0.0)))
+        return output
