@@ -53,7 +53,7 @@ def save_label_picture(
     scale = max(1.0, CELL / max(image.shape[:2]))
     size = [max(1, round(side * scale)) for side in image.shape[1::-1]]
     enlarged = np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_CUBIC), dtype=np.uint8)
-    classes = cv2.resize(found.classes, size, interpolation=cv2.INTER_NEAREST)
+    classes = cv2.resize(found.classes, size, interpolation=cv2.INTER_NEAREST).astype(np.uint8)
     drawn = draw_labels(enlarged, LabelMap(classes, found.scores), class_names)
 
     grown = max(1.0, max(size) / 800)  # text grows with a large image
