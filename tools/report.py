@@ -41,8 +41,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def work(arguments: argparse.Namespace) -> None:
-    report = build_report(read_runs(arguments.runs))
-    report.analyse(arguments.output_dir, arguments.pictures)
+    report = build_report(read_runs(arguments.runs), arguments.output_dir, arguments.pictures)
     page = report.write(arguments.output_dir)
     if arguments.quiet:
         for note in report.notes:

@@ -122,9 +122,6 @@ class Demo:
 
     def report(self, voc: Path, pretrained: Path, detectors: Mapping[str, Path]) -> None:
         """Print the report of pre-training and detectors, and write its page."""
-        report = build_report(read_runs([pretrained, *detectors.values()]))
-        report.analyse(self.folder / "report")
-        self.say(report.summary())
         found = "ground truth and detections on test images"
         pictures = {
             "pre-training": self.folder / "pretraining.png",
@@ -135,7 +132,10 @@ class Demo:
         training_curves({"pre-training": pretrained}, curves)
         training_curves(detectors, losses)
         compare_runs(f"voc:{voc}:test", detectors, detections, num_images=6, seed=self.seed)
-        report.write(self.folder / "report", pictures={found: detections})  # it has all curves
+        runs = read_runs([pretrained, *detectors.values()])
+        report = build_report(runs, self.folder / "report", pictures={found: detections})
+        self.say(report.summary())
+        report.write(self.folder / "report")
         for caption, path in pictures.items():
             self.say(f"  {caption}: {path}")
         self.say(f"  all on one page: {self.folder / 'report' / 'report.html'}")

@@ -1,106 +1,144 @@
-"""The pictures of a report: curves, and detections of each group beside the ground truth."""
+"""What the kept predictions of groups of runs show: errors, curves, and example images."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from moco_common.errors import UserError
-from moco_det.report.curves import TITLES, precision_recall_curves, training_curves
-from moco_det.report.error_analysis import analyse_run, choose_images
+import numpy as np
+
+from moco_det.report.curves import precision_recall_curves
+from moco_det.report.error_analysis import RunAnalysis, analyse_run, choose_images
 from moco_det.report.example_images import classes_of_runs, draw_images
+from moco_det.report.groups import Group
 from moco_det.report.predictions_io import OpenDataset, has_predictions, open_dataset
 from moco_det.report.runs import Run
-from moco_det.report.tables import Table
 
-MOST_GROUPS = 4  # beside each other in one picture
+MOST_GROUPS = 4  # side by side in one picture
 CAPTIONS = {
-    "best": "Where the groups do best",
-    "worst": "Where they do worst",
-    "most different": "Where they differ most",
+    "best": "Highest F1",
+    "worst": "Lowest F1",
+    "most different": "Largest difference in F1",
 }
 
 
-def analyse_tables(tables: Sequence[Table], folder: str | Path, num_images: int = 4) -> list[str]:
-    """Analyse the predictions that the runs kept, and draw what they show into ``folder``.
+@dataclass(frozen=True)
+class Analysis:
+    """The analysis of the groups of one table.
 
-    Groups whose runs kept no predictions are left out. Fills the tables' ``analyses``, ``images``
-    and ``figures``.
+    Attributes:
+        class_names: C names, in the order of the matrices and curves.
+        runs: group label -> the analysis of each of its runs.
+        images: kind ("best", "worst", "most different") -> file name and F1 of each image.
+        figures: caption -> picture.
+    """
+
+    class_names: Sequence[str]
+    runs: Mapping[str, Sequence[RunAnalysis]]
+    images: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    figures: Mapping[str, Path] = field(default_factory=dict)
+
+    def confusion(self, label: str) -> np.ndarray:
+        """(C + 1, C + 1): the sum over the runs of a group."""
+        total: np.ndarray = np.sum([run.confusion for run in self.runs[label]], axis=0)
+        return total
+
+    def as_dict(self) -> dict[str, Any]:
+        """The analysis as plain values, without NaN."""
+        groups = {}
+        for label, runs in self.runs.items():
+            curves = np.mean([run.precision for run in runs], axis=0)  # 2 x R x C
+            groups[label] = {
+                "thresholds": [run.threshold for run in runs],
+                "sizes": [{k: _finite(v) for k, v in run.sizes.items()} for run in runs],
+                "confusion": self.confusion(label).tolist(),
+                "precision_at_iou_50": {
+                    name: [_finite(round(value, 4)) for value in curves[0, :, index].tolist()]
+                    for index, name in enumerate(self.class_names)
+                },
+            }
+        return {
+            "classes": list(self.class_names),
+            "recall": [round(value, 2) for value in np.linspace(0, 1, 101).tolist()],
+            "groups": groups,
+            "images": self.images,
+        }
+
+
+def analyse_groups(
+    groups: Sequence[Group], folder: Path | None, suffix: str, num_images: int
+) -> Analysis | None:
+    """Analyse the predictions that runs on one data set kept.
+
+    Groups whose runs kept no predictions are left out.
 
     Args:
-        num_images: how many of each kind to draw; 0 for no pictures of detections.
+        folder: where pictures are written; None for no pictures.
+        suffix: what distinguishes the names of these pictures from those of other tables.
+        num_images: number of images of each kind to draw.
 
     Returns:
-        A sentence for each table that could not be analysed, such as one of data that are gone.
+        The analysis, or None if no run kept its predictions.
+
+    Raises:
+        UserError: the data set cannot be read, or the predictions belong to other data.
     """
-    notes = []
-    for number, table in enumerate(tables):
-        runs = {g.label: [r for r in g.runs if has_predictions(r.path)] for g in table.groups}
-        runs = {label: kept for label, kept in runs.items() if kept}
-        if not runs:
-            continue
-        try:
-            every = [run.path for kept in runs.values() for run in kept]
-            dataset = open_dataset(table.dataset, classes_of_runs(every))
-            _analyse(table, dataset, runs, Path(folder), str(number), num_images)
-        except (UserError, OSError) as error:
-            notes.append(f"no analysis of {table.dataset}: {error}")
-    return notes
-
-
-def training_figure(
-    runs: Sequence[Run], tables: Sequence[Table], folder: str | Path
-) -> dict[str, Path]:
-    """Caption -> picture of the training curves; nothing where no run logged any."""
-    if not any(len(run.series(key)[0]) > 1 for run in runs for key in TITLES):
-        return {}
-    labels = {run.path: run.label for run in runs}
-    labels |= {run.path: g.label for t in tables for g in t.groups for run in g.runs}
-    curves: dict[str, list[Run]] = {}
-    for run in runs:
-        curves.setdefault(labels[run.path], []).append(run)
-    return {"Training curves": training_curves(curves, Path(folder) / "curves.png")}
-
-
-def _analyse(
-    table: Table,
-    dataset: OpenDataset,
-    runs: Mapping[str, Sequence[Run]],
-    folder: Path,
-    suffix: str,
-    num_images: int,
-) -> None:
+    runs = {g.label: [r for r in g.runs if has_predictions(r.path)] for g in groups}
+    runs = {label: kept for label, kept in runs.items() if kept}
+    if not runs:
+        return None
+    classes = classes_of_runs([run.path for kept in runs.values() for run in kept])
+    dataset = open_dataset(groups[0].table[1], classes)
     analyses = {
         label: [analyse_run(run.path, dataset) for run in kept] for label, kept in runs.items()
     }
-    table.class_names, table.analyses = dataset.class_names, analyses
+    if folder is None:
+        return Analysis(dataset.class_names, analyses)
+    figures = {}
     curves = {label: [run.precision for run in found] for label, found in analyses.items()}
     path = folder / f"precision-recall-{suffix}.png"
     if precision_recall_curves(curves, dataset.class_names, path) is not None:
-        table.figures["Precision over recall"] = path
-    shown = list(runs)[:MOST_GROUPS]
-    first = {label: analyses[label][0] for label in shown}
+        figures["Precision over recall"] = path
+    images, examples = _example_images(dataset, runs, analyses, folder, suffix, num_images)
+    return Analysis(dataset.class_names, analyses, images, figures | examples)
+
+
+def _example_images(
+    dataset: OpenDataset,
+    runs: Mapping[str, Sequence[Run]],
+    analyses: Mapping[str, Sequence[RunAnalysis]],
+    folder: Path,
+    suffix: str,
+    num_images: int,
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Path]]:
+    """Draw the best, worst and most different images: what they are, and caption -> picture."""
+    images: dict[str, list[dict[str, Any]]] = {}
+    figures: dict[str, Path] = {}
     if num_images <= 0:
-        return
-    chosen = choose_images([run.f1 for run in first.values()], num_images)
-    for kind, indices in chosen.items():
+        return images, figures
+    first = {label: analyses[label][0] for label in list(runs)[:MOST_GROUPS]}
+    paths = {label: runs[label][0].path for label in first}
+    thresholds = {label: run.threshold for label, run in first.items()}
+    for kind, indices in choose_images([run.f1 for run in first.values()], num_images).items():
         records = [dataset.records[index] for index in indices]
-        f1 = {label: run.f1[indices] for label, run in first.items()}
-        table.images[kind] = [
-            {"file_name": r["file_name"], "f1": {k: round(float(v[i]), 4) for k, v in f1.items()}}
-            for i, r in enumerate(records)
+        f1 = [{label: round(float(run.f1[i]), 4) for label, run in first.items()} for i in indices]
+        images[kind] = [
+            {"file_name": record["file_name"], "f1": scores}
+            for record, scores in zip(records, f1, strict=True)
         ]
         if not records:
             continue
-        notes = [
-            "F1 " + " / ".join(f"{values[i]:.2f}" for values in f1.values())
-            for i in range(len(records))
-        ]
+        notes = ["F1 " + " / ".join(f"{s:.2f}" for s in scores.values()) for scores in f1]
         path = folder / f"{kind.replace(' ', '-')}-{suffix}.jpg"
-        paths = {label: runs[label][0].path for label in shown}
-        thresholds = {label: run.threshold for label, run in first.items()}
-        draw_images(dataset, records, paths, thresholds, path, notes)
-        table.figures[
-            f"{CAPTIONS[kind]} (by F1 of the image, at its left in the order of the columns; first "
-            "run of each group, at the score that gives its best F1 over the data set)"
-        ] = path
+        caption = (
+            f"{CAPTIONS[kind]} (stated at the left, in the order of the columns). Detections of "
+            "the first run of each group, above the score of its best F1 over the data set."
+        )
+        figures[caption] = draw_images(dataset, records, paths, thresholds, path, notes)
+    return images, figures
+
+
+def _finite(value: float) -> float | None:
+    return value if np.isfinite(value) else None

@@ -1,14 +1,14 @@
-"""Runs -> one report: means and spreads, differences, published numbers, curves; one HTML page.
+"""A report of runs: tables, differences, published numbers, curves; Markdown, JSON and HTML.
 
-report = build_report(read_runs(paths))
-report.analyse("out")
-print(report.text())
-report.write("out")  # report.md, report.json, report.html and the pictures on it
+report = build_report(read_runs(paths), "out")
+print(report.summary())
+report.write("out")  # report.md, report.json and report.html, beside the pictures
 """
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,46 +17,38 @@ from tabulate import tabulate
 
 from moco_common.errors import UserError
 from moco_common.files import replace_text
-from moco_det.report.analyse import analyse_tables, training_figure
-from moco_det.report.breakdowns import analysis_dict, details, deviations
+from moco_common.html_page import render_page
+from moco_det.report.curves import TITLES, training_curves
 from moco_det.report.groups import group_runs
-from moco_det.report.page import render_page
 from moco_det.report.runs import Run
-from moco_det.report.tables import (
-    COLUMNS,
-    Table,
-    build_tables,
-    comparison_lines,
-    provenance_lines,
-    table_dict,
-)
+from moco_det.report.sections import comparison_lines, details, deviations, provenance_lines
+from moco_det.report.tables import COLUMNS, Table, build_tables, table_dict
 
 LEGEND = (
     "AP in percent; mean ± sample standard deviation over n runs that differ in the seed only. "
-    "Differences carry Welch's 95 % confidence interval, per comparison."
+    "Differences are given with Welch's 95 % confidence interval, per comparison."
 )
+TEMPLATE = Path(__file__).with_name("report.html.j2")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Report:
-    """What `build_report` found; `text`, `as_dict` and `write` show it."""
+    """A finished report, as `build_report` returns it.
 
-    tables: list[Table]
-    pretraining: list[Run]
-    runs: list[Run]
-    notes: list[str]
+    Attributes:
+        tables: one per protocol and data set.
+        pretraining: the pre-training runs.
+        figures: caption -> picture, apart from those of the tables.
+        notes: problems found in the runs.
+    """
 
-    def analyse(self, folder: str | Path, num_images: int = 4) -> None:
-        """Add what the kept predictions show: curves, sizes, confusions, best and worst images.
-
-        Args:
-            folder: where the pictures go.
-            num_images: how many images of each kind to draw; 0 for none.
-        """
-        self.notes += analyse_tables(self.tables, folder, num_images)
+    tables: Sequence[Table]
+    pretraining: Sequence[Run]
+    figures: Mapping[str, str | Path]
+    notes: Sequence[str]
 
     def content(self) -> dict[str, Any]:
-        """What the page and the Markdown show, as plain values: one wording for both."""
+        """The content of the page and of the Markdown file as plain values."""
         tables = [
             {
                 "title": f"{table.protocol or 'Own configuration'} on {table.dataset}",
@@ -67,41 +59,48 @@ class Report:
                 "provenance": provenance_lines(table),
                 "deviations": deviations(table),
                 "details": details(table),
-                "figures": table.figures,
+                "figures": table.analysis.figures if table.analysis else {},
             }
             for table in self.tables
         ]
-        pretraining = pretraining_rows(self.pretraining) if self.pretraining else None
         return {
-            "legend": LEGEND, "tables": tables, "pretraining": pretraining, "notes": self.notes
-        }  # fmt: skip
+            "title": "Report",
+            "legend": LEGEND,
+            "tables": tables,
+            "pretraining": pretraining_rows(self.pretraining) if self.pretraining else None,
+            "pictures": self.figures,
+            "notes": self.notes,
+        }
 
     def text(self) -> str:
-        """The report as Markdown whose tables are aligned, so that it also reads as plain text."""
+        """The report as Markdown; its tables are aligned, so that it reads as plain text too."""
         content = self.content()
-        parts = ["# Report", LEGEND]
+        parts = [f"# {content['title']}", LEGEND]
         for table in content["tables"]:
-            parts += [f"## {table['title']}", _grid(*table["scores"])]
-            parts += [f"Published numbers: {source}." for source in table["sources"]]
-            parts += [table["note"], _bullets(table["comparisons"]), _bullets(table["provenance"])]
+            parts += [f"## {markdown(table['title'])}", _markdown_grid(*table["scores"])]
+            parts += [f"Published numbers: {markdown(source)}." for source in table["sources"]]
+            parts += [markdown(table["note"] or "")]
+            parts += [_markdown_bullets(table[key]) for key in ("comparisons", "provenance")]
             for detail in table["details"]:
-                parts += [f"### {detail.title}", detail.note, _grid(detail.head, detail.rows)]
+                parts += [f"### {markdown(detail.title)}", markdown(detail.note)]
+                parts += [_markdown_grid(detail.head, detail.rows)]
             for heading, lines in table["deviations"]:
-                parts += [f"### {heading}", _bullets(lines)]
+                parts += [f"### {markdown(heading)}", _markdown_bullets(lines)]
         if content["pretraining"]:
-            parts += ["## Pre-training", _grid(*content["pretraining"])]
+            parts += ["## Pre-training", _markdown_grid(*content["pretraining"])]
         if self.notes:
-            parts += ["## Notes", _bullets(self.notes)]
+            parts += ["## Notes", _markdown_bullets(self.notes)]
         return "\n\n".join(part for part in parts if part) + "\n"
 
     def summary(self) -> str:
         """The main tables and the differences, for a terminal."""
+        content = self.content()
         parts = []
-        for table in self.content()["tables"]:
+        for table in content["tables"]:
             parts += [table["title"], _grid(*table["scores"]), table["note"]]
             parts += [_bullets(table["comparisons"]), _bullets(table["provenance"])]
-        if self.pretraining:
-            parts += ["Pre-training", _grid(*pretraining_rows(self.pretraining))]
+        if content["pretraining"]:
+            parts += ["Pre-training", _grid(*content["pretraining"])]
         parts += [_bullets(self.notes)]
         return "\n\n".join(part for part in parts if part)
 
@@ -109,43 +108,66 @@ class Report:
         """The report as plain values (JSON without NaN)."""
         return {
             "format": "moco-det/report/1",
-            "tables": [{**table_dict(t), "analysis": analysis_dict(t)} for t in self.tables],
+            "tables": [table_dict(table) for table in self.tables],
             "pretraining": [_pretraining_dict(run) for run in self.pretraining],
-            "notes": self.notes,
+            "notes": list(self.notes),
         }
 
-    def write(self, folder: str | Path, pictures: Mapping[str, str | Path] | None = None) -> Path:
-        """Write report.md, report.json, report.html and (where runs logged any) curves.png.
+    def write(self, folder: str | Path) -> Path:
+        """Write report.md, report.json and report.html, replacing earlier ones.
 
         Args:
-            folder: made if missing; earlier reports in it are replaced.
-            pictures: caption -> picture to show on the page as well.
+            folder: output directory; created if missing.
 
         Returns:
-            the path of the HTML page, which holds all its pictures and needs nothing else.
+            The path of the HTML page, which is self-contained: all pictures are inside.
         """
         folder = Path(folder)
-        shown = {**training_figure(self.runs, self.tables, folder), **(pictures or {})}
         replace_text(folder / "report.md", self.text())
         values = json.dumps(self.as_dict(), indent=1, allow_nan=False)
         replace_text(folder / "report.json", values + "\n")
-        return replace_text(folder / "report.html", render_page(self.content(), shown))
+        return replace_text(folder / "report.html", render_page(TEMPLATE, **self.content()))
 
 
-def build_report(runs: Sequence[Run]) -> Report:
-    """Group the runs, tabulate and compare them.
+def build_report(
+    runs: Sequence[Run],
+    folder: str | Path | None = None,
+    num_images: int = 4,
+    pictures: Mapping[str, str | Path] | None = None,
+) -> Report:
+    """Group, tabulate, compare and analyse runs.
+
+    Args:
+        folder: where the pictures are drawn (curves, and detections where runs kept their
+            predictions); None for a report without pictures.
+        num_images: number of images of each kind (best, worst, most different) to draw.
+        pictures: caption -> further picture to show.
 
     Raises:
-        UserError: nothing was evaluated and no run logged a training curve.
+        UserError: no run was evaluated or logged a training curve.
     """
-    groups, notes = group_runs(runs)
-    notes = [problem for run in runs for problem in run.problems] + notes
-    pretraining = [run for run in runs if run.is_pretraining]
+    groups, oddities = group_runs(runs)
+    notes = [problem for run in runs for problem in run.problems] + oddities
     silent = [r for r in runs if r.results is None and r.records and not r.is_pretraining]
     notes += [f"{run.path} is not evaluated: it appears in the curves only" for run in silent]
     if not groups and not any(len(run.records) > 1 for run in runs):
         raise UserError("nothing to report: " + "; ".join(notes))
-    return Report(build_tables(groups), pretraining, list(runs), notes)
+    folder = None if folder is None else Path(folder)
+    tables, failures = build_tables(groups, folder, num_images)
+    figures: dict[str, str | Path] = {}
+    if folder is not None and any(len(run.series(key)[0]) > 1 for run in runs for key in TITLES):
+        labels = {run.path: group.label for group in groups for run in group.runs}
+        curves: dict[str, list[Run]] = {}
+        for run in runs:
+            curves.setdefault(labels.get(run.path, run.label), []).append(run)
+        figures["Training curves"] = training_curves(curves, folder / "curves.png")
+    pretraining = [run for run in runs if run.is_pretraining]
+    return Report(tables, pretraining, {**figures, **(pictures or {})}, notes + failures)
+
+
+def markdown(text: str) -> str:
+    """Escape what would start markup or end a table cell, and join lines."""
+    return re.sub(r"[|<]", r"\\\g<0>", " ".join(text.splitlines()))
 
 
 def pretraining_rows(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
@@ -174,11 +196,18 @@ def _pretraining_dict(run: Run) -> dict[str, Any]:
     }
 
 
-def _grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     align = ["left", *["right"] * (len(head) - 1)]
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    return str(tabulate(cells, list(head), "github", colalign=align, disable_numparse=True))
+    return str(tabulate(list(rows), list(head), "github", colalign=align, disable_numparse=True))
 
 
-def _bullets(lines: Sequence[str]) -> str:
+def _bullets(lines: Iterable[str]) -> str:
     return "\n".join(f"* {line}" for line in lines)
+
+
+def _markdown_grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return _grid([markdown(cell) for cell in head], [[markdown(c) for c in row] for row in rows])
+
+
+def _markdown_bullets(lines: Iterable[str]) -> str:
+    return _bullets(map(markdown, lines))

@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from moco_common.errors import UserError
-from moco_det.report.matching import best_threshold, match
+from moco_det.report.error_analysis import best_threshold, match
 from moco_det.report.predictions_io import (
     OpenDataset,
     annotated_objects,

@@ -1,14 +1,14 @@
-"""The tables of a report: groups of runs beside each other and beside the papers' numbers."""
+"""The tables of a report: groups of runs, their differences, and the published numbers."""
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from moco_common.text import counted
+from moco_common.errors import UserError
 from moco_det.config.protocols import split_name
-from moco_det.report.error_analysis import RunAnalysis
+from moco_det.report.analyse import Analysis, analyse_groups
 from moco_det.report.groups import Group, differing_keys
 from moco_det.report.published import Published, published
 from moco_det.report.significance import Difference, Summary, summarize, welch_difference
@@ -25,7 +25,7 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two groups of one table. `caveats` are config keys in which they differ beyond weights."""
+    """Two groups of a table. `caveats` are the config keys, apart from weights, that differ."""
 
     a: str
     b: str
@@ -33,34 +33,31 @@ class Comparison:
     caveats: Sequence[str]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Table:
-    """The groups of one protocol on one data set, and what the papers say about it.
+    """The groups of one protocol on one data set.
 
-    `reference` holds published rows, and only where some group follows the protocol without
-    deviations; `reference_note` says in a sentence why there are none, if there could be.
-    The rest is filled by :func:`moco_det.report.analyse.analyse_tables`, where the predictions
-    were kept: an analysis for each run of a group, by its label; `images`, the file names of the
-    best and worst images; `figures`, caption -> picture.
+    Attributes:
+        comparisons: all pairs of groups.
+        reference: published rows; only where some group follows the protocol exactly.
+        reference_note: why published rows that exist are not shown.
+        analysis: what the predictions show; None where no run kept any.
     """
 
     protocol: str
     dataset: str
-    groups: list[Group]
-    comparisons: list[Comparison] = field(default_factory=list)
-    reference: list[Published] = field(default_factory=list)
+    groups: Sequence[Group]
+    comparisons: Sequence[Comparison] = ()
+    reference: Sequence[Published] = ()
     reference_note: str | None = None
-    class_names: Sequence[str] = ()
-    analyses: dict[str, list[RunAnalysis]] = field(default_factory=dict)
-    images: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    figures: dict[str, Path] = field(default_factory=dict)
+    analysis: Analysis | None = None
 
     def summaries(self, group: Group) -> dict[str, Summary]:
-        """Mean and deviation of each metric that a group's runs have."""
+        """Mean and standard deviation of each metric that all runs of a group have."""
         return {metric: summarize(group.values(metric)) for metric in group.metrics()}
 
     def rows(self, columns: Mapping[str, str]) -> tuple[list[str], list[list[str]]]:
-        """Header and rows of the columns that any group has; ours first, published below."""
+        """Head and rows, with the columns that some group has; published rows follow our own."""
         ours = [(g, self.summaries(g)) for g in self.groups]
         used = {m: title for m, title in columns.items() if any(m in s for _, s in ours)}
         rows = [
@@ -73,79 +70,53 @@ class Table:
         return ["group", "n", *used.values()], rows
 
 
-def build_tables(groups: Sequence[Group]) -> list[Table]:
-    """One table for each protocol and data set, in the order of the groups, all pairs compared."""
-    tables: dict[tuple[str, str], Table] = {}
+def build_tables(
+    groups: Sequence[Group], folder: Path | None = None, num_images: int = 0
+) -> tuple[list[Table], list[str]]:
+    """One table per protocol and data set, in the order of the groups, with all pairs compared.
+
+    Args:
+        folder: where pictures of the predictions are written; None for no pictures.
+        num_images: number of images of each kind to draw.
+
+    Returns:
+        The tables, and a sentence for each whose predictions could not be analysed.
+    """
+    members: dict[tuple[str, str], list[Group]] = {}
     for group in groups:
-        tables.setdefault(group.table, Table(*group.table, groups=[])).groups.append(group)
-    for table in tables.values():
-        _add_reference(table)
-        table.comparisons = [
+        members.setdefault(group.table, []).append(group)
+    tables, notes = [], []
+    for number, ((protocol, dataset), rivals) in enumerate(members.items()):
+        analysis = None
+        try:
+            analysis = analyse_groups(rivals, folder, str(number), num_images)
+        except (UserError, OSError) as error:
+            notes.append(f"no analysis of {dataset}: {error}")
+        comparisons = [
             _compare(*sorted(pair, key=_baseline_rank, reverse=True))
-            for pair in itertools.combinations(table.groups, 2)
+            for pair in itertools.combinations(rivals, 2)
         ]
-    return list(tables.values())
+        reference = _reference(protocol, dataset, rivals)
+        tables.append(Table(protocol, dataset, rivals, comparisons, *reference, analysis))
+    return tables, notes
 
 
 def spread(summary: Summary | None) -> str:
-    """`55.9 ± 0.2`, or the bare value of a single run, or `-`."""
+    """`55.9 ± 0.2`, the bare value of a single run, or `-`."""
     if summary is None:
         return "-"
     return f"{summary.mean:.1f}" + (f" ± {summary.std:.1f}" if summary.std is not None else "")
 
 
-def comparison_lines(table: Table) -> list[str]:
-    """One sentence for each pair of groups."""
-    lines = []
-    for pair in table.comparisons:
-        parts = [f"{COLUMNS[m]} {_signed(d)}" for m, d in pair.metrics.items() if m in COLUMNS]
-        line = f"{pair.a} minus {pair.b}: {', '.join(parts)}"
-        reasons = {d.why_no_interval for d in pair.metrics.values()}
-        if "n = 1" in reasons:
-            line += "; no interval, for a single run (n = 1) says nothing of the spread"
-        elif "no spread" in reasons:
-            line += "; no interval where the runs show no spread"
-        if pair.caveats:
-            more = f" and {len(pair.caveats) - 5} more" if len(pair.caveats) > 5 else ""
-            line += f". They also differ in {', '.join(pair.caveats[:5])}{more}"
-        lines.append(line + ".")
-    return lines
-
-
-def provenance_lines(table: Table) -> list[str]:
-    """What each group is: weights, seeds, iterations, commit, deviations from the protocol."""
-    lines = []
-    for group in table.groups:
-        facts = [f"weights {' and '.join(_distinct(r.weights or 'random' for r in group.runs))}"]
-        seeds = ["unknown" if run.seed is None else str(run.seed) for run in group.runs]
-        facts.append(f"seed {', '.join(seeds)}")
-        for key in ("iteration", "commit", "hardware"):
-            values = _distinct((run.results or {}).get(key) for run in group.runs)
-            values = [value[:10] for value in values] if key == "commit" else values
-            facts += [f"{key} {' and '.join(values)}"] if values else []
-        if not table.protocol:
-            facts.append("follows no protocol")
-        elif group.deviations is None:
-            facts.append("deviations not recorded")
-        elif group.deviations:
-            facts.append(
-                f"deviates from {table.protocol} in {counted(len(group.deviations), 'key')}"
-            )
-        else:
-            facts.append(f"exactly {table.protocol}")
-        lines.append(f"{group.label}: {'; '.join(facts)}.")
-    return lines
-
-
 def table_dict(table: Table) -> dict[str, Any]:
-    """A table as plain values, every single value included."""
+    """A table as plain values, including those of every single run."""
     groups = [
         {
             "label": group.label,
             "n": len(group.runs),
             "runs": [str(run.path) for run in group.runs],
             "seeds": [run.seed for run in group.runs],
-            "weights": _distinct(run.weights for run in group.runs),
+            "weights": distinct(run.weights for run in group.runs),
             "deviations": group.deviations,
             "explanation": group.results.get("explanation"),
             "metrics": {
@@ -163,18 +134,21 @@ def table_dict(table: Table) -> dict[str, Any]:
         "comparisons": [asdict(comparison) for comparison in table.comparisons],
         "published": [asdict(row) for row in table.reference],
         "published_note": table.reference_note,
+        "analysis": table.analysis and table.analysis.as_dict(),
     }
 
 
-def _add_reference(table: Table) -> None:
-    rows = published(table.protocol, table.dataset)
-    if rows and any(g.deviations == [] and _is_resnet50(g) for g in table.groups):
-        table.reference = rows
-    elif rows:
-        table.reference_note = (
-            f"Published numbers of {table.protocol} exist, but no run here follows the protocol "
-            "with a ResNet-50 and without deviations: they are not comparable and not shown."
-        )
+def _reference(
+    protocol: str, dataset: str, groups: Sequence[Group]
+) -> tuple[Sequence[Published], str | None]:
+    """Published rows to show, or the reason why those that exist are not shown."""
+    rows = published(protocol, dataset)
+    if not rows or any(g.deviations == [] and _is_resnet50(g) for g in groups):
+        return rows, None
+    return (), (
+        f"Published numbers of {protocol} exist, but no run here follows the protocol with a "
+        "ResNet-50 and without deviations: they are not comparable and not shown."
+    )
 
 
 def _is_resnet50(group: Group) -> bool:
@@ -184,7 +158,7 @@ def _is_resnet50(group: Group) -> bool:
 
 
 def _baseline_rank(group: Group) -> int:
-    """Baselines are subtracted: random weights from supervised ones, and both from the rest."""
+    """Rank for the sign of differences: 0 for random weights, 1 for supervised, 2 for others."""
     results = group.results
     start = str(results.get("init") or split_name(str(results["protocol"] or ""))[1])
     if not group.runs[0].weights or start == "random":
@@ -198,12 +172,6 @@ def _compare(a: Group, b: Group) -> Comparison:
     return Comparison(a.label, b.label, metrics, differing_keys(a, b))
 
 
-def _signed(difference: Difference) -> str:
-    text = f"{difference.mean:+.1f}"
-    if difference.interval:
-        text += f" [{difference.interval[0]:+.1f}, {difference.interval[1]:+.1f}]"
-    return text
-
-
-def _distinct(values: Iterable[Any]) -> list[str]:
+def distinct(values: Iterable[Any]) -> list[str]:
+    """The different values but None, as text, in the order of their first appearance."""
     return [str(value) for value in dict.fromkeys(v for v in values if v is not None)]

@@ -50,8 +50,7 @@ def browse(folder, page, *options):
 @pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome on PATH")
 def test_the_page_renders_whole_and_asks_for_nothing(tmp_path):
     paths = [*two_groups(tmp_path / "runs", predictions=True), write_pretraining(tmp_path / "pre")]
-    report = build_report(read_runs(paths))
-    report.analyse(tmp_path / "out", num_images=2)
+    report = build_report(read_runs(paths), tmp_path / "out", num_images=2)
     page = report.write(tmp_path / "out")
     html = page.read_text(encoding="utf-8")
     policy = "script-src 'unsafe-inline'; img-src data:"

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,12 +11,18 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from moco_common.errors import UserError
-from moco_det.report.breakdowns import details, deviations
+from moco_det.report.analyse import Analysis
 from moco_det.report.build import build_report
-from moco_det.report.error_analysis import analyse_run, choose_images, count_confusions
-from moco_det.report.matching import assign, match
+from moco_det.report.error_analysis import (
+    analyse_run,
+    assign,
+    choose_images,
+    count_confusions,
+    match,
+)
 from moco_det.report.predictions_io import annotated_objects, open_dataset
 from moco_det.report.runs import read_runs
+from moco_det.report.sections import details, deviations
 from moco_det.structures.objects import Objects
 from tests.moco_det.report_cases import (
     CLASSES,
@@ -133,47 +140,45 @@ def test_best_worst_and_most_different_images_are_apart():
 
 
 def test_the_report_holds_what_the_predictions_show(tmp_path):
-    report = build_report(read_runs(two_groups(tmp_path / "runs", predictions=True)))
-    report.analyse(tmp_path / "out", num_images=1)
+    runs = read_runs(two_groups(tmp_path / "runs", predictions=True))
+    report = build_report(runs, tmp_path / "out", num_images=1)
     report.write(tmp_path / "out")
     (table,) = report.tables
+    analysis = table.analysis
     shown = {detail.title: detail for detail in details(table)}
     assert list(shown) == [
         "By object size", "Box AP by class",
         "Confusion of classes: moco", "Confusion of classes: random",
     ]  # fmt: skip
     matrix = shown["Confusion of classes: moco"]
-    assert f"summed over {len(table.analyses['moco'])} runs;" in matrix.note
-    assert [row[0] for row in matrix.rows] == [*CLASSES, "(nothing there)"]
+    assert f"summed over {len(analysis.runs['moco'])} runs;" in matrix.note
+    assert [row[0] for row in matrix.rows] == [*CLASSES, "(background)"]
     values = json.loads((tmp_path / "out" / "report.json").read_text())["tables"][0]["analysis"]
-    runs = table.analyses["moco"]
+    runs = analysis.runs["moco"]
     assert values["groups"]["moco"]["confusion"] == sum(run.confusion for run in runs).tolist()
     assert [len(c) for c in values["groups"]["random"]["precision_at_iou_50"].values()] == [101] * 2
     assert set(values["images"]) == {"best", "worst", "most different"}
-    assert all(path.is_file() for path in table.figures.values())
+    assert all(path.is_file() for path in analysis.figures.values())
     text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     assert "### Confusion of classes: random" in text
     assert report.notes == []
-    alone = next(iter(table.analyses["moco"]))
-    table.analyses = {"moco": [alone]}
-    assert "summed over 1 run; rows" in details(table)[-1].note
+    alone = replace(table, analysis=replace(analysis, runs={"moco": runs[:1]}))
+    assert "summed over 1 run; rows" in details(alone)[-1].note
 
 
 def test_many_classes_are_listed_by_their_confusions(tmp_path):
-    report = build_report(read_runs(two_groups(tmp_path / "runs", predictions=True)))
-    report.analyse(tmp_path / "out", num_images=0)
+    runs = read_runs(two_groups(tmp_path / "runs", predictions=True))
+    report = build_report(runs, tmp_path / "out", num_images=0)
     (table,) = report.tables
-    assert not [caption for caption in table.figures if "Where" in caption]
-    table.class_names = [f"class {index}" for index in range(30)]
-    (run, *_) = table.analyses.pop("moco")
-    table.analyses.clear()
+    assert list(table.analysis.figures) == ["Precision over recall"]
+    run = table.analysis.runs["moco"][0]
     matrix = np.zeros((31, 31), dtype=np.int64)
     matrix[3, [3, 5, 30]] = [10, 7, 3]
     matrix[8, 2] = 9
     matrix[30, 4] = 50
-    many = type(run)(run.threshold, run.precision, run.sizes, matrix, run.f1)
-    table.analyses["moco"] = [many]
-    rows = details(table)[-1].rows
+    names = [f"class {index}" for index in range(30)]
+    many = Analysis(names, {"moco": [replace(run, confusion=matrix)]})
+    rows = details(replace(table, analysis=many))[-1].rows
     assert rows == [["class 8", "class 2", "9", "100.0 %"], ["class 3", "class 5", "7", "35.0 %"]]
 
 
@@ -182,15 +187,13 @@ def test_data_that_are_gone_or_others_are_named_and_the_rest_is_reported(tmp_pat
     results = [{"image_id": 77, "category_id": 4, "bbox": [1, 1, 5, 5], "score": 0.5}]
     for path in paths:
         (path / "inference" / "coco_instances_results.json").write_text(json.dumps(results))
-    report = build_report(read_runs(paths))
-    report.analyse(tmp_path / "out")
+    report = build_report(read_runs(paths), tmp_path / "out")
     assert "no analysis of coco:" in report.notes[0]
     assert "image 77 of the detections is not in the ground truth" in report.notes[0]
     (tmp_path / "data" / "own.json").unlink()
-    report = build_report(read_runs(paths))
-    report.analyse(tmp_path / "out")
+    report = build_report(read_runs(paths), tmp_path / "out")
     assert "own.json" in report.notes[0]
-    assert report.tables[0].analyses == {}
+    assert report.tables[0].analysis is None
     assert "moco" in report.text()
     with pytest.raises(UserError, match="keeps no predictions"):
         analyse_run(tmp_path, open_dataset([]))
@@ -209,7 +212,7 @@ def test_deviations_that_groups_share_are_said_once_and_explained(tmp_path):
     assert blocks == {
         "Deviations from VOC: a (2)": shared,
         "Deviations from VOC: b (3)": own,
-        "What was run, and what that does: all groups (1)": [sentence],
+        "Effects of the configuration: all groups (1)": [sentence],
     }
     assert sentence in report.text()
     assert report.text().count(shared[0]) == 2

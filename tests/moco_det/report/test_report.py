@@ -230,7 +230,8 @@ def test_a_run_too_short_for_curves_is_reported_without_them(tmp_path):
     run = write_run(tmp_path / "short", steps=1)
     with (run / "metrics.json").open("a") as file:
         file.write(json.dumps({"iteration": 20, "bbox/AP": 4.0}) + "\n")
-    page = build_report(read_runs([run])).write(tmp_path / "out").read_text(encoding="utf-8")
+    out = tmp_path / "out"
+    page = build_report(read_runs([run]), out).write(out).read_text(encoding="utf-8")
     assert "Training curves" not in page
     assert "| short" in (tmp_path / "out/report.md").read_text(encoding="utf-8")
 
@@ -290,7 +291,7 @@ class Page(HTMLParser):
 
 def test_the_page_holds_everything_and_needs_no_network(tmp_path):
     paths = [*two_groups(tmp_path / "runs"), write_pretraining(tmp_path / "pre")]
-    page = build_report(read_runs(paths)).write(tmp_path / "report")
+    page = build_report(read_runs(paths), tmp_path / "report").write(tmp_path / "report")
     html = page.read_text(encoding="utf-8")
     parsed = Page()
     parsed.feed(html)
@@ -302,10 +303,26 @@ def test_the_page_holds_everything_and_needs_no_network(tmp_path):
     assert "<b>dog|" in parsed.text  # a class name is text, never markup
 
 
+def test_names_cannot_break_the_markdown(tmp_path):
+    """Bars, tags and line breaks in the names of classes, runs and groups stay text."""
+    evil = "a|<b>\nc"
+    scores = {"AP": 40.0, "per_class": {evil: 41.0}}
+    run = write_run(tmp_path / "x|<i>y", bbox=scores, deviations=[evil], dataset=evil)
+    report = build_report(read_runs([run]))
+    lines = report.text().splitlines()
+    assert not [line for line in lines if re.search(r"(?<!\\)<", line)]
+    assert "| a\\|\\<b> c |" in " ".join(report.text().split())
+    assert "## VOC on a\\|\\<b> c" in lines
+    assert "* a\\|\\<b> c" in lines
+    cells = {len(re.findall(r"(?<!\\)\|", line)) for line in lines if line.startswith("| x")}
+    assert cells <= {4}
+    assert "x|<i>y" in report.summary()
+
+
 def test_report_files_agree_and_the_json_is_strict(tmp_path):
     paths = two_groups(tmp_path / "runs")
     out = tmp_path / "deep" / "report"
-    report = build_report(read_runs(paths))
+    report = build_report(read_runs(paths), out)
     report.write(out)
     assert sorted(p.name for p in out.iterdir()) == [
         "curves.png", "report.html", "report.json", "report.md"

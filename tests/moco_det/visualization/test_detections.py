@@ -13,8 +13,8 @@ from pycocotools import mask as mask_codec
 from torchvision.ops import box_iou as torchvision_box_iou
 
 from moco_common.errors import UserError
+from moco_det.report.error_analysis import best_threshold, match
 from moco_det.report.example_images import compare_runs, detections_grid
-from moco_det.report.matching import best_threshold, match
 from moco_det.report.predictions_io import annotated_objects, detected_objects
 from moco_det.structures.label_map import LabelMap
 from moco_det.structures.objects import Objects, box_iou
