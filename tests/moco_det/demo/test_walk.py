@@ -39,7 +39,7 @@ def test_the_demo_walks_the_whole_road_once(
     for picture in ("pretraining.png", "fine-tuning.png", "detections.png"):
         assert (tmp_path / picture).stat().st_size > 10_000
     page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
-    for part in ("Precision over recall", "Confusion of classes", "Where they differ most"):
+    for part in ("Precision over recall", "Confusion of classes", "Largest difference in F1"):
         assert part in page
     results = {
         name: json.loads((tmp_path / name / "results.json").read_text())
