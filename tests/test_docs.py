@@ -1,5 +1,6 @@
-"""The documentation: what it names exists, and every command line in it is one that works."""
+"""The documentation: every command line in it is accepted, and everything that it names exists."""
 
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -9,16 +10,17 @@ import pytest
 import moco_det.config.defaults
 import moco_det.config.protocols
 import pretrain.config.defaults
+from tests.test_house import ROOMS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TOOLS = {path.stem for path in (ROOT / "tools").glob("[a-z]*.py")}
-COMMAND = re.compile(r"^(?:\S*python3? )?(?:tools/(\w+)\.py|moco-([a-z-]+)) ?(.*)$")
+COMMAND = re.compile(r"^(?:\S*python3? )?(?:tools/(\w+)\.py|moco-(?!det )([a-z-]+)) ?(.*)$")
 
 
 def commands(page):
-    """(tool, words) of every command line of a page: indented or fenced, continued by ``\\``, with
-    the shell variables that the page sets."""
+    """The ``(tool, words)`` of every command line of a page, indented or fenced, with continuation
+    lines joined and the page's shell variables replaced."""
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
     variables = dict(re.findall(r'^    ([A-Z0-9]+)="([^"]*)"', text, flags=re.MULTILINE))
     for line in text.splitlines():
@@ -103,7 +105,51 @@ def test_every_key_that_a_page_names_exists(page):
         assert section not in sections or key in known or part, key
 
 
+def anchors(page):
+    """The anchors of a page's headings, as GitHub and mkdocs make them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_links_between_pages_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
-        assert (page.parent / target).exists(), target
+    links = re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", page.read_text(encoding="utf-8"))
+    for target, anchor in links:
+        assert not target or (page.parent / target).exists(), target
+        if anchor:
+            assert anchor in anchors(page.parent / target if target else page), (target, anchor)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_file_of_ours_that_a_page_names_exists(page):
+    """Except in the page that shows how to create a method's file."""
+    ours = r"`((?:moco_common|pretrain|moco_det|tests/(?:moco_common|pretrain|moco_det))/[\w/.]+)"
+    for name in re.findall(ours, page.read_text(encoding="utf-8")):
+        assert (ROOT / name).exists() or page.stem == "adding-a-method", name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_target_of_make_that_a_page_names_exists(page):
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"(?:^    |`)make ([\w-]+)", page.read_text("utf-8"), re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+def test_the_index_leads_to_every_page():
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"}
+    assert not {name for name in pages if f"({name})" not in index}
+
+
+def test_contributing_describes_every_room():
+    rows = re.findall(r"^\| (`.*?) \|", (ROOT / "CONTRIBUTING.md").read_text("utf-8"), re.MULTILINE)
+    rooms = [room for row in rows for room in re.findall(r"`(\w+)`", row)]
+    expected = [name for package in ROOMS for name in (package, *ROOMS[package])]
+    assert rooms == expected
+
+
+def test_every_module_that_the_changelog_points_to_exists():
+    table = re.findall(r"^\| `.*?\| (.*) \|$", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.M)
+    modules = [name for row in table for name in re.findall(r"`([\w.]+)`", row)]
+    assert len(modules) > 40
+    assert not [name for name in modules if importlib.util.find_spec(name) is None]

@@ -1,9 +1,9 @@
-"""The pages are walked: every command of the README's road and of the tutorial is run, in order.
+"""The README and the tutorial are executed: every command, in order.
 
-The folder that they run in holds what the pages ask for, ``photos/`` and ``boxes/``. The words of a
-page go to the command lines as they stand; only what makes everything tiny is appended to them. An
-indented block without a command is what the command before it prints: line by line, what it begins
-with must still be printed.
+They run in a folder that contains what the pages assume, ``photos/`` and ``boxes/``. The command
+lines are passed as they stand; only overrides that make everything tiny are appended. An indented
+block without a command is the output of the command before it: the beginning of each of its lines
+must still be printed.
 """
 
 import importlib
@@ -19,7 +19,7 @@ from tests.pretrain.runs import write_photographs
 
 ROOT = Path(__file__).parents[1]
 TOOL = re.compile(r"^(?:\.venv/bin/python )?(?:tools/(\w+)\.py|moco-([a-z-]+))(?: |$)")
-# What a reader also types, and no test repeats: the environment is the one that the tests run in.
+# Set-up commands, which are not executed: the environment is the one that the tests run in.
 SET_UP = re.compile(r"^(make (?P<target>\S+)|\. \.venv/bin/activate|git clone|cd )")
 TINY = {
     "pretrain": "--num-gpus 1 MODEL.WIDTH 0.0625 MODEL.BN_GROUPS 2 INPUT.CROP_SIZE 32 MOCO.DIM 8 "
@@ -31,14 +31,14 @@ TINY = {
 
 @dataclass
 class Step:
-    """A command of a page, and what the page says that it prints."""
+    """A command of a page, and its output according to the page."""
 
     command: str
     prints: list[str] = field(default_factory=list)
 
 
 def steps(text):
-    """The commands of a page, in order; fenced blocks are illustrations."""
+    """The commands of a page, in order, without fenced blocks, which are illustrations."""
     text = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M).replace("\\\n", " ")
     found = []
     for block in re.findall(r"(?:^    .*\n?)+", text, flags=re.M):
@@ -52,9 +52,9 @@ def steps(text):
 
 
 def run(step, capfd):
-    """Run a step of a page in this folder, made tiny; what is printed, and the exit status."""
+    """Run a step of a page in the current folder, made tiny, and return what it printed."""
     tool, words = TOOL.match(step.command), shlex.split(step.command, comments=True)
-    assert tool, f"what is this command? {step.command}"
+    assert tool, f"unknown command: {step.command}"
     name = tool.group(1) or tool.group(2).replace("-", "_")
     name = "inspect_run" if name == "inspect" else name  # a file inspect.py would hide Python's own
     at = next(i for i, word in enumerate(words) if TOOL.match(f"{word} "))
@@ -71,7 +71,7 @@ def run(step, capfd):
 
 
 def beginning(line):
-    """What a line of output begins with, up to the first number: that of it which is always so."""
+    """The beginning of a line of output, up to the first number, which does not vary."""
     words = re.split(r"[0-9~±/|]|\.\.\.| - ", line.strip())[0].split()
     return " ".join(words[:2])
 
@@ -113,9 +113,9 @@ def test_a_broken_page_is_noticed(folder, capfd, broken):
 
 
 @pytest.mark.timeout(600)
-def test_the_road_of_the_readme_can_be_walked(folder, capfd):
+def test_the_commands_of_the_readme_work_in_order(folder, capfd):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    road = text[text.index("## The road on your own data") :]
+    road = text[text.index("## From your own photographs to a detector") :]
     road = road[: road.index("\n## ", 4)]
     assert len(steps(road)) >= 6
     walk(road, capfd)
@@ -124,7 +124,7 @@ def test_the_road_of_the_readme_can_be_walked(folder, capfd):
 
 
 @pytest.mark.timeout(600)
-def test_the_tutorial_can_be_walked(folder, capfd):
+def test_the_commands_of_the_tutorial_work_in_order(folder, capfd):
     walk((ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8"), capfd)
     assert (folder / "views.png").stat().st_size > 10_000
     assert (folder / "report" / "report.html").stat().st_size > 10_000

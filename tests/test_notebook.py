@@ -1,4 +1,4 @@
-"""The notebook that walks the road: every cell runs."""
+"""The notebook: every cell runs."""
 
 from pathlib import Path
 
