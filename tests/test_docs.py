@@ -141,11 +141,12 @@ def test_the_index_leads_to_every_page():
     assert not {name for name in pages if f"({name})" not in index}
 
 
-def test_contributing_describes_every_room():
-    rows = re.findall(r"^\| (`.*?) \|", (ROOT / "CONTRIBUTING.md").read_text("utf-8"), re.MULTILINE)
-    rooms = [room for row in rows for room in re.findall(r"`(\w+)`", row)]
-    expected = [name for package in ROOMS for name in (package, *ROOMS[package])]
-    assert rooms == expected
+@pytest.mark.parametrize("package", ROOMS)
+def test_contributing_describes_every_room(package):
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    table = text[text.index(f"| `{package}` | purpose |") :].partition("\n\n")[0]
+    described = re.findall(r"`(\w+)`", "".join(re.findall(r"^\|([^|]*)\|", table, re.MULTILINE)))
+    assert not set(ROOMS[package]) - set(described)
 
 
 def test_every_module_that_the_changelog_points_to_exists():
