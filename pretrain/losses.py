@@ -1,4 +1,4 @@
-"""Losses: pure functions of tensors. No state, no collectives."""
+"""Losses as pure functions of tensors, without state or collectives."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch import Tensor
 def info_nce(
     q: Tensor, k: Tensor, negatives: Tensor, temperature: float, chunk: int = 4096
 ) -> tuple[Tensor, Tensor]:
-    """InfoNCE with one positive a query and shared negatives (He et al. 2020, Eq. 1).
+    """InfoNCE with one positive per query and shared negatives (He et al. 2020, Eq. 1).
 
-    For each query, ``-log( exp(q.k/T) / (exp(q.k/T) + sum_j exp(q.n_j/T)) )``; the mean over
-    queries is returned. The negatives are visited in chunks by an online softmax and the gradient
-    is computed on the way, so neither the NxK logits nor the negatives are kept for the backward
-    pass: the caller may overwrite its queue at once.
+    The mean over queries of ``-log( exp(q.k/T) / (exp(q.k/T) + sum_j exp(q.n_j/T)) )``. An online
+    softmax visits the negatives in chunks and computes the gradient at the same time, so neither
+    the NxK logits nor the negatives are kept for the backward pass, and the caller may overwrite
+    its queue at once.
 
     Args:
         q: (N, C) queries, of unit length for cosine similarity; receives a gradient.
         k: (N, C) positive keys; receives a gradient if it requires one.
         negatives: (K, C) keys of other images; never receives a gradient.
         temperature: T > 0.
-        chunk: negatives visited at once; changes rounding only.
+        chunk: negatives visited at once; it affects rounding only.
 
     Returns:
         loss: scalar, log(K+1) when all similarities are equal.
@@ -43,7 +43,7 @@ class _InfoNCE(torch.autograd.Function):
         scaled = q / temperature
         positive = (scaled * k).sum(1)  # N
         # Running maximum, sum of exp(logit - maximum), and sum of exp(logit - maximum) * key.
-        # They start at the positive, so the softmax includes it.
+        # They start with the positive, so that the softmax includes it.
         maximum = positive.clone()
         total = torch.ones_like(positive)  # N
         expected = k.clone()  # NxC
@@ -86,14 +86,14 @@ def batch_info_nce(
     q: Tensor, keys: Tensor, positive: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """InfoNCE of each query against all keys of a batch, one of which is its positive (He et al.
-    2020, Eq. 1, with the batch for a dictionary).
+    2020, Eq. 1, with the batch as the dictionary).
 
-    For each query, ``-log( exp(q.k+/T) / sum_j exp(q.k_j/T) )``; the mean over the queries.
+    The mean over queries of ``-log( exp(q.k+/T) / sum_j exp(q.k_j/T) )``.
 
     Args:
         q: (N, C) queries, of unit length for cosine similarity.
         keys: (M, C) keys.
-        positive: (N,) int64, which key belongs to each query.
+        positive: (N,) int64, the key of each query.
         temperature: T > 0.
 
     Returns:
@@ -105,14 +105,14 @@ def batch_info_nce(
 
 
 def nt_xent(z: Tensor, everyone: Tensor, first: int, temperature: float) -> tuple[Tensor, Tensor]:
-    """NT-Xent (Chen et al. 2020, SimCLR, Eq. 1): each embedding against all others but itself, of
-    which the other view of its image is the positive.
+    """NT-Xent (Chen et al. 2020, SimCLR, Eq. 1): each embedding against all others, of which the
+    other view of its image is the positive.
 
     Args:
-        z: (2N, C) unit vectors: N images in one view, then the same N in the other.
-        everyone: (M, C) all embeddings of the global batch; rows ``first`` to ``first + 2N - 1``
-            are ``z``.
-        first: see above.
+        z: (2N, C) unit vectors: one view of N images, then the other view of the same images.
+        everyone: (M, C) all embeddings of the global batch, of which rows ``first`` to
+            ``first + 2N - 1`` are ``z``.
+        first: row of ``everyone`` at which ``z`` starts.
         temperature: T > 0.
 
     Returns:
@@ -127,8 +127,8 @@ def nt_xent(z: Tensor, everyone: Tensor, first: int, temperature: float) -> tupl
 
 
 def cosine_regression(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared distance of the vectors scaled to unit length, ``2 - 2 cos`` (Grill et al. 2020,
-    BYOL, Eq. 2).
+    """Mean squared distance between vectors scaled to unit length, ``2 - 2 cos`` (Grill et al.
+    2020, BYOL, Eq. 2).
 
     Shape: (N, C), (N, C) -> (), in [0, 4]; the target receives a gradient if it requires one.
     """
@@ -136,9 +136,10 @@ def cosine_regression(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def log_sum_exp(q: Tensor, negatives: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """What a part of the negatives adds to the denominator of InfoNCE, and the largest logit.
+    """Logarithm of the contribution of some negatives to the denominator of InfoNCE, and the
+    largest logit.
 
-    Shape: (N, C), (K, C) -> (N,) with gradient, (N,) without; both -inf for K = 0.
+    Shape: (N, C), (K, C) -> (N,) with gradient, (N,) without; both are -inf for K = 0.
     """
     logits = q @ negatives.T / temperature  # NxK
     floor = logits.new_full((len(q), 1), -torch.inf)
@@ -146,7 +147,7 @@ def log_sum_exp(q: Tensor, negatives: Tensor, temperature: float) -> tuple[Tenso
 
 
 def identity(x: Tensor) -> Tensor:
-    """What it is given: the sum over the ranks where there is one."""
+    """Return ``x``: the sum over the ranks when there is only one."""
     return x
 
 
@@ -157,22 +158,23 @@ def sinkhorn(
     iterations: int = 3,
     sum_over_ranks: Callable[[Tensor], Tensor] = identity,
 ) -> Tensor:
-    """Codes that spread the batch equally over the prototypes (Caron et al. 2020, SwAV, Eq. 3-5).
+    """Compute codes that distribute the batch evenly over the prototypes (Caron et al. 2020, SwAV,
+    Eq. 3-5).
 
-    The scores, as ``exp(scores / epsilon)``, are scaled in turn so that all prototypes receive the
-    same share of the global batch, and so that each sample gives 1. No gradient passes.
+    ``exp(scores / epsilon)`` is scaled alternately so that all prototypes receive the same share of
+    the global batch, and so that each sample sums to 1. The result has no gradient.
 
     Args:
-        scores: (..., N, P) cosines of N samples of this rank and P prototypes. Leading dimensions
-            are problems of their own, which share each exchange between the ranks.
-        epsilon: smoothness, at least 0.025: below that the exponentials leave float32's range.
-        iterations: of both scalings, the samples' last.
-        sum_over_ranks: adds up a tensor (..., 1, P) over the ranks; N may differ between them.
+        scores: (..., N, P) cosines between N samples of this rank and P prototypes. Leading
+            dimensions are independent problems that share each exchange between the ranks.
+        epsilon: smoothness, at least 0.025: below it the exponentials leave the range of float32.
+        iterations: of both scalings, that of the samples last.
+        sum_over_ranks: sums a tensor (..., 1, P) over the ranks; N may differ between them.
 
     Returns:
         (..., N, P), each row a distribution over the prototypes.
     """
-    # A common factor changes nothing; with this one no exponential exceeds 1.
+    # A common factor cancels; with this one no exponential exceeds 1.
     codes = ((scores - 1.0) / epsilon).exp()
     for _ in range(iterations):
         codes /= sum_over_ranks(codes.sum(-2, keepdim=True))  # prototypes: 1 each
@@ -181,11 +183,11 @@ def sinkhorn(
 
 
 def swapped_prediction(scores: Tensor, codes: Tensor, temperature: float) -> Tensor:
-    """Cross-entropy between the code of one view and what the others predict (Caron et al. 2020,
-    SwAV, Eq. 2 and 6): the mean over samples and over all pairs of a coded view and another view.
+    """Cross-entropy between the codes of some views and the predictions of the others (Caron et al.
+    2020, SwAV, Eq. 2 and 6): the mean over samples and over all pairs of a coded and another view.
 
     Args:
-        scores: (V, N, P) cosines with the prototypes, all views.
+        scores: (V, N, P) cosines between all views and the prototypes.
         codes: (A, N, P) codes of the first A <= V views.
         temperature: T > 0.
 

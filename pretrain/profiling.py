@@ -1,12 +1,13 @@
-"""Where a step goes: named stages, a clock for them, and the profiler of a run.
+"""Time per stage of a training step, and the profiler of a run.
 
-A stage is named ``kind: what``. The kinds are ``data``, ``encoders``, ``machinery`` (all that a
-method adds to its encoders) and ``communication``.
+A stage is named ``kind: what``. The kinds are ``data``, ``encoders``, ``machinery`` (what a method
+adds to its encoders) and ``communication``.
 """
 
 from __future__ import annotations
 
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -14,19 +15,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from moco_common import comm
 from moco_common.errors import UserError
 from moco_common.text import counted
 
 T = TypeVar("T")
-_clock: StageClock | None = None  # the one that runs, if any; stages report to it
+_clock: StageClock | None = None  # the running clock, if any, to which stages report
 
 
 @contextmanager
 def stage(name: str) -> Iterator[None]:
-    """Name what runs inside, for the clock and for traces. Costs some microseconds."""
+    """Name the enclosed code for the clock and for traces, at a cost of some microseconds."""
     with record_function(name):
         if _clock is None:
             yield
@@ -36,10 +37,10 @@ def stage(name: str) -> Iterator[None]:
 
 
 class StageClock:
-    """Adds up the seconds that each stage takes inside ``with clock:``.
+    """Total of the seconds that each stage takes inside ``with clock:``.
 
-    A stage is charged for its own time only, not for the stages inside it. A GPU is waited for at
-    both ends of a stage, so that its work is charged to the stage that asked for it.
+    A stage is charged for its own time only, not for that of nested stages. A GPU is synchronised
+    at both ends of a stage, so that its work is charged to the stage that launched it.
 
     Attributes:
         seconds: by name of the stage.
@@ -65,7 +66,7 @@ class StageClock:
 
     @contextmanager
     def charge(self, name: str) -> Iterator[None]:
-        """Count what runs inside as a stage's own time."""
+        """Charge the enclosed code to a stage."""
         self._settle()
         self._open.append(name)
         try:
@@ -85,12 +86,13 @@ class StageClock:
         return now
 
     def share(self, kind: str) -> float:
-        """Share of the total that the stages of this kind took, in [0, 1]."""
+        """Fraction of the total that the stages of this kind took, in [0, 1]."""
         spent = sum(value for name, value in self.seconds.items() if name.startswith(f"{kind}:"))
         return spent / self.total
 
     def table(self, steps: int) -> str:
-        """One line a stage, by kind, with milliseconds a step and the share of the whole."""
+        """Format one line per stage, by kind, with milliseconds per step and the fraction of the
+        total."""
         rest = self.total - sum(self.seconds.values())
         rows = sorted([*self.seconds.items(), ("rest: outside all stages", rest)], key=_place)
         width = max(len(name) for name, _ in rows)
@@ -109,17 +111,17 @@ def _place(row: tuple[str, float]) -> tuple[int, float]:
 
 
 class Profiler:
-    """Tells where the steps of a run go, then lets the run go on.
+    """Profile some steps of a run without changing it.
 
-    After some steps of warm-up, ``steps`` steps are timed by stage, and as many are traced
-    afterwards (a trace slows down what it sees). Rank 0 writes ``folder/trace.json``, which
-    chrome://tracing and Perfetto open, and says the table; every rank must take part.
+    After the warm-up, ``steps`` steps are timed by stage; as many are traced after them, because a
+    trace slows down what it records. Rank 0 writes ``folder/trace.json``, for chrome://tracing or
+    Perfetto, and prints the table; every rank must take part.
 
     Args:
         folder: of the run.
-        steps: to time, and to trace, at least 1.
-        warmup: steps before.
-        say: takes the lines that are to be read.
+        steps: number of steps to time, and to trace, at least 1.
+        warmup: steps before them.
+        say: prints a line.
 
     Raises:
         UserError: ``steps`` is below 1.
@@ -136,17 +138,21 @@ class Profiler:
         if steps < 1:
             raise UserError(f"--profile {steps} profiles nothing: give 1 or more iterations.")
         self.path = Path(folder) / "trace.json"
-        self.steps, self.say = steps, say
+        self.steps, self.warmup, self.say = steps, warmup, say
         self.clock = StageClock()
         activities = [ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(ProfilerActivity.CUDA)
-        self._trace = profile(activities=activities)
-        self._begin, self._middle, self._end = warmup, warmup + steps, warmup + 2 * steps
-        self._done = 0
+        with warnings.catch_warnings():
+            # The steps before the traced ones are timed, so the tracer must not warm up in them.
+            warnings.filterwarnings("ignore", message="Profiler won't be using warmup")
+            phases = schedule(wait=warmup + steps, warmup=0, active=steps, repeat=1)
+        self._trace = profile(activities=activities, schedule=phases, on_trace_ready=self._report)
+        self._needed = warmup + 2 * steps
+        self._done = 0  # complete steps
 
     def watch_data(self, batches: Iterable[T]) -> Iterator[T]:
-        """The same batches; waiting for each is a stage."""
+        """Yield the same batches; waiting for each is a stage."""
         iterator = iter(batches)
         while True:
             with stage("data: waiting"):
@@ -155,16 +161,18 @@ class Profiler:
                 break
             yield batch  # type: ignore[misc]
         self._advance()
-        if self._done < self._end:
-            self._stop()
+        self._trace.stop()
+        if self._done < self._needed:
+            if self.warmup <= self._done < self.warmup + self.steps:
+                self.clock.__exit__()
             if comm.rank() == 0:
                 self.say(
-                    f"warning: --profile {self.steps} tells nothing, because it needs {self._end} "
-                    f"iterations and the run ended after {self._done}"
+                    f"warning: --profile {self.steps} reports nothing, because it needs "
+                    f"{self._needed} iterations and the run ended after {self._done}"
                 )
 
     def watch_step(self, take_step: Callable[..., T]) -> Callable[..., T]:
-        """The same step, which times and traces itself."""
+        """Wrap a step so that it is timed and traced."""
 
         def watched(*args: Any, **kwargs: Any) -> T:
             self._advance()
@@ -174,29 +182,23 @@ class Profiler:
         return watched
 
     def _advance(self) -> None:
-        """At the end of a step and what follows it: begin or end what is due then."""
-        if self._done == self._begin:
+        if self._done == self.warmup:
             self.clock.__enter__()
-        elif self._done == self._middle:
+        elif self._done == self.warmup + self.steps:
             self.clock.__exit__()
+        if self._done:
+            self._trace.step()
+        else:
             self._trace.start()
-        elif self._done == self._end:
-            self._trace.stop()
-            if comm.rank() == 0:
-                self._report()
 
-    def _stop(self) -> None:
-        if self._begin <= self._done < self._middle:
-            self.clock.__exit__()
-        elif self._middle <= self._done < self._end:
-            self._trace.stop()
-
-    def _report(self) -> None:
+    def _report(self, trace: profile) -> None:
+        if self._done < self._needed or comm.rank() != 0:  # a run that is too short ends the trace
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self.path.with_suffix(".unfinished.json")
-        self._trace.export_chrome_trace(str(unfinished))
+        trace.export_chrome_trace(str(unfinished))
         unfinished.replace(self.path)
-        self.say(f"profile of {counted(self.steps, 'iteration')}, each on average:")
+        self.say(f"profile of {counted(self.steps, 'iteration')}, average of each:")
         self.say(self.clock.table(self.steps))
         self.say(f"trace of the {self.steps} after them: {self.path}")
 

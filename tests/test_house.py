@@ -14,8 +14,8 @@ ROOMS = {
         *("html_page", "reader", "stopping", "run_lock", "launch"),
     ),
     "pretrain": (
-        *("config", "losses", "distributed", "profiling", "modeling", "data", "solver"),
-        *("checkpoint", "methods", "probe", "visualization", "doctor", "engine", "inspection"),
+        *("losses", "distributed", "profiling", "modeling", "data", "solver", "checkpoint"),
+        *("methods", "config", "probe", "visualization", "doctor", "engine", "inspection"),
     ),
     "moco_det": (
         *("structures", "config", "conversion", "modeling", "checkpoint", "data", "evaluation"),

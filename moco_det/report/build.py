@@ -6,7 +6,6 @@ report.write("out")  # report.md, report.json and report.html, beside the pictur
 """
 
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -171,17 +170,16 @@ def markdown(text: str) -> str:
 
 
 def pretraining_rows(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
-    """Where each pre-training run stands: means over the last twentieth of what it logged."""
+    """Loss and accuracy of each pre-training run, averaged over the last 5 % of its records."""
     rows = []
     for values in map(_pretraining_dict, runs):
-        shown = [values[key] for key in ("loss", "log_k_plus_1", "accuracy")]
+        shown = [values[key] for key in ("loss", "chance_loss", "accuracy")]
         cells = ["-" if value is None else f"{value:.3f}" for value in shown]
         rows.append([values["label"], str(values["iterations"]), *cells])
-    return ["run", "iterations", "loss", "log(K+1)", "accuracy"], rows
+    return ["run", "iterations", "loss", "chance loss", "accuracy"], rows
 
 
 def _pretraining_dict(run: Run) -> dict[str, Any]:
-    queue = run.config.get("MOCO.QUEUE_SIZE")
     last: dict[str, float | None] = {}
     for key in ("loss", "accuracy"):
         values = run.series(key)[1]
@@ -192,7 +190,7 @@ def _pretraining_dict(run: Run) -> dict[str, Any]:
         "run": str(run.path),
         "iterations": run.records[-1]["iteration"] if run.records else 0,
         **last,
-        "log_k_plus_1": math.log(queue + 1) if queue else None,
+        "chance_loss": run.chance_loss,
     }
 
 

@@ -15,7 +15,7 @@ from moco_det.report.runs import Run, read_run
 from moco_det.visualization.figure import literal, save_figure
 
 TITLES = {
-    "loss": "pre-training: InfoNCE loss",
+    "loss": "pre-training: loss",
     "accuracy": "pre-training: contrastive accuracy",
     "total_loss": "total loss",
     "loss_cls": "classification loss",
@@ -36,8 +36,8 @@ def training_curves(runs: Runs, path: str | Path, keys: Sequence[str] | None = N
     """Draw scalars of metrics.json against iterations, one panel a key, one colour a label.
 
     Thin lines are the values as logged; thick ones a centred moving average over 10 % of the
-    points of a curve (the figure says so). A pre-training loss comes with log(K + 1), the loss
-    of an encoder that cannot tell the key from the K entries of its queue.
+    points of a curve (the figure says so). A dashed line marks the chance loss of a pre-training
+    run, the loss of an encoder that has learned nothing, if its method has one.
 
     Args:
         runs: label -> a run directory, or several (trials), which share the label's colour.
@@ -191,11 +191,10 @@ def _curve(axis: Axes, run: Run, key: str, color: tuple[float, ...]) -> Line2D |
 
 
 def _chance_lines(axis: Axes, runs: Sequence[Run]) -> None:
-    for size in sorted({size for run in runs if (size := run.config.get("MOCO.QUEUE_SIZE"))}):
-        level = math.log(size + 1)
+    for level in sorted({level for run in runs if (level := run.chance_loss) is not None}):
         axis.axhline(level, color="0.3", linewidth=1, linestyle="--")
         axis.annotate(
-            f"log(K+1) = {level:.2f}",
+            f"chance {level:.2f}",
             (1, level),
             xycoords=("axes fraction", "data"),
             xytext=(-2, 2),

@@ -45,7 +45,21 @@ class Run:
         """Whether this is a pre-training run: contrastive, so neither boxes nor results."""
         if self.results is not None or any("total_loss" in record for record in self.records):
             return False
-        return "MOCO.QUEUE_SIZE" in self.config or any("accuracy" in r for r in self.records)
+        return "METHOD" in self.config or any("accuracy" in r for r in self.records)
+
+    @property
+    def chance_loss(self) -> float | None:
+        """Loss of an encoder that has learned nothing, if this is a pre-training run whose method
+        has such a loss."""
+        if not self.is_pretraining:
+            return None
+        recorded = self.series("chance_loss")[1]
+        if recorded:
+            return recorded[-1]
+        # Runs of earlier versions did not record it: log(K+1) where the configuration has K.
+        negatives = {"moco": "MOCO.QUEUE_SIZE", "memory-bank": "BANK.NEGATIVES"}
+        k = self.config.get(negatives.get(self.config.get("METHOD", "moco"), ""))
+        return math.log(k + 1) if k else None
 
     @property
     def seed(self) -> int | None:

@@ -1,1 +1,1 @@
-"""Recipes: every key with its default, and the YAML files that set them."""
+"""Configuration keys, their defaults, and the YAML files that set them."""

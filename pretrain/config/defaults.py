@@ -3,26 +3,154 @@
 from __future__ import annotations
 
 import ast
+import copy
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fvcore.common.config import CfgNode
 
 from moco_common.config import read_yaml
 from moco_common.errors import UserError
+from pretrain.methods import METHODS, declaration
 
-# What users look for, and why it is not there.
-NOT_KEYS = {
-    "SOLVER.ACCUMULATION_STEPS": "accumulated gradients would not be those of the large batch, "
-    "because BN statistics (and, without a queue, the negatives) would be those of each small one. "
-    "Lower SOLVER.BATCH_SIZE, which lowers the learning rate with it, or set SOLVER.PRECISION.",
+
+class Key(NamedTuple):
+    """A configuration key: its default, whose type its values have, and what it sets."""
+
+    default: Any
+    description: str
+
+
+# The keys that all methods share; each method's file declares its own.
+KEYS = {
+    "METHOD": Key("moco", "Pre-training method."),  # `all_keys` adds the names
+    "SEED": Key(0, "Seed of weights, image order, views, queue and permutations."),
+    "DATA": Key(
+        [],
+        "Image sources: folders, list files, coco:JSON:IMAGES or shards:URL. Set by --data.",
+    ),
+    "OUTPUT_DIR": Key("./runs/pretrain", "Directory of the run. Set by --output-dir."),
+    "MODEL.DEPTH": Key(50, "Depth of the ResNet: 18, 34, 50, 101 or 152."),
+    "MODEL.WIDTH": Key(
+        1.0,
+        "Multiplier of the channels of every layer, such as 0.25 on CPUs or 2 for a wide network.",
+    ),
+    "MODEL.GROUPS": Key(1, "Cardinality of the 3x3 convolutions, such as 32 for ResNeXt-50 32x4d."),
+    "MODEL.WIDTH_PER_GROUP": Key(64, "Channels per group in res2, such as 4 for ResNeXt-50 32x4d."),
+    "MODEL.BN_GROUPS": Key(
+        8,
+        "Number of BN groups over all ranks, each of at least 4 images. Ranks count as groups, so "
+        "a run on one process is equivalent to a run on this many GPUs.",
+    ),
+    "MODEL.SYNC_BN": Key(
+        False, "BN statistics over all ranks, as one group, whatever MODEL.BN_GROUPS is."
+    ),
+    "INPUT.CROP_SIZE": Key(224, "Side of a view in pixels."),
+    "INPUT.MIN_SCALE": Key(0.2, "Smallest area of a crop, as a fraction of the image."),
+    "INPUT.AUGMENTATION": Key(
+        "moco-v1",
+        "Paper whose augmentation is used: moco-v1, moco-v2, simclr, byol or swav.",
+    ),
+    "INPUT.SMALL_CROPS": Key(0, "Number of small views of multi-crop, in addition to the pair."),
+    "INPUT.SMALL_CROP_SIZE": Key(96, "Side of a small view in pixels."),
+    "INPUT.SMALL_SCALE": Key(
+        0.14,
+        "Largest area of a small crop, as a fraction of the image. With small crops, it is also "
+        "the smallest area of a large crop.",
+    ),
+    "INPUT.ON_DEVICE": Key(
+        False,
+        "Colour operations and blur on the GPU, so that the CPUs only decode, crop and resize.",
+    ),
+    "SOLVER.OPTIMIZER": Key("sgd", "Optimiser: sgd or lars."),
+    "SOLVER.TRUST_COEFFICIENT": Key(
+        0.001, "Trust coefficient of LARS, eta: length of a step relative to that of the weights."
+    ),
+    "SOLVER.BATCH_SIZE": Key(
+        256, "Images per step over all ranks. SOLVER.BASE_LR is scaled with it."
+    ),
+    "SOLVER.BASE_LR": Key(
+        0.03,
+        "Learning rate before the schedule. If the command line sets SOLVER.BATCH_SIZE alone, it "
+        "is scaled linearly with the batch.",
+    ),
+    "SOLVER.MOMENTUM": Key(0.9, "Momentum of the optimiser."),
+    "SOLVER.WEIGHT_DECAY": Key(
+        1e-4, "Weight decay. LARS does not apply it to BN parameters and biases."
+    ),
+    "SOLVER.EPOCHS": Key(
+        200,
+        "Length of the run in epochs, each of as many samples as there are images. With 0, "
+        "SOLVER.MAX_ITER alone sets the length.",
+    ),
+    "SOLVER.MAX_ITER": Key(
+        0,
+        "Largest number of iterations of the run and its schedule, or 0 for no limit beside "
+        "SOLVER.EPOCHS.",
+    ),
+    "SOLVER.SCHEDULE": Key(
+        "step", "Learning rate schedule: step, cosine, exponential or constant."
+    ),
+    "SOLVER.MILESTONES": Key(
+        [0.6, 0.8],
+        "Milestones of the step schedule as fractions of the run, such as epochs 120 and 160 of "
+        "200.",
+    ),
+    "SOLVER.GAMMA": Key(
+        0.1,
+        "Factor of the learning rate at each milestone of the step schedule, or at each decay of "
+        "the exponential one.",
+    ),
+    "SOLVER.DECAY_PERIOD": Key(0, "Iterations between two decays of the exponential schedule."),
+    "SOLVER.END_SHARE": Key(
+        0.0, "Final learning rate of the cosine schedule, as a fraction of SOLVER.BASE_LR."
+    ),
+    "SOLVER.PRECISION": Key(
+        "float32",
+        "Precision of the encoders: float32, or bfloat16 or float16 by autocast, for GPUs.",
+    ),
+    "SOLVER.COMPILE": Key(
+        False, "Compilation of the encoders, which takes minutes at the start of a run."
+    ),
+    "SOLVER.WARMUP_ITERS": Key(
+        0, "Iterations during which the learning rate rises linearly to SOLVER.BASE_LR."
+    ),
+    "SOLVER.WARMUP_EPOCHS": Key(
+        0.0,
+        "Length of the warm-up in epochs. A command line that sets the warm-up in one unit clears "
+        "the other.",
+    ),
+    "DATALOADER.NUM_WORKERS": Key(
+        4,
+        "Decoding processes per rank, at most as many as there are CPU cores. Their number does "
+        "not affect the result.",
+    ),
+    "DATALOADER.MAX_BAD_SHARE": Key(
+        0.05, "Largest fraction of unreadable images; a larger one is an error."
+    ),
+    "PROBE.DATA": Key(
+        "",
+        "Folder of class folders (or of train/ and test/ that hold them) for kNN evaluation during "
+        "the run, or empty for none. Labels are used for nothing else.",
+    ),
+    "PROBE.PERIOD_EPOCHS": Key(
+        0.0, "Epochs between kNN evaluations, or 0 for one at the end of the run."
+    ),
+    "CHECKPOINT.PERIOD": Key(1000, "Iterations between checkpoints."),
+    "CHECKPOINT.KEEP": Key(2, "Number of newest checkpoints that are kept."),
+    "LOG.PERIOD": Key(20, "Iterations between progress lines."),
 }
-# What a value is called that is not of the default's type.
-KINDS = {
+# Keys that users look for, and why they do not exist.
+NOT_KEYS = {
+    "SOLVER.ACCUMULATION_STEPS": "accumulated gradients would differ from those of the large "
+    "batch, because BN statistics (and, without a queue, the negatives) would be those of each "
+    "small one. Lower SOLVER.BATCH_SIZE, which scales the learning rate as well, or set "
+    "SOLVER.PRECISION.",
+}
+TYPE_NAMES = {
     bool: "True or False",
     int: "a whole number",
     float: "a number",
@@ -31,146 +159,75 @@ KINDS = {
 }
 
 
+def all_keys() -> dict[str, Key]:
+    """Every key by its dotted name: the common ones, and those that the methods declare."""
+    own = {key: Key(*value) for name in METHODS for key, value in declaration(name).keys.items()}
+    *names, last = METHODS
+    method = f"Pre-training method: {', '.join(names)} or {last}."
+    return KEYS | own | {"METHOD": KEYS["METHOD"]._replace(description=method)}
+
+
+def keys_of(method: str) -> dict[str, Key]:
+    """The common keys and those that ``method`` reads, its own and those of shared sections.
+
+    Raises:
+        UserError: there is no such method.
+    """
+    sections = {key.partition(".")[0] for key in KEYS} | declaration(method).sections
+    return {name: key for name, key in all_keys().items() if name.partition(".")[0] in sections}
+
+
 def get_defaults() -> CfgNode:
-    """All keys with their defaults (MoCo v1 on ImageNet-1M), one comment a key."""
+    """All keys, of every method, with their defaults (MoCo v1 on ImageNet-1M)."""
     cfg = CfgNode()
-    cfg.METHOD = "moco"  # moco, end-to-end, memory-bank, simclr, byol or swav
-    cfg.SEED = 0  # of weights, order, views, queue and permutations
-    cfg.DATA = []  # specs: a folder, a list file, coco:JSON:IMAGES or shards:URL; set by --data
-    cfg.OUTPUT_DIR = "./runs/pretrain"  # set by --output-dir
-
-    cfg.MODEL = CfgNode()
-    cfg.MODEL.DEPTH = 50  # of the ResNet: 18, 34, 50, 101 or 152
-    cfg.MODEL.WIDTH = 1.0  # multiplier of every layer's channels: 0.25 on CPUs, 2 for a wide net
-    cfg.MODEL.GROUPS = 1  # cardinality of the 3x3 convolutions: 32 for ResNeXt-50 32x4d
-    cfg.MODEL.WIDTH_PER_GROUP = 64  # channels of a group in res2: 4 for ResNeXt-50 32x4d
-    # BN groups over all ranks; each of at least 4 images. Ranks count as groups, so a run on one
-    # process means the same as one on this many GPUs.
-    cfg.MODEL.BN_GROUPS = 8
-    cfg.MODEL.SYNC_BN = False  # one BN group: statistics over all ranks, whatever BN_GROUPS says
-
-    cfg.INPUT = CfgNode()
-    cfg.INPUT.CROP_SIZE = 224  # side of a view, pixels
-    cfg.INPUT.MIN_SCALE = 0.2  # smallest area of a crop, as a share of the image
-    cfg.INPUT.AUGMENTATION = "moco-v1"  # of the paper named: moco-v1, moco-v2, simclr, byol, swav
-    cfg.INPUT.SMALL_CROPS = 0  # small views of multi-crop, beside the pair
-    cfg.INPUT.SMALL_CROP_SIZE = 96  # side of a small view, pixels
-    cfg.INPUT.SMALL_SCALE = 0.14  # largest area of a small crop, and then smallest of a large one
-    cfg.INPUT.ON_DEVICE = False  # colour and blur on the GPU; the CPUs decode, crop and resize
-
-    cfg.MOCO = CfgNode()
-    cfg.MOCO.DIM = 128  # length of a key
-    # K, the number of negatives; any number, batches need not divide it. Below the number of
-    # images on small data, or an image's own old key becomes its negative.
-    cfg.MOCO.QUEUE_SIZE = 65536
-    # m: how much of the key encoder is kept in a step, so an average of 1 / (1 - m) steps; a short
-    # run needs a smaller one.
-    cfg.MOCO.MOMENTUM = 0.999
-    cfg.MOCO.TEMPERATURE = 0.07  # T, by which similarities are divided: lower is sharper
-    cfg.MOCO.MLP = False  # v2's head: one hidden layer as wide as the features
-    cfg.MOCO.MLP_BN = False  # BN after both layers of it: not in v2, leaves the plateau sooner
-    cfg.MOCO.SHUFFLE_BN = True  # permute keys over ranks and BN groups: without, BN may leak
-
-    cfg.BANK = CfgNode()  # METHOD memory-bank; its head and temperature are MOCO's
-    cfg.BANK.NEGATIVES = 65536  # K, drawn in each step; at most the images less a batch
-    cfg.BANK.MOMENTUM = 0.5  # m of an image's key: m old + (1 - m) new, normalised
-
-    cfg.SIMCLR = CfgNode()
-    cfg.SIMCLR.DIM = 128  # length of an embedding
-    cfg.SIMCLR.TEMPERATURE = 0.1  # tau, by which similarities are divided: lower is sharper
-
-    cfg.BYOL = CfgNode()
-    cfg.BYOL.HIDDEN = 4096  # hidden units of projector and predictor
-    cfg.BYOL.DIM = 256  # length of a projection
-    cfg.BYOL.MOMENTUM = 0.996  # tau: what the target network keeps in a step at first; ends at 1
-
-    cfg.SWAV = CfgNode()
-    cfg.SWAV.HIDDEN = 2048  # hidden units of the projector
-    cfg.SWAV.DIM = 128  # length of an embedding
-    cfg.SWAV.PROTOTYPES = 3000  # number of clusters; fewer for few images
-    cfg.SWAV.TEMPERATURE = 0.1  # tau, by which similarities are divided: lower is sharper
-    cfg.SWAV.EPSILON = 0.05  # smoothness of the codes, at least 0.025
-    cfg.SWAV.SINKHORN_ITERS = 3  # iterations of Sinkhorn-Knopp
-    cfg.SWAV.FREEZE_ITERS = 313  # iterations at the start in which the prototypes stand still
-    cfg.SWAV.QUEUE_SIZE = 0  # embeddings of past batches that help to compute codes
-    cfg.SWAV.QUEUE_START_ITER = 0  # iteration from which on they do
-
-    cfg.SOLVER = CfgNode()
-    cfg.SOLVER.OPTIMIZER = "sgd"  # sgd or lars
-    cfg.SOLVER.TRUST_COEFFICIENT = 0.001  # eta of lars: a step's length as a share of the weights'
-    cfg.SOLVER.BATCH_SIZE = 256  # images of a step, over all ranks; BASE_LR follows it
-    # Learning rate before the schedule; where a pair sets BATCH_SIZE alone, scaled with it.
-    cfg.SOLVER.BASE_LR = 0.03
-    cfg.SOLVER.MOMENTUM = 0.9  # of SGD: how much of the last step's direction is kept
-    cfg.SOLVER.WEIGHT_DECAY = 1e-4  # pull of every weight towards zero; lars spares BN and biases
-    # Length of the run; in one epoch there are as many samples as there are images. 0: MAX_ITER
-    # alone says how long it is.
-    cfg.SOLVER.EPOCHS = 200
-    cfg.SOLVER.MAX_ITER = 0  # where positive, ends the run and its schedule, if EPOCHS does not
-    cfg.SOLVER.SCHEDULE = "step"  # of the learning rate: step, cosine, exponential or constant
-    cfg.SOLVER.MILESTONES = [0.6, 0.8]  # of "step", as shares of the run: epochs 120, 160 of 200
-    cfg.SOLVER.GAMMA = 0.1  # factor at each milestone of "step", or of each decay of "exponential"
-    cfg.SOLVER.DECAY_PERIOD = 0  # of "exponential": iterations between two decays
-    cfg.SOLVER.END_SHARE = 0.0  # of "cosine": where it ends, as a share of BASE_LR
-    cfg.SOLVER.PRECISION = "float32"  # or bfloat16, float16: autocast in the encoders, for GPUs
-    cfg.SOLVER.COMPILE = False  # compile the encoders; minutes at the start of a run
-    cfg.SOLVER.WARMUP_ITERS = 0  # iterations in which the rate rises linearly to BASE_LR
-    cfg.SOLVER.WARMUP_EPOCHS = 0.0  # the same in epochs; a pair that sets one clears the other
-
-    cfg.DATALOADER = CfgNode()
-    # Processes a rank that decode, at most as many as there are cores; they do not change the run.
-    cfg.DATALOADER.NUM_WORKERS = 4
-    cfg.DATALOADER.MAX_BAD_SHARE = 0.05  # share of unreadable images; more is an error
-
-    cfg.PROBE = CfgNode()
-    # Folder of class folders (or of train/ and test/ that hold them) for kNN during the run; ""
-    # for none. Labels are used for nothing else.
-    cfg.PROBE.DATA = ""
-    cfg.PROBE.PERIOD_EPOCHS = 0.0  # epochs between evaluations; 0: only at the end of the run
-
-    cfg.CHECKPOINT = CfgNode()
-    cfg.CHECKPOINT.PERIOD = 1000  # iterations between checkpoints
-    cfg.CHECKPOINT.KEEP = 2  # newest checkpoints kept
-
-    cfg.LOG = CfgNode()
-    cfg.LOG.PERIOD = 20  # iterations between progress lines
+    for name, key in all_keys().items():
+        section, _, leaf = name.rpartition(".")
+        if section and section not in cfg:
+            cfg[section] = CfgNode()
+        (cfg[section] if section else cfg)[leaf] = copy.copy(key.default)
     return cfg
 
 
+def run_config(cfg: CfgNode) -> CfgNode:
+    """The part of a configuration that its method reads, which is what a run records."""
+    top = {name.partition(".")[0] for name in keys_of(cfg.METHOD)}
+    return CfgNode({name: value for name, value in copy.deepcopy(cfg).items() if name in top})
+
+
 def recipe_folder() -> Path:
-    """Where the named recipes lie: inside the installed package, or in the checkout."""
+    """Folder of the named recipes, in the installed package or in the checkout."""
     installed = Path(__file__).parents[1] / "configs"
     return installed if installed.is_dir() else Path(__file__).parents[2] / "configs" / "pretrain"
 
 
 def recipe_names() -> list[str]:
-    """Names that ``--config`` takes."""
+    """Names of the recipes, for ``--config``."""
     return sorted(path.stem for path in recipe_folder().glob("*.yaml"))
 
 
 def load_config(name_or_file: str, overrides: Sequence[str] = ()) -> CfgNode:
-    """Defaults, then a recipe by name or a YAML file, then ``KEY VALUE`` pairs.
+    """Load the defaults, a recipe by name or a YAML file, and ``KEY VALUE`` pairs, in this order.
 
-    When a pair sets ``SOLVER.BATCH_SIZE`` and none sets ``SOLVER.BASE_LR``, the recipe's learning
+    If a pair sets ``SOLVER.BATCH_SIZE`` and none sets ``SOLVER.BASE_LR``, the recipe's learning
     rate is scaled linearly with the batch (Goyal et al. 2017). A pair that sets the warm-up in
-    iterations clears the recipe's in epochs, and the other way round.
+    iterations clears the recipe's in epochs, and vice versa.
 
     Raises:
-        UserError: unknown recipe or key (naming the nearest), a value of the wrong type; of a file
-            with its line.
+        UserError: an unknown recipe or key (with the nearest name), or a value of the wrong type;
+            for a file, with the line.
     """
     cfg = get_defaults()
     path = _find(name_or_file)
     values, lines = read_yaml(path)
     if not values:
-        raise UserError(f"{path} holds no keys: write `KEY: value` lines.")
+        raise UserError(f"{path} contains no keys: write lines such as `METHOD: moco`.")
     for key, value in leaves(values).items():
         _set(cfg, key, value, f"{path}, line {lines[key]}," if key in lines else str(path))
     recipe_batch = cfg.SOLVER.BATCH_SIZE
     if len(overrides) % 2:
         raise UserError(
-            f"Overrides come in KEY VALUE pairs, and '{overrides[-1]}' has no partner: "
-            f"write for instance `SOLVER.BATCH_SIZE 128`."
+            f"Overrides are KEY VALUE pairs, but '{overrides[-1]}' has no partner: write pairs "
+            f"such as `SOLVER.BATCH_SIZE 128`."
         )
     keys = list(overrides[::2])
     for key, text in zip(keys, overrides[1::2], strict=True):
@@ -185,11 +242,11 @@ def load_config(name_or_file: str, overrides: Sequence[str] = ()) -> CfgNode:
 
 
 def split_specs(values: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Part what follows ``--data`` into data specs and the KEY VALUE pairs that may trail them.
+    """Split the values after ``--data`` into data specs and the KEY VALUE pairs after them.
 
-    The pairs begin at the first value that is a key of the configuration and no existing path.
+    The pairs begin at the first value that is a configuration key and not an existing path.
     """
-    keys = key_names()
+    keys = all_keys()
     for i, value in enumerate(values):
         if (value in keys or re.fullmatch(r"[A-Z_]+\.[A-Z0-9_.]+", value)) and not (
             Path(value).exists()
@@ -201,7 +258,7 @@ def split_specs(values: Sequence[str]) -> tuple[list[str], list[str]]:
 def _find(name_or_file: str) -> Path:
     names = recipe_names()
     if not name_or_file:
-        raise UserError(f"--config is missing: name a recipe ({', '.join(names)}) or a YAML file.")
+        raise UserError(f"--config is missing: give a recipe ({', '.join(names)}) or a YAML file.")
     if name_or_file in names:
         return recipe_folder() / f"{name_or_file}.yaml"
     path = Path(name_or_file)
@@ -209,14 +266,14 @@ def _find(name_or_file: str) -> Path:
         return path
     near = difflib.get_close_matches(name_or_file, names, n=1)
     raise UserError(
-        f"--config {name_or_file} is neither a file nor a recipe: "
-        + (f"did you mean {near[0]}? " if near else "")
-        + f"The recipes are {', '.join(names)}."
+        f"--config {name_or_file} is neither a file nor a recipe"
+        + (f": did you mean {near[0]}?" if near else ".")
+        + f" The recipes are {', '.join(names)}."
     )
 
 
 def leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"SOLVER": {"BASE_LR": 0.03}}`` -> ``{"SOLVER.BASE_LR": 0.03}``."""
+    """Flatten ``{"SOLVER": {"BASE_LR": 0.03}}`` to ``{"SOLVER.BASE_LR": 0.03}``."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
@@ -226,30 +283,28 @@ def leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-@cache
-def key_names() -> tuple[str, ...]:
-    """All keys, dotted, in the order of the defaults."""
-    return tuple(leaves(get_defaults()))
-
-
 def check_key(key: str, where: str) -> None:
-    """Refuse what is no key (`UserError`), naming the nearest; ``where`` it stands."""
-    known = key_names()
+    """Raise `UserError` with the nearest names if ``where`` sets something that is not a key."""
+    known = all_keys()
     if key in known:
         return
     if key in NOT_KEYS:
-        raise UserError(f"{where} sets {key}, which is no key: {NOT_KEYS[key]}")
+        raise UserError(f"{where} sets {key}, which is not a key: {NOT_KEYS[key]}")
     near = difflib.get_close_matches(key.upper(), known, n=2, cutoff=0.5)
     leaf = key.upper().rpartition(".")[2]
     near += [name for name in known if name.rpartition(".")[2] == leaf and name not in near][:2]
     raise UserError(
-        f"{where} sets {key}, which is no key"
-        + (f": did you mean {' or '.join(near)}?" if near else f": one of {', '.join(known)}.")
+        f"{where} sets {key}, which is not a key"
+        + (
+            f": did you mean {' or '.join(near)}?"
+            if near
+            else f". The keys are {', '.join(known)}."
+        )
     )
 
 
 def _set(cfg: CfgNode, key: str, value: object, where: str) -> None:
-    """Set one dotted key, whose default fixes its type; whole numbers may stand for floats."""
+    """Set a dotted key to a value of its default's type; a whole number is a valid float."""
     check_key(key, where)
     *parents, leaf = key.split(".")
     node = cfg
@@ -264,7 +319,7 @@ def _set(cfg: CfgNode, key: str, value: object, where: str) -> None:
         value = list(value)
     if type(old) is not type(value):
         raise UserError(
-            f"{where} sets {key} to {value!r}: it takes {KINDS[type(old)]}"
+            f"{where} sets {key} to {value!r}: it takes {TYPE_NAMES[type(old)]}"
             + ("." if isinstance(old, bool) else f" such as {old!r}.")
         )
     node[leaf] = value

@@ -1,9 +1,7 @@
-"""``tools/pretrain.py --explain``: a recipe resolved, or all about one key."""
+"""``tools/pretrain.py --explain``: a resolved recipe, or one key."""
 
 from __future__ import annotations
 
-import inspect
-import re
 import textwrap
 from collections.abc import Sequence
 
@@ -11,43 +9,45 @@ from fvcore.common.config import CfgNode
 
 from moco_common.config import read_yaml
 from pretrain.config.defaults import (
+    all_keys,
     check_key,
-    get_defaults,
+    keys_of,
     leaves,
     load_config,
     recipe_folder,
     recipe_names,
 )
 from pretrain.engine.resume import may_change
+from pretrain.methods import METHODS, declaration
 
 WIDTH = 100
-OF_METHODS = ("MOCO", "BANK", "SIMCLR", "BYOL", "SWAV")  # sections that only some recipes use
-COMMENT = re.compile(r"#\s?(.*)$")
 
 
 def explain_key(key: str) -> str:
-    """What a key does, its default, its value in each recipe with the reason and the source, and
-    whether a resumed run may change it.
+    """Describe a key: its default, its value in each recipe with reason and source, and whether a
+    resumed run may change it.
 
     Raises:
-        UserError: an unknown key; the nearest are named.
+        UserError: an unknown key; the error names the nearest.
     """
     check_key(key, "--explain")
-    default = leaves(get_defaults())[key]
-    lines = [key, *_paragraph(comments()[key]), f"  default: {_show(default)}"]
+    default, description = all_keys()[key]
+    lines = [key, *_paragraph(description), f"  default: {_show(default)}"]
+    if key == "METHOD":
+        for name in METHODS:
+            lines += _paragraph(f"{name}: {declaration(name).explanation}", "    ")
     values: dict[str, list[str]] = {}
     sources: list[str] = []
     for name in recipe_names():
-        section = key.partition(".")[0]
-        stated = read_yaml(recipe_folder() / f"{name}.yaml")[0]
-        if section in OF_METHODS and section not in stated:
+        cfg = load_config(name)
+        if key not in keys_of(cfg.METHOD):
             continue
-        values.setdefault(_show(leaves(load_config(name))[key]), []).append(name)
-        if key in leaves(stated):
+        values.setdefault(_show(leaves(cfg)[key]), []).append(name)
+        if key in leaves(read_yaml(recipe_folder() / f"{name}.yaml")[0]):
             sources += _paragraph(f"{name}: {recipe_source(name)}", "    ")
             if reason := _reasons(name).get(key):
-                sources += _paragraph(f"{key} there: {reason}", "      ")
-    lines += ["  in the recipes:"]
+                sources += _paragraph(f"{key}: {reason}", "      ")
+    lines += ["  recipes:"]
     for value, names in values.items():
         lines += _paragraph(f"{value}: {', '.join(names)}", "    ")
     lines += ["  sources:", *sources] if sources else []
@@ -55,50 +55,31 @@ def explain_key(key: str) -> str:
 
 
 def explain_run(name_or_file: str, cfg: CfgNode, given: Sequence[str]) -> str:
-    """A resolved configuration: its source, and each key that differs from the default, with what
-    it does; those that the command line has changed are marked.
+    """Describe a resolved configuration: its source, its method, and each key that differs from the
+    default; those that the command line has changed are marked.
 
     Args:
         given: the KEY VALUE pairs of the command line.
     """
-    meant, default = comments(), leaves(get_defaults())
-    recipe = leaves(load_config(name_or_file))
+    recipe, values = leaves(load_config(name_or_file)), leaves(cfg)
     source = recipe_source(name_or_file) if name_or_file in recipe_names() else "a file of yours"
-    lines = [*_paragraph(f"recipe {name_or_file}: {source}", ""), ""]
-    lines += ["resolved, where the default is another ('*': not as in the recipe):"]
-    for key, value in leaves(cfg).items():
-        if key in ("DATA", "OUTPUT_DIR") or value == default[key] == recipe[key]:
+    lines = _paragraph(f"recipe {name_or_file}: {source}", "")
+    lines += [*_paragraph(f"method {cfg.METHOD}: {declaration(cfg.METHOD).explanation}", ""), ""]
+    lines += ["Keys that differ from their default ('*': changed from the recipe):"]
+    for key, (default, description) in keys_of(cfg.METHOD).items():
+        value = values[key]
+        if key in ("DATA", "OUTPUT_DIR") or value == default == recipe[key]:
             continue
         mark = "  " if value == recipe[key] else "* "
-        was = f" (the recipe has {_show(recipe[key])})" if mark == "* " else ""
-        lines += _paragraph(f"{key} {_show(value)}{was}: {meant[key]}", mark)
+        was = f" (recipe: {_show(recipe[key])})" if mark == "* " else ""
+        lines += _paragraph(f"{key} {_show(value)}{was}: {description}", mark)
     if "SOLVER.BATCH_SIZE" in given[::2] and "SOLVER.BASE_LR" not in given[::2]:
-        lines += ["", "SOLVER.BASE_LR has followed SOLVER.BATCH_SIZE; give it to have another."]
+        lines += ["", "SOLVER.BASE_LR was scaled with SOLVER.BATCH_SIZE; set it to override this."]
     return "\n".join(lines)
 
 
-def comments() -> dict[str, str]:
-    """What is written beside each key, or above it, where the defaults are."""
-    found: dict[str, str] = {}
-    above: list[str] = []
-    section = ""
-    for line in inspect.getsource(get_defaults).splitlines():
-        if line.lstrip().startswith("#"):
-            above.append(line.strip(" #"))
-            continue
-        code, _, comment = line.partition("  #")
-        key = re.match(r"\s*cfg\.([A-Z0-9_.]+) = (.*)", code)
-        if key and key.group(2).startswith("CfgNode"):
-            section = comment.strip()
-        elif key:
-            told = " ".join([*above, comment.strip()]).strip()
-            found[key.group(1)] = _sentence(told + (f" ({section})" if section else ""))
-        above = []
-    return found
-
-
 def recipe_source(name: str) -> str:
-    """What a recipe's file says of itself at its head: the paper and its sections."""
+    """The comment at the head of a recipe's file: the paper and its sections."""
     head: list[str] = []
     for line in (recipe_folder() / f"{name}.yaml").read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
@@ -108,11 +89,11 @@ def recipe_source(name: str) -> str:
 
 
 def _reasons(name: str) -> dict[str, str]:
-    """What a recipe's file says beside its keys."""
+    """The comments beside the keys of a recipe's file."""
     path = recipe_folder() / f"{name}.yaml"
-    text = path.read_text(encoding="utf-8").splitlines()
-    beside = {key: COMMENT.search(text[line - 1]) for key, line in read_yaml(path)[1].items()}
-    return {key: _sentence(found.group(1).strip()) for key, found in beside.items() if found}
+    lines = path.read_text(encoding="utf-8").splitlines()
+    beside = {key: lines[n - 1].partition(" #")[2].strip() for key, n in read_yaml(path)[1].items()}
+    return {key: _sentence(comment) for key, comment in beside.items() if comment}
 
 
 def _sentence(text: str) -> str:

@@ -1,4 +1,4 @@
-"""What a run tells about its health while it lasts: collapse, plateau, leak."""
+"""Detection of collapse, plateau and leak during a run."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from statistics import fmean
 
 from pretrain.methods.base import REMEDIES
 
-ALIKE = 0.1  # spread below which embeddings count as one; random unit vectors have 1
-AT_CHANCE = 0.985  # of the loss of an encoder that knows nothing
+ALIKE = 0.1  # spread below which embeddings count as equal; random unit vectors have 1
+AT_CHANCE = 0.985  # fraction of the chance loss above which the loss counts as chance
 
 
 def patience(settling_images: int, batch_size: int) -> int:
-    """Steps before a run is judged: what has to settle has been gone through twice, and at least
-    200."""
+    """Steps before the first warning: enough to show ``settling_images`` twice, at least 200."""
     return max(200, 2 * math.ceil(settling_images / batch_size))
 
 
 class Monitor:
-    """Watches loss, accuracy and spread, and words each warning once.
+    """Observes loss, accuracy and spread, and issues each warning once.
 
     Args:
-        chance_loss: loss of an encoder that knows nothing, such as log(K+1); None where there is no
-            such number, and only the spread can tell.
-        patience: steps before anything is said; at the start the loss *is* at chance, and a queue
-            must have been filled with keys for accuracy to mean anything.
+        chance_loss: loss of an encoder that has learned nothing, such as log(K+1); None if there is
+            no such number, in which case only the spread is checked.
+        patience: steps before the first warning: at the start the loss *is* at chance, and a queue
+            must be filled with keys before the accuracy means anything.
         remedies: "collapse", "plateau" and "leak" -> what to do about it.
-        window: observations averaged; each is a progress line, a mean over its steps.
+        window: number of observations that are averaged; each is itself a mean over the steps of a
+            progress line.
     """
 
     def __init__(
@@ -44,14 +44,14 @@ class Monitor:
         self.losses: deque[float] = deque(maxlen=window)
         self.accuracies: deque[float] = deque(maxlen=window)
         self.spreads: deque[float] = deque(maxlen=window)
-        self.said: set[str] = set()
+        self.issued: set[str] = set()
 
     def observe(self, step: int, loss: float, spread: float, accuracy: float = 0.0) -> str | None:
-        """Take in the means of the steps since the last call; no accuracy is none to speak of.
+        """Take the means over the steps since the last call.
 
         Returns:
-            a sentence with symptom, likely cause and mend, the first time that its condition holds;
-            else None.
+            a warning with symptom, likely cause and remedy, the first time that its condition
+            holds; otherwise None.
         """
         self.losses.append(loss)
         self.spreads.append(spread)
@@ -64,32 +64,33 @@ class Monitor:
             if spread < ALIKE:
                 return self._once(
                     "collapse",
-                    f"all embeddings are alike (spread {spread:.3f} of 1): the encoder has "
+                    f"all embeddings are nearly equal (spread {spread:.3f} of 1): the encoder has "
                     f"collapsed.",
                 )
         elif loss > AT_CHANCE * chance and spread < ALIKE:
             return self._once(
                 "collapse",
-                f"the loss stays at chance, {chance:.2f}, and all embeddings are alike (spread "
-                f"{spread:.3f} of 1): the encoder has collapsed or not yet left the plateau of its "
-                f"start.",
+                f"the loss stays at chance, {chance:.2f}, and all embeddings are nearly equal "
+                f"(spread {spread:.3f} of 1): the encoder has collapsed or has not yet left its "
+                f"initial plateau.",
             )
         elif loss > AT_CHANCE * chance:
             return self._once(
                 "plateau",
                 f"the loss stays at chance, {chance:.2f}, although the embeddings differ (spread "
-                f"{spread:.2f}): the two views of an image share too little, or the learning rate "
-                f"is off.",
+                f"{spread:.2f}): the two views of an image have too little in common, or the "
+                f"learning rate is unsuitable.",
             )
         elif accuracy > 0.985 and loss < 0.05 * chance:
             return self._once(
                 "leak",
-                f"the contrastive accuracy is {accuracy:.1%}: the task is solved by a shortcut.",
+                f"the contrastive accuracy is {accuracy:.1%}: the encoder solves the task by a "
+                f"shortcut.",
             )
         return None
 
     def _once(self, kind: str, symptom: str) -> str | None:
-        if kind in self.said:
+        if kind in self.issued:
             return None
-        self.said.add(kind)
+        self.issued.add(kind)
         return f"{symptom} {self.remedies[kind]}"

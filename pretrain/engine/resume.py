@@ -16,7 +16,7 @@ from moco_common.text import counted
 from moco_common.version import __version__
 from pretrain import distributed
 from pretrain.checkpoint import format as checkpoint
-from pretrain.config.defaults import get_defaults, leaves
+from pretrain.config.defaults import all_keys, keys_of, leaves
 from pretrain.engine.train_step import TrainStep
 from pretrain.methods.base import Method
 
@@ -150,10 +150,11 @@ def _newest(folder: Path) -> tuple[Path, dict[str, Any] | None, list[str]]:
 def _compare(cfg: CfgNode, old: dict[str, Any], path: Path) -> list[str]:
     """Notes of the keys that have changed; UserError for those that must not."""
     now = leaves(yaml.safe_load(cfg.dump()))
-    # What an older version did not have, it did as the default says.
-    before = leaves(yaml.safe_load(get_defaults().dump())) | leaves(old)
+    # A key that an older version did not have had the effect of today's default.
+    before = {name: key.default for name, key in all_keys().items()} | leaves(old)
+    other_methods = all_keys().keys() - keys_of(cfg.METHOD).keys()
     refused, told = [], []
-    for key in sorted({*now, *before}):
+    for key in sorted({*now, *before} - other_methods):
         if before.get(key) == now.get(key):
             continue
         change = f"{key} was {before.get(key)!r} and is now {now.get(key)!r}"

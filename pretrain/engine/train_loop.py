@@ -21,6 +21,7 @@ from moco_common.text import counted
 from pretrain.checkpoint import consistency as guards
 from pretrain.checkpoint import format as checkpoint
 from pretrain.checkpoint.async_writer import Snapshots
+from pretrain.config.defaults import run_config
 from pretrain.data.loader import Batch, build_batches
 from pretrain.data.source_base import Source
 from pretrain.data.sources import open_source
@@ -54,7 +55,7 @@ def train(cfg: CfgNode, resume: bool = False, quiet: bool = False, profile: int 
         Stopped: a signal asked for it, and there is a checkpoint of the last step done.
     """
     _check(cfg)
-    config = cfg.dump()
+    config = run_config(cfg).dump()
     folder, main = Path(cfg.OUTPUT_DIR), comm.rank() == 0
     source = open_source(cfg.DATA)
     total = total_steps(
@@ -143,6 +144,8 @@ def train(cfg: CfgNode, resume: bool = False, quiet: bool = False, profile: int 
                     found = {}
                     means |= {"lr": lr, "epoch": step * cfg.SOLVER.BATCH_SIZE / images}
                     means |= {"skipped_images": skipped.count, "checkpoint_pause": pause}
+                    if method.chance_loss is not None:
+                        means["chance_loss"] = method.chance_loss
                     pause = 0.0
                     if progress:
                         progress.log(step, _line(means, method.chance_loss), **means)

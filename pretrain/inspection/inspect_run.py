@@ -1,4 +1,4 @@
-"""Everything that there is to see of a run, drawn into one folder and said in a few lines."""
+"""Inspection of a run: pictures and figures in one folder, and a summary of a few lines."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moco_common import comm
 from moco_common.errors import UserError
+from moco_common.text import counted
 from pretrain.data.source_base import Source
 from pretrain.data.sources import open_source
 from pretrain.data.transforms.recipes import build_recipes
@@ -30,27 +31,29 @@ from pretrain.inspection.neighbours import (
 )
 from pretrain.inspection.run_directory import InspectedRun, open_run
 from pretrain.methods.base import Method
+from pretrain.modeling.resnet import ResNet
 from pretrain.probe.backbone import backbone_of, build_backbone
 from pretrain.probe.features import Features, Say
 from pretrain.visualization.contact_sheet import png
 from pretrain.visualization.views import views_picture
 
-VIEWS = 6  # images in the picture of views
+VIEWS = 6  # images in the contact sheet of views
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What to look at.
+    """Options of an inspection.
 
     Attributes:
         run: a run directory, or one of its checkpoints.
-        output: folder for everything written; None for ``inspection`` in the run's.
+        output: folder of the results; None for ``inspection`` in the run directory.
         data: specs of the images; empty for the run's own.
-        no_images: leave out what needs images.
-        images: how many to look at, drawn at random.
-        queries, k: how many of them to show with their nearest k.
-        crop_size: pixels; None for that of the run.
-        seed: of the draw.
+        no_images: skip what needs images.
+        images: number of images, sampled at random.
+        queries, k: number of images that are shown, each with its nearest k.
+        crop_size: in pixels; None for that of the run.
+        workers: threads that decode images.
+        seed: of the sample.
     """
 
     run: str
@@ -66,14 +69,14 @@ class Settings:
 
 
 def inspect_run(settings: Settings, say: Say = print) -> dict[str, Any]:
-    """Look at a run and write what is seen: pictures, ``summary.txt``, ``summary.json`` and
-    ``index.html``, one page that holds all of it.
+    """Inspect a run and write pictures, ``summary.txt``, ``summary.json`` and ``index.html``, which
+    shows everything.
 
     Returns:
-        what ``summary.json`` holds, ``text``, what ``summary.txt`` does, and the ``folder``.
+        the content of ``summary.json``, with that of ``summary.txt`` as ``text``, and ``folder``.
 
     Raises:
-        UserError: there is no run, it cannot be read, or its images are not where they were.
+        UserError: there is no run, it cannot be read, or its images have moved.
     """
     for word, value, least in (
         ("--images", settings.images, 2),
@@ -90,11 +93,11 @@ def inspect_run(settings: Settings, say: Say = print) -> dict[str, Any]:
     method = run.build()
     _curves(run, method, seen)
     if run.state is not None:
-        _filters(run.state["state_dict"], seen)
-        _dictionary(run, seen)
+        _filters(method, run.state["state_dict"], seen)
+        _dictionary(run, method, seen)
     if source is not None:
         seen.draw(
-            "The first images of the run, and the views that the network sees of them",
+            "The first images of the run, each with the views that the network sees",
             "views.png",
             views_picture(
                 source,
@@ -108,7 +111,7 @@ def inspect_run(settings: Settings, say: Say = print) -> dict[str, Any]:
             _images(run, method, source, settings, seen, say)
     if seen.geometries:
         seen.draw(
-            "Singular values: the longer they stay high, the more directions are in use",
+            "Singular values: the more slowly they fall, the more directions are in use",
             "spectrum.png",
             draw_spectra(seen.geometries),
         )
@@ -122,8 +125,8 @@ def _open_images(run: InspectedRun, settings: Settings) -> Source:
         return open_source(list(run.cfg.DATA))
     except UserError as error:
         raise UserError(
-            f"the run's images are not where they were ({error}): say where they are now with "
-            f"--data, or leave them out with --no-images."
+            f"the run's images have moved ({error}): give their new location with --data, or skip "
+            f"them with --no-images."
         ) from None
 
 
@@ -131,7 +134,7 @@ def _curves(run: InspectedRun, method: Method, seen: Findings) -> None:
     figure = draw_curves({run.cfg.METHOD: run.records}, chance_loss=method.chance_loss)
     if figure is None:
         return
-    seen.draw("Curves, as the run logged them", "curves.png", figure)
+    seen.draw("Training curves", "curves.png", figure)
     last = run.records[-1]
     seen.numbers["last_record"] = last
     seen.numbers["chance_loss"] = method.chance_loss
@@ -155,34 +158,31 @@ def _curves(run: InspectedRun, method: Method, seen: Findings) -> None:
     seen.sentences += last_words(run.records, method.chance_loss, wait, method.remedies)
 
 
-def _filters(state: Mapping[str, Tensor], seen: Findings) -> None:
-    banks = {
-        name: state[f"{name}.conv1.weight"]
-        for name in ("encoder_q", "encoder_k", "target")
-        if f"{name}.conv1.weight" in state
-    }
+def _filters(method: Method, state: Mapping[str, Tensor], seen: Findings) -> None:
+    encoders = [name for name, module in method.named_modules() if isinstance(module, ResNet)]
+    banks = {name: state[f"{name}.conv1.weight"] for name in encoders}
     measured = {name: measure_filters(bank) for name, bank in banks.items()}
     for name, filters in measured.items():
         seen.lines[f"filters, {name}"] = filters.line()
     seen.numbers["filters"] = {name: filters.as_dict() for name, filters in measured.items()}
     seen.sentences += measured["encoder_q"].findings()
     name, factor = growth(state)
-    seen.lines["weights"] = f"{name} has grown most, to {factor:.2f} times its first norm"
+    seen.lines["weights"] = f"{name} has grown the most, to {factor:.2f} times its initial norm"
     seen.numbers["largest_growth"] = {"layer": name, "factor": factor}
     if factor > GROWN and name != "conv1.weight":
         seen.sentences.append(
-            f"{name} has grown to {factor:.0f} times the norm it started with: {GROWTH_MATTERS}"
+            f"{name} has grown to {factor:.0f} times its initial norm: {GROWTH_MATTERS}"
         )
     blocks = " above, ".join(banks) + (" below" if len(banks) > 1 else "")
     seen.draw(f"First convolution: {blocks}", "filters.png", png(draw_filters(banks)))
 
 
-def _dictionary(run: InspectedRun, seen: Findings) -> None:
-    found = dictionary_of(run)
+def _dictionary(run: InspectedRun, method: Method, seen: Findings) -> None:
+    found = dictionary_of(method, run.step, run.cfg.SOLVER.BATCH_SIZE)
     seen.numbers["dictionary"] = found.as_dict() if found else None
     if found is None:
         return
-    seen.lines[found.kind] = found.line()
+    seen.lines[found.memory.kind] = found.line()
     if found.geometry:
         seen.add_geometry("keys", found.geometry)
     seen.sentences += found.findings()
@@ -209,8 +209,11 @@ def _images(
         say=say,
     )
     if len(features) < 2:
-        raise UserError(f"{len(features)} image is too few to look at: name more with --data.")
-    seen.sentences += [f"left out: {line}" for line in features.skipped]
+        raise UserError(
+            f"Only {counted(len(features), 'image')} can be read, which is too few: give a larger "
+            f"set with --data."
+        )
+    seen.sentences += [f"skipped: {line}" for line in features.skipped]
     _sample_geometry(method, features, seen)
     chosen = torch.randperm(len(features), generator=torch.Generator().manual_seed(settings.seed))
     queries = chosen[: settings.queries].sort().values
@@ -222,7 +225,7 @@ def _images(
         "cosine": [[round(c, 4) for c in row] for row in found.cosine.tolist()],
     }
     seen.draw(
-        f"Queries (left) and what the features take to be like them, of {len(features)} images",
+        f"Queries (left) and their nearest neighbours among {len(features)} images",
         "neighbours.png",
         draw_neighbours(sample, found, names),
     )
@@ -232,25 +235,26 @@ def _images(
         chance = sum((classes.count(c) / len(classes)) ** 2 for c in set(classes))
         seen.numbers["neighbours"] |= {"same_class": share, "same_class_by_chance": chance}
         seen.lines["neighbours"] = (
-            f"{share:.1%} of the nearest {settings.k} of {len(features)} images lie in the same "
+            f"{share:.1%} of the nearest {settings.k} of {len(features)} images are in the same "
             f"class folder ({chance:.1%} by chance)"
         )
 
 
 @torch.no_grad()
 def _sample_geometry(method: Method, features: Features, seen: Findings) -> None:
-    """Of the backbone's features and of what the head makes of them."""
+    """Measure the backbone's features and the head's projections of them."""
     encoder = method.encoder_q
     head = encoder.get_submodule("fc").cpu()
     projections = torch.cat([head(part.float()) for part in features.values.split(4096)])
     seen.add_geometry("features", measure(features.values))
     seen.add_geometry("projections", measure(projections))
     state, sentence = judge(seen.geometries["projections"], "projections")
-    if seen.numbers["dictionary"] is None:  # the keys have spoken already, if there are any
+    if seen.numbers["dictionary"] is None:  # otherwise the keys have been judged already
         seen.sentences.append(sentence)
-    prototypes = method.state_dict().get("prototypes.weight")
-    if prototypes is not None:
-        use = prototype_use(projections, prototypes)
+    centres = method.cluster_centres()
+    if centres is not None:
+        use = prototype_use(projections, centres)
         seen.numbers["prototypes"] = use
-        if state != "collapsed":  # else the nearest is so by the last digits
-            seen.sentences.append(judge_prototypes(use, len(features)))
+        if state != "collapsed":  # otherwise rounding decides which prototype is nearest
+            remedy = method.remedies["collapse"]
+            seen.sentences.append(judge_prototypes(use, len(features), remedy))

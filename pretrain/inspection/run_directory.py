@@ -14,7 +14,7 @@ from moco_common.errors import UserError
 from pretrain.checkpoint import format as checkpoint
 from pretrain.config.defaults import get_defaults
 from pretrain.engine.progress import METRICS, read_records
-from pretrain.methods import build_method
+from pretrain.methods import build_method, method_class
 from pretrain.methods.base import Method
 
 CONFIG = "config.yaml"
@@ -59,8 +59,8 @@ class InspectedRun:
         Raises:
             UserError: checkpoint and configuration do not fit each other.
         """
-        least = self.cfg.BANK.NEGATIVES + self.cfg.SOLVER.BATCH_SIZE  # that a memory bank takes
-        images = int(self.state["images"]) if self.state else least
+        fewest = method_class(self.cfg.METHOD).fewest_images(self.cfg)
+        images = int(self.state["images"]) if self.state else fewest
         with torch.random.fork_rng(devices=[]):
             method = build_method(self.cfg, num_images=images, total_steps=max(1, self.step))
         if self.state:

@@ -1,28 +1,39 @@
-"""What the training loop asks of a method."""
+"""The interface between a method and the rest of the package.
+
+Beside its class, a method's file declares, as literals:
+
+``KEYS``
+    its own configuration keys: ``{"SECTION.KEY": (default, "Description."), ...}``;
+``SHARED``
+    sections of other methods that it reads as well, such as ``("MOCO",)``.
+
+The first paragraph of the file's docstring is what ``--explain`` prints about the method.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
-# What to do about each of them, whatever the method; a method may know more (`Method.remedies`).
+# What helps against each problem that the monitor detects, with any method.
 REMEDIES = {
     "collapse": "Lower SOLVER.BASE_LR or raise SOLVER.WARMUP_ITERS.",
     "plateau": "Raise INPUT.MIN_SCALE or change SOLVER.BASE_LR.",
-    "leak": "Usual causes: BN statistics that betray the positive (MODEL.SYNC_BN False where the "
+    "leak": "Usual causes: BN statistics that identify the positive (MODEL.SYNC_BN False where the "
     "method needs it), or views that hardly differ (INPUT.MIN_SCALE too high).",
 }
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a method may want to know of the run that it is built for.
+    """Facts about the run that a method is built for.
 
     Attributes:
-        num_images: images of the source; `index` of a batch lies below it.
-        total_steps: length of the run (and of every schedule).
+        num_images: number of images in the source; every `index` of a batch is below it.
+        total_steps: length of the run, and of every schedule.
         bn_groups: groups into which each rank splits its batch for BN, see `SplitBatchNorm2d`.
     """
 
@@ -31,45 +42,99 @@ class Run:
     bn_groups: int
 
 
-class Method(nn.Module):
-    """A pre-training method. The loop knows nothing more of it than this.
+@dataclass(frozen=True)
+class Memory:
+    """Embeddings of past batches that a method keeps, for the inspector.
 
-    ``encoder_q`` is the encoder whose backbone is exported; whatever a run needs to go on is a
+    Attributes:
+        kind: a name for it, such as "queue".
+        size: number of places.
+        filled: number of places that hold embeddings and not the initial values.
+        vectors: (N, C) the embeddings in these places.
+        pointer: the place that is written next; None where there is no such place.
+        momentum: of the encoder that computes the embeddings; None where it is trained by gradient.
+        stale: what to do when most of that encoder has changed since the oldest was computed.
+        notes: inconsistencies, one sentence each.
+    """
+
+    kind: str
+    size: int
+    filled: int
+    vectors: Tensor
+    pointer: int | None = None
+    momentum: float | None = None
+    stale: str = ""
+    notes: tuple[str, ...] = ()
+
+
+class Method(nn.Module):
+    """A pre-training method. The training loop and the inspector use nothing but this interface.
+
+    ``encoder_q`` is the encoder whose backbone is exported. All state that a resumed run needs is a
     parameter or a persistent buffer.
+
+    Attributes:
+        view_names: names of the views that the method uses, one each, in the order of the recipe;
+            None if it uses all of them, whatever their number (multi-crop).
+        settling_images: images shown before loss and accuracy mean something, such as the length of
+            a queue.
+        remedies: problem that the monitor detects -> what to do about it.
     """
 
     encoder_q: nn.Module
-    num_views: int | None = None  # of an image that it looks at; None: all that the recipe has
-    settling_images: int = 0  # shown before its figures mean something: a queue has to fill
-    remedies: Mapping[str, str] = REMEDIES  # of what the monitor warns
+    view_names: tuple[str, ...] | None = None
+    settling_images: int = 0
+    remedies: Mapping[str, str] = REMEDIES
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, run: Run) -> Method:
+        """Build the method from a configuration; only here does a method read one."""
+        raise NotImplementedError
+
+    @classmethod
+    def fewest_images(cls, cfg: CfgNode) -> int:
+        """The smallest number of images that a run with this configuration can have."""
+        return 1
+
+    @property
+    def num_views(self) -> int | None:
+        """Number of views of an image that the method uses; None: all that the recipe has."""
+        return None if self.view_names is None else len(self.view_names)
 
     @property
     def chance_loss(self) -> float | None:
-        """Loss of an encoder that knows nothing, with which the monitor compares; None where there
-        is no such number."""
+        """Loss of an encoder that has learned nothing; None where there is no such number."""
         raise NotImplementedError
 
     def forward(self, views: Sequence[Tensor], step: int, index: Tensor) -> dict[str, Tensor]:
-        """One step on this rank's share of the batch.
+        """Compute the loss of one step on this rank's share of the batch.
 
         Args:
-            views: one (N, 3, H, W) uint8 batch a view; H and W may differ between views.
+            views: one (N, 3, H, W) uint8 batch per view; H and W may differ between views.
             step: number of the step, the same on every rank.
-            index: (N,) int64, which image of the source each row shows.
+            index: (N,) int64, the image of the source that each row shows.
 
         Returns:
-            ``loss``, a scalar with gradient, and scalars without: ``spread`` and, where the method
-            has them, ``accuracy`` (for the monitor) and ``queue_fill``, and whatever else is worth
-            a curve.
+            ``loss``, a scalar with gradient, and scalars without gradient: ``spread``, and
+            optionally ``accuracy`` (both for the monitor), ``queue_fill`` and any other scalar to
+            be logged.
         """
         raise NotImplementedError
 
     def before_update(self, step: int) -> None:
-        """Called between backward pass and optimiser step; gradients may be changed."""
+        """Change gradients, if needed: called between backward pass and optimiser step."""
 
     def after_update(self, step: int, total_steps: int) -> None:
-        """Called after the optimiser step; a target network may follow here."""
+        """Update a momentum network, if there is one: called after the optimiser step."""
 
     def before_save(self) -> None:
-        """Called on every rank before rank 0 takes ``state_dict()``: the place to bring together
-        what the ranks hold in parts."""
+        """Collect state that is distributed over the ranks: called on every rank before rank 0
+        takes ``state_dict()``."""
+
+    def memory(self, step: int, batch_size: int) -> Memory | None:
+        """Embeddings that the method keeps after ``step`` steps; None if it keeps none."""
+        return None
+
+    def cluster_centres(self) -> Tensor | None:
+        """(P, C) prototypes to which embeddings are assigned; None if there are none."""
+        return None

@@ -1,4 +1,5 @@
-"""BYOL (Grill et al. 2020, "Bootstrap Your Own Latent"), in the order of its Section 3.1."""
+"""BYOL (Grill et al. 2020, "Bootstrap Your Own Latent"), in the order of its Section 3.1: an online
+network predicts, from one view, the projection that its moving average computes from the other."""
 
 from __future__ import annotations
 
@@ -16,28 +17,28 @@ from pretrain.methods.components import embedding_spread, encoder_builder, follo
 from pretrain.modeling.heads import mlp
 from pretrain.modeling.resnet import ResNet
 
-
-def build_byol(cfg: CfgNode, run: Run) -> BYOL:
-    """BYOL, as the keys of ``BYOL`` say."""
-    hidden, dim = cfg.BYOL.HIDDEN, cfg.BYOL.DIM
-    return BYOL(
-        encoder_builder(cfg, run, lambda features: mlp(features, hidden, dim, run.bn_groups)),
-        mlp(dim, hidden, dim, run.bn_groups),
-        momentum=cfg.BYOL.MOMENTUM,
-    )
+KEYS = {
+    "BYOL.HIDDEN": (4096, "Hidden units of the projector and of the predictor."),
+    "BYOL.DIM": (256, "Length of a projection."),
+    "BYOL.MOMENTUM": (
+        0.996,
+        "Momentum of the target network at the first step, tau. It rises to 1 by the end of the "
+        "run.",
+    ),
+}
 
 
 class BYOL(Method):
-    """An online network that predicts, from one view, what its moving average makes of another.
+    """An online network that predicts the projections of its moving average.
 
     Args:
-        build_encoder: makes f and g of the paper, the projector as the encoder's ``fc``; called
-            twice, for the online and the target network. Its output is (N, C).
-        predictor: q of the paper, (N, C) -> (N, C), of the online network alone.
-        momentum: tau at the first step; it rises to 1 by half a cosine.
+        build_encoder: makes f and g of the paper, with the projector as the encoder's ``fc``;
+            called twice, for the online and the target network. Its output is (N, C).
+        predictor: q of the paper, (N, C) -> (N, C), in the online network only.
+        momentum: tau at the first step; it rises to 1 along half a cosine.
     """
 
-    num_views = 2
+    view_names = ("view 1 (T)", "view 2 (T')")  # each goes through both networks
 
     def __init__(
         self,
@@ -60,13 +61,23 @@ class BYOL(Method):
         "collapse": "Lower SOLVER.BASE_LR, or raise BYOL.MOMENTUM: the target must lag behind."
     }
 
+    @classmethod
+    def from_config(cls, cfg: CfgNode, run: Run) -> BYOL:
+        """Build BYOL from ``BYOL``."""
+        hidden, dim = cfg.BYOL.HIDDEN, cfg.BYOL.DIM
+        return cls(
+            encoder_builder(cfg, run, lambda features: mlp(features, hidden, dim, run.bn_groups)),
+            mlp(dim, hidden, dim, run.bn_groups),
+            momentum=cfg.BYOL.MOMENTUM,
+        )
+
     @property
     def chance_loss(self) -> None:
-        """There is none: the loss of an encoder that knows nothing may be anything, even 0."""
+        """None: an encoder that has learned nothing can have any loss, even 0."""
         return None
 
     def forward(self, views: Sequence[Tensor], step: int, index: Tensor) -> dict[str, Tensor]:
-        """Both views, each a batch with BN statistics of its own; the rest is not used."""
+        """Predict each view from the other; each is a batch with its own BN statistics."""
         projections = [self.encoder_q(view) for view in views]  # NxC each
         p1, p2 = (self.predictor(projection) for projection in projections)  # NxC
         with torch.no_grad():
@@ -82,6 +93,6 @@ class BYOL(Method):
 
 
 def target_momentum(base: float, step: int, total_steps: int) -> float:
-    """tau = 1 - (1 - base) (cos(pi k / K) + 1) / 2: from ``base`` at step 0 to 1 at the end
+    """Return tau = 1 - (1 - base) (cos(pi k / K) + 1) / 2, from ``base`` at step 0 to 1 at the end
     (Section 3.2, "Optimization")."""
     return 1.0 - (1.0 - base) * (math.cos(math.pi * step / total_steps) + 1.0) / 2.0

@@ -1,5 +1,5 @@
-"""What methods are made of: the encoder that ``MODEL`` names, heads, views through an encoder, a
-network that follows another."""
+"""Building blocks of methods: encoders and heads from a configuration, shuffled and joint encoding
+of views, momentum averages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pretrain.profiling import stage
 
 
 def encoder_builder(cfg: CfgNode, run: Run, head: Head) -> Callable[[], ResNet]:
-    """Makes a new ResNet as ``MODEL`` says, with ``head`` as its ``fc``, at each call."""
+    """Return a function that builds the ResNet of ``MODEL`` with ``head`` as its ``fc``."""
     return partial(
         ResNet,
         cfg.MODEL.DEPTH,
@@ -35,40 +35,41 @@ def encoder_builder(cfg: CfgNode, run: Run, head: Head) -> Callable[[], ResNet]:
 
 
 def contrastive_head(cfg: CfgNode, run: Run) -> Head:
-    """The head of the MoCo paper's three mechanisms, as ``MOCO.DIM``, ``MLP``, ``MLP_BN`` say."""
+    """The head of the MoCo paper's three mechanisms, from ``MOCO.DIM``, ``MLP`` and ``MLP_BN``."""
     norm = partial(SplitBatchNorm1d, groups=run.bn_groups) if cfg.MOCO.MLP_BN else None
     if norm is not None and not cfg.MOCO.MLP:
-        raise UserError("MOCO.MLP_BN True needs the MLP head: set MOCO.MLP True as well.")
+        raise UserError("MOCO.MLP_BN True requires the MLP head: set MOCO.MLP True as well.")
     return mlp_head(cfg.MOCO.DIM, batch_norm=norm) if cfg.MOCO.MLP else linear_head(cfg.MOCO.DIM)
 
 
 def unit(x: Tensor) -> Tensor:
-    """Rows scaled to length 1. Shape: (N, C) -> (N, C)."""
+    """Scale rows to length 1. Shape: (N, C) -> (N, C)."""
     return F.normalize(x, dim=1)
 
 
 def embedding_spread(embeddings: Tensor) -> Tensor:
     """Root mean square distance of unit vectors from their mean, in [0, 1].
 
-    0: all alike (collapse). 1: their mean is zero, as for vectors spread evenly over the sphere.
-    Shape: (N, C) -> ().
+    It is 0 if all are equal (collapse), and 1 if their mean is zero, as for vectors spread evenly
+    over the sphere. Shape: (N, C) -> ().
     """
     return (1.0 - embeddings.mean(0).square().sum()).clamp_min(0.0).sqrt()
 
 
 def shared_generator(seed: int, step: int) -> torch.Generator:
-    """Of the random choices of a step that all ranks make alike."""
+    """Generator for random choices of a step that must be the same on all ranks."""
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 
 def encode_keys(encoder: nn.Module, images: Tensor, permutations: torch.Generator | None) -> Tensor:
-    """Unit vectors of this rank's images, encoded in batches that other ranks' images share: the
-    batch of all ranks (and BN groups) is permuted before the encoder and put back behind it, so
-    that BN statistics cannot tell a query its key (He et al. 2020, Section 3.3, "Shuffling BN").
-    A gradient takes the same way back.
+    """Encode this rank's images to unit vectors, in batches mixed with images of other ranks.
+
+    The batch of all ranks (and BN groups) is permuted before the encoder and permuted back after
+    it, so that BN statistics do not leak which key belongs to a query (He et al. 2020, Section 3.3,
+    "Shuffling BN"). Gradients are permuted back too.
 
     Args:
-        permutations: draws the permutation, the same on every rank; None to leave the batch alone.
+        permutations: draws the permutation, the same on every rank; None for no permutation.
 
     Shape: (N, 3, H, W) -> (N, C).
     """
@@ -86,9 +87,9 @@ def encode_keys(encoder: nn.Module, images: Tensor, permutations: torch.Generato
 
 
 def encode_together(encoder: nn.Module, views: Sequence[Tensor], bn_groups: int) -> list[Tensor]:
-    """Views of one size through the encoder in one pass, whose BN statistics they share.
+    """Encode views of one size in one pass, in which they share BN statistics.
 
-    Slice g of ``bn_groups`` holds the g-th share of every view, as a rank of its own would.
+    Slice g of ``bn_groups`` holds the g-th share of every view, as on a rank of its own.
 
     Shape: V times (N, 3, H, W) -> V times (N, C).
     """
@@ -100,12 +101,12 @@ def encode_together(encoder: nn.Module, views: Sequence[Tensor], bn_groups: int)
 
 @torch.no_grad()
 def follow(average: nn.Module, network: nn.Module, momentum: float) -> None:
-    """average <- m average + (1 - m) network over parameters; BN buffers are not averaged."""
+    """Update average <- m average + (1 - m) network over parameters, but not over BN buffers."""
     torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1.0 - momentum)
 
 
 def positive_temperature(key: str, value: float) -> float:
-    """``value``, if it can be a temperature; `UserError` naming ``key`` if not."""
+    """Return ``value``; raise `UserError` naming ``key`` unless it is above 0."""
     if value <= 0.0:
         raise UserError(f"{key} is {value}: it must be above 0.")
     return value

@@ -1,4 +1,6 @@
-"""Momentum Contrast (He et al. 2020; v2: Chen et al. 2020), in the order of Algorithm 1."""
+"""Momentum Contrast (He et al. 2020; v2: Chen et al. 2020), in the order of Algorithm 1: a query
+encoder is trained to match each query with its key among a queue of keys of earlier batches, which
+a momentum average of the encoder has computed."""
 
 from __future__ import annotations
 
@@ -11,8 +13,9 @@ from torch import Tensor
 
 from moco_common import comm
 from moco_common.errors import UserError
+from moco_common.text import counted
 from pretrain.losses import info_nce
-from pretrain.methods.base import REMEDIES, Method, Run
+from pretrain.methods.base import REMEDIES, Memory, Method, Run
 from pretrain.methods.components import (
     contrastive_head,
     embedding_spread,
@@ -26,45 +29,77 @@ from pretrain.methods.components import (
 from pretrain.modeling.resnet import ResNet
 from pretrain.profiling import stage
 
-
-def build_moco(cfg: CfgNode, run: Run) -> MoCo:
-    """MoCo v1 or v2, as the keys of ``MOCO`` say."""
-    return MoCo(
-        encoder_builder(cfg, run, contrastive_head(cfg, run)),
-        dim=cfg.MOCO.DIM,
-        queue_size=cfg.MOCO.QUEUE_SIZE,
-        momentum=cfg.MOCO.MOMENTUM,
-        temperature=cfg.MOCO.TEMPERATURE,
-        shuffle=cfg.MOCO.SHUFFLE_BN,
-        seed=cfg.SEED,
-    )
+KEYS = {
+    "MOCO.DIM": (128, "Length of a key."),
+    "MOCO.QUEUE_SIZE": (
+        65536,
+        "Number of negatives, K. It need not be a multiple of the batch. On small data, keep it "
+        "below the number of images, or an image's own old key becomes one of its negatives.",
+    ),
+    "MOCO.MOMENTUM": (
+        0.999,
+        "Momentum of the key encoder, m, which makes it an average over some 1 / (1 - m) steps. "
+        "Short runs need a smaller value.",
+    ),
+    "MOCO.TEMPERATURE": (
+        0.07,
+        "Temperature of the softmax, T, by which similarities are divided. A lower value gives a "
+        "sharper distribution.",
+    ),
+    "MOCO.MLP": (False, "MLP head of v2, with one hidden layer as wide as the features."),
+    "MOCO.MLP_BN": (
+        False,
+        "BN after both layers of the MLP head. It is not part of v2, but leaves the initial "
+        "plateau of the loss sooner.",
+    ),
+    "MOCO.SHUFFLE_BN": (
+        True,
+        "Permutation of the keys over ranks and BN groups, without which BN statistics may leak "
+        "which key belongs to a query.",
+    ),
+}
 
 
 class MoCo(Method):
-    """A query encoder, its momentum average, and a queue of the latter's keys.
+    """A query encoder, its momentum average, and a queue of keys computed by the average.
 
     Args:
         build_encoder: makes the encoder; called twice. Its output is (N, dim).
         dim: C, length of a key.
-        queue_size: K, any positive number; batches need not divide it.
-        momentum: m of ``theta_k <- m theta_k + (1 - m) theta_q``, 0 <= m <= 1 (1 never moves).
+        queue_size: K, any positive number; it need not be a multiple of the batch.
+        momentum: m of ``theta_k <- m theta_k + (1 - m) theta_q``, 0 <= m <= 1 (with 1 the key
+            encoder never changes).
         temperature: T of the softmax.
-        shuffle: permute the keys' batch over all ranks (and BN groups) before the key encoder, so
-            that BN statistics cannot tell a query its key (Section 3.3, "Shuffling BN").
+        shuffle: whether to permute the batch of keys over all ranks (and BN groups) before the key
+            encoder, so that BN statistics do not leak which key belongs to a query (Section 3.3,
+            "Shuffling BN").
         seed: of the initial queue and of the permutations.
     """
 
-    num_views = 2
+    view_names = ("query view", "key view")
     queue: Tensor
     queue_ptr: Tensor
     remedies = {
-        "collapse": "Lower SOLVER.BASE_LR or MOCO.MOMENTUM, or give the head BN (MOCO.MLP_BN "
-        "True); on small data a shorter MOCO.QUEUE_SIZE helps too.",
+        "collapse": "Lower SOLVER.BASE_LR or MOCO.MOMENTUM, or add BN to the head (MOCO.MLP_BN "
+        "True); on small data, a smaller MOCO.QUEUE_SIZE helps too.",
         "plateau": REMEDIES["plateau"],
-        "leak": "Usual causes: BN statistics that betray the key (MOCO.SHUFFLE_BN False, or one BN "
-        "group), views that hardly differ (INPUT.MIN_SCALE too high), or a queue of a few hundred "
-        "keys.",
+        "leak": "Usual causes: BN statistics that identify the key (MOCO.SHUFFLE_BN False, or only "
+        "one BN group), views that hardly differ (INPUT.MIN_SCALE too high), or a queue of only a "
+        "few hundred keys.",
     }
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, run: Run) -> MoCo:
+        """Build MoCo v1 or v2 from ``MOCO``."""
+        return cls(
+            encoder_builder(cfg, run, contrastive_head(cfg, run)),
+            dim=cfg.MOCO.DIM,
+            queue_size=cfg.MOCO.QUEUE_SIZE,
+            momentum=cfg.MOCO.MOMENTUM,
+            temperature=cfg.MOCO.TEMPERATURE,
+            shuffle=cfg.MOCO.SHUFFLE_BN,
+            seed=cfg.SEED,
+        )
 
     def __init__(
         self,
@@ -94,17 +129,17 @@ class MoCo(Method):
         self.settling_images = queue_size
 
     def forward(self, views: Sequence[Tensor], step: int, index: Tensor) -> dict[str, Tensor]:
-        """One step of Algorithm 1 on this rank's share of the batch.
+        """Run one step of Algorithm 1 on this rank's share of the batch.
 
         Args:
             views: query images and key images, each (N, 3, H, W) uint8 or normalised float.
-            step: number of the step; with ``seed`` it determines the permutation.
+            step: number of the step; together with ``seed`` it determines the permutation.
             index: not used; negatives come from the queue.
 
         Returns:
-            ``loss`` (with gradient) and, for the eyes, scalars without: ``accuracy`` (share of
-            queries whose key is nearer than all negatives), ``spread`` (see `embedding_spread`),
-            ``queue_fill`` (share of the queue that is keys and not initial noise).
+            ``loss`` (with gradient) and scalars without gradient: ``accuracy`` (fraction of queries
+            whose key is nearer than all negatives), ``spread`` (see `embedding_spread`) and
+            ``queue_fill`` (fraction of the queue that holds keys and not the initial noise).
         """
         query_images, key_images = views
         with stage("encoders: forward q"):
@@ -127,7 +162,7 @@ class MoCo(Method):
 
     @property
     def chance_loss(self) -> float:
-        """Loss of an encoder that cannot tell keys apart: log(K+1)."""
+        """log(K+1): all keys look alike."""
         return math.log(len(self.queue) + 1)
 
     @stage("machinery: momentum update")
@@ -137,18 +172,40 @@ class MoCo(Method):
 
     @torch.no_grad()
     def encode_keys(self, images: Tensor, step: int) -> Tensor:
-        """Keys of this rank's images, shuffled or not. Shape: (N, 3, H, W) -> (N, C)."""
+        """Compute the keys of this rank's images. Shape: (N, 3, H, W) -> (N, C)."""
         permutations = shared_generator(self.seed, step) if self.shuffle else None
         return encode_keys(self.encoder_k, images, permutations)
 
     @stage("machinery: enqueue")
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
-        """Write all ranks' keys over the oldest ones. The queue is a ring: a batch that reaches its
-        end goes on at its start, and of a batch longer than the queue the last K keys stay."""
+        """Replace the oldest keys by those of all ranks. The queue is a ring buffer: a batch that
+        reaches its end continues at its start, and a batch longer than the queue leaves its last K
+        keys."""
         size = len(self.queue)
         kept = keys[-size:]
         places = torch.arange(len(keys) - len(kept), len(keys), device=self.queue.device)
-        # The pointer stays on the device: reading it here would wait for the GPU in every step.
+        # The pointer stays on the device: reading it here would wait for the GPU at every step.
         self.queue[(self.queue_ptr + places) % size] = kept.to(self.queue.dtype)
         self.queue_ptr.add_(len(keys)).remainder_(size)
+
+    def memory(self, step: int, batch_size: int) -> Memory:
+        """The queue, which is filled from its start."""
+        size, seen, pointer = len(self.queue), step * batch_size, int(self.queue_ptr)
+        filled, notes = min(seen, size), []
+        if pointer != seen % size:
+            notes.append(
+                f"the queue's pointer is at {pointer}, but {counted(step, 'step')} of "
+                f"{counted(batch_size, 'key')} leave it at {seen % size}: the checkpoint was "
+                f"assembled from several."
+            )
+        return Memory(
+            "queue",
+            size,
+            filled,
+            self.queue[:filled],
+            pointer,
+            self.momentum,
+            stale="raise MOCO.MOMENTUM or lower MOCO.QUEUE_SIZE",
+            notes=tuple(notes),
+        )

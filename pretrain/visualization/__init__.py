@@ -1,1 +1,1 @@
-"""Contact sheets of what the network sees."""
+"""Contact sheets of photographs, views and filters."""

@@ -1,4 +1,4 @@
-"""Pictures put together from cells: photographs, views, filters on one white sheet."""
+"""Composition of a picture from cells (photographs, views, filters) on a white sheet."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-GAP = 4  # pixels to the right of a cell and below it
+GAP = 4  # pixels between cells
 _HEADING = 20  # height of a heading
 _INK = (40, 40, 40)
 _FONT, _SCALE = cv2.FONT_HERSHEY_SIMPLEX, 0.5
 
 
 def cell(image: np.ndarray, side: int) -> np.ndarray:
-    """uint8 (h, w, 3), h and w at most ``side``, in the centre of a white square of ``side`` with
-    the gap to the right and below: (side + GAP, side + GAP, 3)."""
+    """Centre a uint8 (h, w, 3) image, h and w at most ``side``, in a white square with a gap to the
+    right and below: (side + GAP, side + GAP, 3)."""
     sheet = np.full((side + GAP, side + GAP, 3), 255, np.uint8)
     height, width, _ = image.shape
     top, left = (side - height) // 2, (side - width) // 2
@@ -24,7 +24,7 @@ def cell(image: np.ndarray, side: int) -> np.ndarray:
 
 
 def fitted(image: np.ndarray, side: int) -> np.ndarray:
-    """A photograph, uint8 (H, W, 3), its longer side ``side`` pixels, in its cell."""
+    """Place a photograph, uint8 (H, W, 3), in a cell, with its longer side resized to ``side``."""
     height, width, _ = image.shape
     scale = side / max(height, width)
     shape = max(1, round(width * scale)), max(1, round(height * scale))
@@ -32,14 +32,14 @@ def fitted(image: np.ndarray, side: int) -> np.ndarray:
 
 
 def enlarged(image: np.ndarray, side: int) -> np.ndarray:
-    """A small picture in its cell, enlarged by the largest whole factor that fits: its pixels are
-    seen as they are."""
+    """Place a small image in a cell, enlarged by the largest whole factor that fits, so that its
+    pixels stay visible."""
     factor = max(1, side // len(image))
     return cell(image.repeat(factor, axis=0).repeat(factor, axis=1), side)
 
 
 def heading(text: str, side: int) -> np.ndarray:
-    """A line above a column of cells of ``side``, in its centre; smaller where it would not fit:
+    """Draw a line of text to be centred above a column of cells, smaller if it would not fit:
     (20, side + GAP, 3)."""
     line = np.full((_HEADING, side + GAP, 3), 255, np.uint8)
     (width, _), _ = cv2.getTextSize(text, _FONT, _SCALE, 1)
@@ -49,8 +49,8 @@ def heading(text: str, side: int) -> np.ndarray:
 
 
 def sheet(rows: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
-    """Cells, row by row, as one picture: those of a row of one height, those of a column of one
-    width; shorter rows end in white."""
+    """Join rows of cells to one picture; cells of a row have one height, cells of a column one
+    width. Shorter rows end in white."""
     columns = max(map(len, rows))
     lines = [
         np.concatenate([*row, *[np.full_like(row[0], 255)] * (columns - len(row))], axis=1)
@@ -60,6 +60,6 @@ def sheet(rows: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
 
 
 def png(picture: np.ndarray) -> bytes:
-    """uint8 (H, W, 3) RGB -> an encoded PNG."""
+    """Encode a uint8 (H, W, 3) RGB picture as PNG."""
     _, data = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
     return data.tobytes()

@@ -1,4 +1,4 @@
-"""A picture of what the network is given: photographs, and beside each its views."""
+"""Contact sheet of the network's input: photographs, each with its views."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,19 +13,14 @@ from pretrain.data.loader import build_batches
 from pretrain.data.source_base import Source
 from pretrain.data.sources import open_source
 from pretrain.data.transforms.recipes import ViewRecipe, build_recipes
+from pretrain.methods import method_class
 from pretrain.visualization.contact_sheet import enlarged, fitted, heading, png, sheet
 
-_SIDE = 160  # what smaller views are enlarged to, by whole factors
-_VIEWS = {  # what each method calls the views that it looks at; others number them
-    "moco": ("query view", "key view"),
-    "end-to-end": ("query view", "key view"),
-    "memory-bank": ("query view",),  # the keys are those of earlier epochs
-    "byol": ("view 1 (T)", "view 2 (T')"),  # either goes through both networks
-}
+_SIDE = 160  # side in pixels to which smaller views are enlarged, by a whole factor
 
 
 def write_views(cfg: CfgNode, path: str, n: int = 8) -> str:
-    """Draw the first samples of the run that ``cfg`` describes; a sentence that says where."""
+    """Draw the first ``n`` samples of the run that ``cfg`` describes; return a line about it."""
     source = open_source(cfg.DATA)
     picture = views_picture(
         source, build_recipes(cfg), min(n, len(source)), method=cfg.METHOD, seed=cfg.SEED
@@ -33,9 +28,7 @@ def write_views(cfg: CfgNode, path: str, n: int = 8) -> str:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     replace_file(target, lambda file: file.write(picture))
-    return (
-        f"{path}: {min(n, len(source))} of {counted(len(source), 'image')}, each beside its views"
-    )
+    return f"{path}: {min(n, len(source))} of {counted(len(source), 'image')}, each with its views"
 
 
 def views_picture(
@@ -46,19 +39,19 @@ def views_picture(
     method: str = "",
     seed: int = 0,
 ) -> bytes:
-    """The first n samples of a run, one a row: the photograph, then the views, pixel by pixel,
-    below a heading with their names and sizes.
+    """Draw the first n samples of a run, one per row: the photograph and its views, unscaled or
+    enlarged by a whole factor, below a heading with their names and sizes.
 
     Args:
-        recipes: one a view; small views are enlarged by a whole factor.
-        method: names the views, and shows only those that it looks at.
+        recipes: one per view.
+        method: name of the method whose views are drawn; "" for all views, numbered.
         seed: of the run.
 
     Returns:
         An encoded PNG.
 
     Raises:
-        UserError: the images cannot be read.
+        UserError: the images cannot be read, or there is no such method.
     """
     names = view_names(recipes, method)
     recipes = recipes[: len(names)]
@@ -82,21 +75,23 @@ def views_picture(
 
 
 def view_names(recipes: Sequence[ViewRecipe], method: str = "") -> list[str]:
-    """What the views are called that ``method`` looks at, the first of ``recipes``."""
+    """Names of the views that ``method`` uses, which are the first of ``recipes``."""
+    named = method_class(method).view_names if method else None
+    if named is not None:
+        return list(named)
     if len(recipes) > 2:  # multi-crop
         small = range(1, len(recipes) - 1)
         return ["large crop 1", "large crop 2", *(f"small crop {i}" for i in small)]
-    numbered = (f"view {i + 1}" for i in range(len(recipes)))
-    return list(_VIEWS.get(method, numbered))
+    return [f"view {i + 1}" for i in range(len(recipes))]
 
 
 def first_images(source: Source, n: int, seed: int) -> dict[int, bytes | str]:
-    """The first n samples of a stream: encoded bytes (or why there are none) by image."""
+    """Encoded bytes of the first n samples of a stream, or the reason for their lack, by image."""
     positions = np.arange(n)
     images = source.order(positions, n, seed).tolist()
     return dict(zip(images, next(source.stream(iter([positions]), n, seed)), strict=True))
 
 
 def _decoded(data: bytes | str) -> np.ndarray:
-    assert isinstance(data, bytes)  # its views have been made
+    assert isinstance(data, bytes)  # its views were rendered
     return decode(data)

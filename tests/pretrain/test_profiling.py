@@ -127,7 +127,7 @@ def test_the_profiler_tells_where_steps_go_and_writes_their_trace(tmp_path, tota
 def test_a_run_too_short_to_profile_is_told(tmp_path):
     _, text = profiled_run(tmp_path, steps=3, total=5)
     assert text == (
-        "warning: --profile 3 tells nothing, because it needs 7 iterations and the run ended "
+        "warning: --profile 3 reports nothing, because it needs 7 iterations and the run ended "
         "after 5"
     )
     assert not list(tmp_path.iterdir())

@@ -242,7 +242,7 @@ def test_pretraining_runs_are_recognised(tmp_path):
     (values,) = report.as_dict()["pretraining"]
     tail = [7 - i / 100 for i in range(190, 200)]
     assert values["loss"] == pytest.approx(statistics.mean(tail))
-    assert values["log_k_plus_1"] == pytest.approx(math.log(256))
+    assert values["chance_loss"] == pytest.approx(math.log(256))
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def test_learning_rate_follows_the_batch_unless_it_is_given():
     ("overrides", "message"),
     [
         (["SOLVER.BATHC_SIZE", "64"], r"did you mean SOLVER\.BATCH_SIZE"),
-        (["SOLVER", "64"], "which is no key"),
+        (["SOLVER", "64"], "which is not a key"),
         (["SOLVER.BATCH_SIZE", "many"], "takes a whole number such as 256"),
         (["MOCO.MLP", "1"], "takes True or False[.]"),
         (["SEED"], "has no partner"),
@@ -161,7 +161,7 @@ def test_overrides_may_follow_the_data_specs(tmp_path):
         ),
         ("SEED: 1\nMODEL: [1, 2\n", r"is not plain YAML .*: line 3: "),
         ("- SEED\n", "must hold KEY: VALUE pairs, not a list"),
-        ("# nothing\n", "holds no keys"),
+        ("# nothing\n", "contains no keys"),
     ],
 )
 def test_a_mistake_in_a_file_is_told_with_its_line(tmp_path, text, message):

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import sys
 import tarfile
@@ -7,6 +8,7 @@ import threading
 import time
 import tracemalloc
 from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 
 import numpy as np
@@ -262,6 +264,98 @@ def test_streams_are_counted_once_or_trusted_to_their_sizes_json(folder, monkeyp
     source = open_source(f"shards:{folder}/{{000..001}}.tar.gz")
     assert source.streamed
     assert source.counts.tolist() == [10, 11]
+
+
+def flaky(folder, tmp_path, bytes_first, status, times=1):
+    """A source whose third shard breaks off ``times`` times, after so many bytes."""
+    script = tmp_path / "read"
+    script.write_text(
+        f"""#!/bin/sh
+if [ $(basename $1) != 002.tar ] || [ $(wc -l < {tmp_path}/attempts) -ge {times} ]; then
+    exec cat $1
+fi
+echo once more >> {tmp_path}/attempts
+head -c {bytes_first} $1
+exit {status}
+"""
+    )
+    script.chmod(0o755)
+    (tmp_path / "attempts").touch()
+    return f"shards:pipe:{script} {folder}/{{000..006}}.tar"
+
+
+def between_members(folder):
+    with tarfile.open(folder / "002.tar") as tar:
+        return tar.getmembers()[10].offset
+
+
+@pytest.mark.parametrize("cut", ["nothing", "inside an image", "between two files"])
+@pytest.mark.parametrize("status", [0, 18])
+def test_a_connection_that_breaks_off_while_counting_is_tried_again(
+    folder, tmp_path, monkeypatch, cut, status
+):
+    if cut == "between two files" and not status:
+        pytest.skip("a shorter file, as far as anybody can tell")
+    monkeypatch.setattr("pretrain.data.shard_index.PAUSES", (0, 0, 0))
+    boundary = between_members(folder)
+    size = {"nothing": 0, "inside an image": boundary + 600, "between two files": boundary}[cut]
+    spec = flaky(folder, tmp_path, size, status)
+    assert open_source(spec).counts.tolist() == list(COUNTS)
+    assert (tmp_path / "attempts").read_text().count("\n") == 1
+    (cached,) = (tmp_path / "cache").rglob("counts-*")
+    assert list(json.loads(cached.read_text()).values()) == list(COUNTS)
+
+
+def test_a_connection_that_always_breaks_off_is_an_error_and_no_count(
+    folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("pretrain.data.shard_index.PAUSES", (0, 0.01, 0.02))
+    spec = flaky(folder, tmp_path, 20_000, 18, times=4)
+    with pytest.raises(UserError, match=r"shard pipe:\S+read \S+002\.tar could not .*exit 18"):
+        open_source(spec)
+    assert (tmp_path / "attempts").read_text().count("\n") == 4
+    (cached,) = (tmp_path / "cache").rglob("counts-*")
+    assert list(json.loads(cached.read_text()).values()) == list(COUNTS[:2])
+    assert open_source(spec).counts.tolist() == list(COUNTS)  # once it holds
+
+
+def test_the_count_of_a_damaged_shard_is_not_kept(folder, monkeypatch):
+    monkeypatch.setattr("pretrain.data.shard_index.PAUSES", (0, 0, 0))
+    shard = folder / "002.tar"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2])
+    assert piped(folder).counts[2] < COUNTS[2]
+    shard.write_bytes(whole)
+    assert piped(folder).counts.tolist() == list(COUNTS)
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="webdataset reads http by curl")
+def test_a_server_that_drops_the_connection_is_asked_again(folder, monkeypatch):
+    monkeypatch.setattr("pretrain.data.shard_index.PAUSES", (0, 0, 0))
+    asked = Counter()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            name = os.path.basename(self.path)
+            if not name.endswith(".tar"):
+                self.send_error(404)
+                return
+            data = (folder / name).read_bytes()
+            asked[name] += 1
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data if name != "001.tar" or asked[name] > 1 else data[:5000])
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"shards:http://127.0.0.1:{server.server_port}/{{000..003}}.tar"
+        assert open_source(url).counts.tolist() == list(COUNTS[:4])
+        assert asked == {"000.tar": 1, "001.tar": 2, "002.tar": 1, "003.tar": 1}
+        server.shutdown()
 
 
 def test_several_urls_are_one_source(folder):

@@ -175,10 +175,10 @@ def test_prototypes_are_counted_by_their_nearest_embeddings():
     assert even["perplexity"] == pytest.approx(4)
     assert even["largest_share"] == pytest.approx(0.25)
     assert even["mean_cosine"] == pytest.approx(0, abs=1e-9)
-    assert "in use" in judge_prototypes(even, 40)
+    assert "in use" in judge_prototypes(even, 40, "Do this.")
     one = prototype_use(torch.eye(8)[:1].expand(40, 8), centres)
     assert (one["used"], one["perplexity"]) == (1, pytest.approx(1))
-    assert "collapsed" in judge_prototypes(one, 40)
+    assert "collapsed" in judge_prototypes(one, 40, "Do this.")
 
 
 def records(loss, accuracy, spread, n=30):

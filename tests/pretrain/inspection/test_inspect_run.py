@@ -45,6 +45,12 @@ def runs(tmp_path_factory, photographs):
     return run
 
 
+def kept(path):
+    """What the method of a run keeps of past batches."""
+    run = open_run(path)
+    return dictionary_of(run.build(), run.step, run.cfg.SOLVER.BATCH_SIZE)
+
+
 def copy(run, tmp_path):
     return shutil.copytree(run, tmp_path / "copy")
 
@@ -108,28 +114,28 @@ def test_of_a_young_queue_and_bank_only_the_keys_are_measured(runs, tmp_path):
     state["state_dict"]["queue_ptr"] = torch.tensor([BATCH])
     state["state_dict"]["queue"][:BATCH] = torch.eye(8)[0]
     checkpoint.save(state, tmp_path / "moco")
-    found = dictionary_of(open_run(tmp_path / "moco"))
-    assert (found.filled, found.geometry.count, found.age) == (BATCH, BATCH, 1)
+    found = kept(tmp_path / "moco")
+    assert (found.memory.filled, found.geometry.count, found.age) == (BATCH, BATCH, 1)
     assert found.geometry.effective_rank == pytest.approx(1)
     assert any("not full yet" in text for text in found.findings())
     assert any("all alike" in text for text in found.findings())
 
     state["state_dict"]["queue_ptr"] = torch.tensor([11])
     checkpoint.save(state, tmp_path / "moco")
-    found = dictionary_of(open_run(tmp_path / "moco"))
+    found = kept(tmp_path / "moco")
     assert "pointer is at 11" in found.findings()[0]
 
     bank = runs("memory-bank")
     state = checkpoint.load(bank / "checkpoint_00000005.pth")
-    found = dictionary_of(open_run(bank / "checkpoint_00000005.pth"))
-    assert found.filled == 15  # 40 samples of 15 images
+    found = kept(bank / "checkpoint_00000005.pth")
+    assert found.memory.filled == 15  # 40 samples of 15 images
     from pretrain.methods.memory_bank import ShardedBank
 
     fresh = ShardedBank(15, 8, seed=0).shard
     state["state_dict"]["bank._extra_state"][4:] = fresh[4:]
     checkpoint.save(state, tmp_path / "bank")
-    found = dictionary_of(open_run(tmp_path / "bank"))
-    assert (found.filled, found.geometry.count) == (4, 4)
+    found = kept(tmp_path / "bank")
+    assert (found.memory.filled, found.geometry.count) == (4, 4)
 
 
 def test_a_checkpoint_alone_is_looked_into_and_shows_no_later_record(runs, tmp_path):

@@ -14,7 +14,6 @@ import torch
 from moco_common.errors import UserError
 from moco_common.html_page import render_page
 from pretrain.checkpoint import format as checkpoint
-from pretrain.config.defaults import get_defaults
 from pretrain.data.sources import open_source
 from pretrain.engine.train_loop import train
 from pretrain.inspection import dictionary, findings
@@ -23,18 +22,17 @@ from pretrain.inspection.filters import GROWN
 from pretrain.inspection.geometry import measure
 from pretrain.inspection.inspect_run import Settings, inspect_run
 from pretrain.inspection.neighbours import class_names, sample_images
-from pretrain.inspection.run_directory import InspectedRun, open_run
+from pretrain.inspection.run_directory import open_run
 from tests.pretrain import tiny
 from tests.pretrain.probe_data import write_classes
 
 
-def run_with(state, step, **keys):
-    cfg = get_defaults()
-    cfg.SOLVER.BATCH_SIZE = 8
-    for key, value in keys.items():
-        section, _, name = key.partition("_")
-        cfg[section][name] = value
-    return InspectedRun(Path("."), cfg, state={"step": step, "state_dict": state})
+def remembered(name, step, *overrides, **buffers):
+    """What a method of batch 8 keeps after ``step`` steps, were its buffers these."""
+    method, _ = tiny.build(name, *overrides)
+    for buffer, value in buffers.items():
+        setattr(method, buffer, value)
+    return dictionary_of(method, step, 8)
 
 
 def units(n, d=6, seed=0):
@@ -76,25 +74,27 @@ def test_of_a_stream_the_first_images_are_held(tmp_path, monkeypatch):
 def test_the_embeddings_queue_counts_what_was_written_and_how_old_it_is():
     queue = torch.zeros(2, 20, 6)
     queue[:, :16] = units(32).view(2, 16, 6)  # two steps of eight, the newest first
-    found = dictionary_of(run_with({"queue": queue}, step=2))
-    assert (found.kind, found.size, found.filled, found.age) == ("queue of embeddings", 20, 16, 2)
+    found = remembered("swav", 2, queue=queue)
+    memory = found.memory
+    assert (memory.kind, memory.size, memory.filled) == ("queue of embeddings", 20, 16)
+    assert found.age == 2
     assert found.geometry == measure(queue[:, :16].reshape(32, 6))
     assert any("not full yet (16 of 20)" in text for text in found.findings())
     queue[:, 16:] = units(8, seed=1).view(2, 4, 6)
-    found = dictionary_of(run_with({"queue": queue}, step=50))
-    assert (found.filled, found.age, found.turned) == (20, 3, None)
+    found = remembered("swav", 50, queue=queue)
+    assert (found.memory.filled, found.age, found.turned) == (20, 3, None)
     assert not any("not full" in text for text in found.findings())
-    assert dictionary_of(run_with({"queue": torch.zeros(2, 0, 6)}, step=50)) is None
-    assert dictionary_of(run_with({}, step=50)) is None
+    assert remembered("swav", 50, queue=torch.zeros(2, 0, 6)) is None
+    assert remembered("byol", 50) is None
 
 
 def test_keys_of_an_encoder_that_has_moved_on_are_told():
     state = {"queue": units(80), "queue_ptr": torch.tensor([0])}
-    found = dictionary_of(run_with(state, step=30, MOCO_MOMENTUM=0.7))
-    assert (found.pointer, found.age) == (0, 10)  # eighty keys, eight a step
+    found = remembered("moco", 30, "MOCO.MOMENTUM", 0.7, **state)
+    assert (found.memory.pointer, found.age) == (0, 10)  # eighty keys, eight a step
     assert found.turned == pytest.approx(1 - 0.7**10)
     assert any("raise MOCO.MOMENTUM" in text for text in found.findings())
-    quiet = dictionary_of(run_with(state, step=30, MOCO_MOMENTUM=0.99))
+    quiet = remembered("moco", 30, "MOCO.MOMENTUM", 0.99, **state)
     assert not any("MOCO.MOMENTUM" in text for text in quiet.findings())
 
 
@@ -102,8 +102,8 @@ def test_of_a_long_queue_a_draw_is_measured(monkeypatch):
     monkeypatch.setattr(dictionary, "MOST", 50)
     one = units(1).expand(400, 6)
     state = {"queue": torch.cat([one, -one]), "queue_ptr": torch.tensor([0])}
-    found = dictionary_of(run_with(state, step=1000))
-    assert (found.size, found.filled, found.geometry.count) == (800, 800, 50)
+    found = remembered("moco", 1000, **state)
+    assert (found.memory.size, found.memory.filled, found.geometry.count) == (800, 800, 50)
     assert abs(found.geometry.mean_cosine) < 0.3  # of both halves, and not of the first fifty
 
 
@@ -112,7 +112,10 @@ def test_of_a_long_queue_a_draw_is_measured(monkeypatch):
     [(1, 1.0, "collapsed"), (9, 0.9, "collapsed"), (9, 5.0, "few clusters"), (40, 30.0, "in use")],
 )
 def test_prototypes_are_judged_by_how_many_take_the_images(used, perplexity, word):
-    assert word in judge_prototypes({"prototypes": 80, "used": used, "perplexity": perplexity}, 60)
+    use = {"prototypes": 80, "used": used, "perplexity": perplexity}
+    text = judge_prototypes(use, 60, "Do this.")
+    assert word in text
+    assert ("Do this." in text) == (word == "collapsed")
 
 
 def test_the_page_escapes_whatever_it_is_given_and_loads_nothing(tmp_path):

@@ -92,5 +92,5 @@ def test_a_sharded_bank_is_the_whole_one_and_is_saved_as_such():
 
 
 def test_a_checkpoint_of_other_data_is_refused():
-    with pytest.raises(UserError, match="holds 40 keys of 8 numbers, and the data has 39 images"):
+    with pytest.raises(UserError, match="holds 40 keys of 8 numbers, but the data has 39 images"):
         ShardedBank(39, 8, seed=0).set_extra_state(torch.zeros(40, 8))

@@ -71,7 +71,7 @@ def inked(strip):
         ("simclr", ["view 1, 48 px", "view 2, 48 px"]),
         ("byol", ["view 1 (T), 48 px", "view 2 (T'), 48 px"]),
         ("swav", ["view 1, 48 px", "view 2, 48 px"]),
-        ("one of your own", ["view 1, 48 px", "view 2, 48 px"]),
+        ("", ["view 1, 48 px", "view 2, 48 px"]),
     ],
 )
 def test_each_column_has_the_name_that_its_method_gives_it(source, method, names):
