@@ -42,10 +42,11 @@ class Run:
 
     @property
     def is_pretraining(self) -> bool:
-        """Whether this is a pre-training run: contrastive, so neither boxes nor results."""
+        """Whether this is a pre-training run, which has neither boxes nor results."""
         if self.results is not None or any("total_loss" in record for record in self.records):
             return False
-        return "METHOD" in self.config or any("accuracy" in r for r in self.records)
+        configured = not self.config.keys().isdisjoint(("METHOD", "MOCO.QUEUE_SIZE"))
+        return configured or any("accuracy" in record for record in self.records)
 
     @property
     def chance_loss(self) -> float | None:

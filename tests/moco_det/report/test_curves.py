@@ -72,20 +72,33 @@ def test_runs_of_one_label_share_its_colour_and_one_entry(tmp_path, drawn):
     assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["a", "b"]
 
 
-def test_pretraining_loss_comes_with_the_loss_of_chance(tmp_path, drawn):
-    run = write_metrics(tmp_path / "a", loss=[7, 6.5], accuracy=[0, 0.1])
-    (run / "config.yaml").write_text("MOCO: {QUEUE_SIZE: 1024}")
+@pytest.mark.parametrize(
+    ("config", "recorded", "level"),
+    [
+        ("METHOD: byol\nMOCO: {QUEUE_SIZE: 1024}", 2.5, 2.5),
+        ("METHOD: moco\nMOCO: {QUEUE_SIZE: 1024}", None, math.log(1025)),
+        ("MOCO: {QUEUE_SIZE: 1024}", None, math.log(1025)),  # of the first versions
+        (
+            "METHOD: memory-bank\nMOCO: {QUEUE_SIZE: 1024}\nBANK: {NEGATIVES: 64}",
+            None,
+            math.log(65),
+        ),
+        ("METHOD: simclr\nMOCO: {QUEUE_SIZE: 1024}", None, None),
+    ],
+)
+def test_pretraining_loss_comes_with_the_chance_loss_of_its_method(
+    tmp_path, drawn, config, recorded, level
+):
+    chance = {} if recorded is None else {"chance_loss": [recorded] * 2}
+    run = write_metrics(tmp_path / "a", loss=[7, 6.5], accuracy=[0, 0.1], **chance)
+    (run / "config.yaml").write_text(config)
     plots.training_curves({"a": run}, tmp_path / "c.png")
     loss, accuracy = drawn[0].axes
-    assert list(loss.lines[-1].get_ydata()) == pytest.approx([math.log(1025)] * 2)
+    assert len(loss.lines) == (1 if level is None else 2)
+    if level is not None:
+        assert list(loss.lines[-1].get_ydata()) == pytest.approx([level] * 2)
+        assert loss.texts[0].get_text() == f"chance {level:.2f}"
     assert len(accuracy.lines) == 1
-
-
-def test_a_label_with_dollar_signs_is_drawn_as_it_is(tmp_path, drawn):
-    run = write_metrics(tmp_path / "a", total_loss=[3, 2])
-    plots.training_curves({"$lr{$": run}, tmp_path / "c.png")
-    (text,) = drawn[0].legends[0].get_texts()
-    assert text._preprocess_math(text.get_text()) == ("$lr{$", False)
 
 
 def test_values_that_are_no_numbers_are_left_out(tmp_path, drawn):

@@ -8,12 +8,16 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from moco_common.errors import UserError
 from moco_det import convert
+from moco_det.report.build import build_report
+from moco_det.report.runs import read_runs
 from pretrain.checkpoint import format as checkpoint
 from pretrain.config.defaults import load_config
 from pretrain.engine.train_loop import train
+from pretrain.inspection.run_directory import open_run
 from pretrain.methods import METHODS, build_method
 from pretrain.modeling.resnet import ResNet
 from pretrain.solver.schedules import warmup_steps
@@ -92,6 +96,58 @@ def test_a_run_of_each_recipe_resumes_bit_for_bit_and_exports_its_encoder(
     assert weights.keys() == backbone.keys() == ResNet(18, width=1 / 16).state_dict().keys()
     for name, tensor in backbone.items():
         assert torch.equal(weights[name], tensor), name
+
+
+# Settings of `tiny.recipe`: K + 1 keys, a batch of 8, both views of it but oneself, 12 prototypes.
+CHANCE = {
+    "moco": math.log(20 + 1),
+    "end-to-end": math.log(8),
+    "memory-bank": math.log(5 + 1),
+    "simclr": math.log(2 * 8 - 1),
+    "byol": None,
+    "swav": math.log(12),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_records_its_chance_loss_and_the_report_compares_with_it(
+    method, photographs, tmp_path
+):
+    recipe = "moco-v2" if method == "moco" else method
+    short = ("MOCO.QUEUE_SIZE", "20", "SOLVER.MAX_ITER", "2")
+    train(tiny.recipe(recipe, photographs, tmp_path / "run", *short), quiet=True)
+    records = [json.loads(line) for line in (tmp_path / "run/metrics.json").open()]
+    expected = CHANCE[method]
+    recorded = [record.get("chance_loss") for record in records]
+    assert recorded == ([None] * 2 if expected is None else pytest.approx([expected] * 2))
+    report = build_report(read_runs([tmp_path / "run"]))
+    (values,) = report.as_dict()["pretraining"]
+    assert values["chance_loss"] == (None if expected is None else pytest.approx(expected))
+    assert "chance loss" in report.text()
+
+
+def test_a_run_records_what_its_method_reads_and_a_record_of_everything_is_resumed(
+    photographs, tmp_path
+):
+    cfg = tiny.recipe("memory-bank", photographs, tmp_path, "SOLVER.MAX_ITER", "3")
+    train(cfg, quiet=True)
+    recorded = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert {"MOCO", "BANK", "SOLVER", "METHOD"} <= recorded.keys()
+    assert not {"SIMCLR", "BYOL", "SWAV"} & recorded.keys()
+    state = checkpoint.load(tmp_path / checkpoint.LAST)
+    assert yaml.safe_load(state["config"]) == recorded
+    # Earlier versions recorded the keys of every method; they may even differ by now.
+    everything = yaml.safe_load(cfg.dump())
+    everything["SWAV"]["PROTOTYPES"] = 99
+    for path in tmp_path.glob("*.pth"):
+        path.unlink()
+    checkpoint.save(state | {"config": yaml.safe_dump(everything)}, tmp_path)
+    train(cfg, resume=True, quiet=True)
+    assert open_run(tmp_path).build().chance_loss == pytest.approx(math.log(6))
+    everything["BANK"]["NEGATIVES"] = 6
+    checkpoint.save(state | {"config": yaml.safe_dump(everything)}, tmp_path)
+    with pytest.raises(UserError, match="BANK.NEGATIVES was 6 and is now 5"):
+        train(cfg, resume=True, quiet=True)
 
 
 @pytest.mark.parametrize("method", NEW)
