@@ -1,31 +1,19 @@
-# Two commands on a bare checkout: `make demo` and `make test`. Both set up .venv first.
-PYTHON ?= python3.11
+# Two commands on a fresh checkout: `make demo` and `make test`. Both set up .venv first.
+# PYTHON=FILE sets up .venv with that Python instead of the first supported one on PATH.
+PYTHON ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO ?= runs/demo
 SEED ?= 0
 
-.PHONY: setup demo test coverage lint soak evidence bench-pretrain bench-eval docs clean
+.PHONY: setup demo test coverage lint soak evidence bench-pretrain bench-startup bench-eval docs clean
 
 setup: $(STAMP)
 
-# Detectron2 is taken last and by hash into the environment's own folder: see the README,
-# "Installation". torch comes first, because packages that build against it need it there. The last
-# packages are peers of the tests, taken alone: what they depend on would replace ours.
 $(STAMP): setup.py requirements/constraints.txt requirements/detectron2.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint requirements/constraints.txt setuptools wheel
-	$(BIN)/python -m pip install --quiet --constraint requirements/constraints.txt torch torchvision
-	$(BIN)/python -m pip install --quiet --constraint requirements/constraints.txt \
-	  --no-build-isolation --editable '.[opencv,detectron2-deps,safetensors,shards,slurm,fast-eval,docs,dev]'
-	$(BIN)/python -m pip install --quiet --no-deps --require-hashes \
-	  --target "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')" \
-	  --upgrade --python-version 3.10 --only-binary=:all: -r requirements/detectron2.txt
-	$(BIN)/python -m pip install --quiet --no-deps --constraint requirements/constraints.txt \
-	  timm lightly lvis cityscapesscripts pyquaternion shapely
-	$(BIN)/python -c 'import moco_det, pretrain'
-	touch $@
+	@requirements/set_up_environment.sh $(VENV) $(PYTHON)
+	@touch $@
 
 demo: $(STAMP)
 	$(BIN)/python tools/demo.py -o $(DEMO) --seed $(SEED)
@@ -33,7 +21,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-# Tests with every line and branch counted, child processes included: two to three times as long.
+# The tests with coverage of lines and branches, child processes included: two to three times as long.
 coverage: $(STAMP)
 	$(BIN)/coverage erase
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -o timeout=900 --cov --cov-report=
@@ -46,7 +34,7 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p moco_common -p pretrain -p moco_det
 
-# Slow and by hand: kill -9 and resume, over and over; compiled training; readers on broken files.
+# Long, run by hand: kill -9 and resume many times; compiled training; readers given broken files.
 soak: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.pretrain.soak --kills 100 --processes 1 2
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.moco_det.soak
@@ -62,11 +50,15 @@ bench-pretrain: $(STAMP)
 	$(BIN)/python benchmarks/shuffle.py
 	$(BIN)/python benchmarks/loader.py
 
+# Start-up time of every tool: --help and a usage error, in units of `python -c pass`.
+bench-startup: $(STAMP)
+	$(BIN)/python benchmarks/startup.py
+
 bench-eval: $(STAMP)
 	$(BIN)/python benchmarks/voc_eval.py
 	$(BIN)/python benchmarks/coco_eval.py
 
-# The documentation as pages in build/site; warnings are errors.
+# Build the documentation in build/site; a warning is an error.
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 

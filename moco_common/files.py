@@ -17,6 +17,13 @@ from moco_common.errors import UserError
 _UNFINISHED = ".part"
 
 
+def check_exists(path: str | Path, advice: str = "check the path") -> None:
+    """Refuse a path where there is nothing (`UserError`); a name with a colon (``https://...``,
+    ``coco:...``) is no path."""
+    if ":" not in str(path) and not Path(path).expanduser().exists():
+        raise UserError(f"{path} does not exist: {advice}.")
+
+
 @contextmanager
 def replacing(
     path: str | Path, *, suffix: str = "", check: Callable[[Path], object] | None = None

@@ -1,35 +1,21 @@
-"""moco_det: from a pre-trained checkpoint to a Detectron2 detector and its report."""
+"""moco_det: from a pre-trained checkpoint to a Detectron2 detector and its report.
 
-import warnings
+Importing this package imports neither torch nor Detectron2: the names below are imported when
+they are first used, and the heads and backbones are registered as soon as Detectron2's registries
+exist (see `moco_det.registration`).
+"""
 
-try:
-    import cv2  # noqa: F401
-except ModuleNotFoundError:
-    raise ModuleNotFoundError(
-        "moco_det needs OpenCV (cv2), which is not required by name because several packages bring "
-        "it: pip install opencv-python-headless.",
-        name="cv2",
-    ) from None
-with warnings.catch_warnings():
-    # pkg_resources and torch.jit.script are Detectron2's affair: a user can do nothing about them.
-    warnings.simplefilter("ignore")
-    try:
-        import detectron2  # noqa: F401
-    except ModuleNotFoundError as error:
-        if error.name != "detectron2":
-            raise
-        raise ModuleNotFoundError(
-            "moco_det needs Detectron2, which is not on the package index under its own name: "
-            "see 'Installation' in the README (`make setup`, or build it from upstream's git "
-            "repository after installing torch, with `pip install --no-build-isolation`).",
-            name="detectron2",
-        ) from None
-    # Heads and backbone register themselves by name.
-    from moco_common.errors import UserError
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from moco_common.dependencies import DETECTRON2, OPENCV, require
+from moco_common.errors import UserError
+from moco_det.registration import register_with_detectron2
+
+if TYPE_CHECKING:
     from moco_det.config.defaults import add_moco_det_config
     from moco_det.config.protocols import get_protocol, load_config, protocol_names
     from moco_det.conversion import Converted, convert, load_detectron2_weights
-    from moco_det.modeling import backbone, sem_seg_head  # noqa: F401
     from moco_det.modeling.roi_heads import Res5ROIHeadsExtraNorm
 
 __all__ = [
@@ -43,3 +29,27 @@ __all__ = [
     "load_detectron2_weights",
     "protocol_names",
 ]
+_MODULES = {
+    "Converted": "moco_det.conversion",
+    "Res5ROIHeadsExtraNorm": "moco_det.modeling.roi_heads",
+    "add_moco_det_config": "moco_det.config.defaults",
+    "convert": "moco_det.conversion",
+    "get_protocol": "moco_det.config.protocols",
+    "load_config": "moco_det.config.protocols",
+    "load_detectron2_weights": "moco_det.conversion",
+    "protocol_names": "moco_det.config.protocols",
+}
+
+require("moco_det", "cv2", OPENCV)
+require("moco_det", "detectron2", DETECTRON2)
+register_with_detectron2()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

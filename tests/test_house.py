@@ -10,7 +10,17 @@ ROOT = Path(__file__).parents[1]
 # The rooms of each package, from the foundation up: a room imports only rooms that stand before it.
 ROOMS = {
     "moco_common": (
-        *("version", "text", "errors", "comm", "hardware", "files", "config", "progress"),
+        *(
+            "version",
+            "text",
+            "errors",
+            "dependencies",
+            "comm",
+            "hardware",
+            "files",
+            "config",
+            "progress",
+        ),
         *("html_page", "reader", "stopping", "run_lock", "launch"),
     ),
     "pretrain": (
@@ -18,8 +28,8 @@ ROOMS = {
         *("methods", "config", "probe", "visualization", "doctor", "engine", "inspection"),
     ),
     "moco_det": (
-        *("structures", "config", "conversion", "modeling", "checkpoint", "data", "evaluation"),
-        *("visualization", "inference", "engine", "report", "demo"),
+        *("registration", "structures", "config", "conversion", "modeling", "checkpoint"),
+        *("data", "evaluation", "visualization", "inference", "engine", "report", "demo"),
     ),
 }
 PACKAGES = tuple(ROOMS)

@@ -127,8 +127,28 @@ def test_without_detectron2_one_sentence_says_how_to_get_it_and_pretrain_works(i
     done = run(installed, "-c", block)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("ModuleNotFoundError: moco_det needs Detectron2")
+    assert last.startswith(
+        "moco_common.dependencies.MissingPackageError: moco_det needs Detectron2"
+    )
     assert "pretrain" not in done.stderr.replace("import pretrain.engine.train_loop", "")
+
+
+@pytest.mark.parametrize(
+    ("tool", "words", "module", "advice"),
+    [
+        ("train_net", ["--config", "VOC"], "detectron2", "'Installation' in the README"),
+        ("pretrain", ["--config", "moco-v1"], "cv2", "pip install opencv-python-headless"),
+    ],
+)
+def test_a_tool_without_such_a_package_ends_in_that_sentence(
+    installed, tool, words, module, advice
+):
+    code = f"import sys; sys.modules[{module!r}] = None; from moco_tools.{tool} import main;"
+    done = run(installed, "-c", f"{code} sys.exit(main({words!r}))")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert advice in done.stderr
 
 
 def contents(site):

@@ -1,13 +1,14 @@
-"""The command lines. Each parses, sets up and launches; the work is done in the packages.
+"""The command lines. Each parses, checks what is cheap to check, imports the work and launches it.
 
-Their imports take seconds, and a Ctrl-C among them finds no `run_tool` yet: it ends in a line here.
+No tool imports torch or Detectron2, which takes seconds, before its arguments are known to be
+valid. A Ctrl-C during the imports that come before `run_tool` ends in one line here.
 """
 
 import sys
 from types import TracebackType
 
 
-def _say_interrupted(
+def _report_interrupt(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
     if issubclass(kind, KeyboardInterrupt):
@@ -17,4 +18,4 @@ def _say_interrupted(
 
 
 if sys.excepthook is sys.__excepthook__:  # nobody else's is replaced
-    sys.excepthook = _say_interrupted
+    sys.excepthook = _report_interrupt

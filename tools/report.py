@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Tables, statistics and curves of finished runs, in one page: see `--help`."""
 
 import argparse
@@ -7,11 +8,10 @@ from pathlib import Path
 
 if __name__ == "__main__":  # run as a file: import from the checkout, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    import tools  # noqa: F401 (a Ctrl-C during the imports)
+    import tools  # noqa: F401 (handles a Ctrl-C during the imports)
 
 from moco_common.errors import run_tool
-from moco_det.report.build import build_report
-from moco_det.report.runs import read_runs
+from moco_common.files import check_exists
 
 
 def parser() -> argparse.ArgumentParser:
@@ -24,23 +24,24 @@ def parser() -> argparse.ArgumentParser:
         "whose directories differ in the seed or trial only (out/moco-seed0, out/moco-seed1, "
         "out/moco/trial_0) are one group.",
     )
-    arguments.add_argument(
-        "runs", nargs="+", metavar="RUN_DIR", help="a run directory, or one that holds trial_K"
-    )
-    arguments.add_argument("-o", "--output-dir", required=True, metavar="DIR", type=Path)
-    arguments.add_argument(
-        "--pictures",
-        type=int,
-        default=4,
-        metavar="N",
-        help="images of each kind (best, worst, most different) to show with the runs' "
-        "detections, 0 for none (default 4)",
-    )
-    arguments.add_argument("--quiet", action="store_true", help="print warnings and errors only")
+    add = arguments.add_argument
+    what = "run directory, or a directory that holds trial_K"
+    add("runs", nargs="+", metavar="RUN_DIR", help=what)
+    what = "folder of the report"
+    add("-o", "--output-dir", required=True, metavar="DIR", type=Path, help=what)
+    what = "number of images of each kind (best, worst, most different) to show with the runs' "
+    what += "detections (default: 4)"
+    add("--pictures", type=int, default=4, metavar="N", help=what)
+    add("--quiet", action="store_true", help="print warnings and errors only")
     return arguments
 
 
 def work(arguments: argparse.Namespace) -> None:
+    for run in arguments.runs:
+        check_exists(run, "pass run directories")
+    from moco_det.report.build import build_report
+    from moco_det.report.runs import read_runs
+
     report = build_report(read_runs(arguments.runs), arguments.output_dir, arguments.pictures)
     page = report.write(arguments.output_dir)
     if arguments.quiet:

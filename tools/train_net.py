@@ -1,4 +1,4 @@
-#!/usr/bin/env python
+#!/usr/bin/env python3
 """Fine-tune and evaluate a detector by a named protocol."""
 
 import argparse
@@ -8,10 +8,9 @@ from pathlib import Path
 
 if __name__ == "__main__":  # run as a file: import from the checkout, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    import tools  # noqa: F401 (a Ctrl-C during the imports)
+    import tools  # noqa: F401 (handles a Ctrl-C during the imports)
 
-import moco_det  # noqa: F401 (a Ctrl-C during the imports)
-from moco_common.errors import run_tool
+from moco_common.errors import UserError, run_tool
 
 EPILOG = """examples:
   train_net.py --config VOC --output-dir runs/voc-moco MODEL.WEIGHTS moco.pkl
@@ -22,29 +21,35 @@ EPILOG = """examples:
 """
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+def parser() -> argparse.ArgumentParser:
+    layout = argparse.RawDescriptionHelpFormatter
+    result = argparse.ArgumentParser(
+        prog="moco-train-net", description=__doc__, epilog=EPILOG, formatter_class=layout
     )
-    add = parser.add_argument
+    add = result.add_argument
     add("--config", metavar="NAME|FILE", help="protocol (VOC, COCO-FPN-1x, ...) or YAML file")
-    specs = "voc:DIR:SPLIT, coco:JSON:IMAGES, semseg:IMAGES:LABELS, or a name of Detectron2's"
+    specs = "voc:DIR:SPLIT, coco:JSON:IMAGES, semseg:IMAGES:LABELS, or a data set of Detectron2's"
     add("--train-data", nargs="+", default=(), metavar="SPEC", help=specs)
-    add("--test-data", metavar="SPEC", help="the same, for evaluation")
-    ranks = "processes: one a GPU, or N on the CPU (default 1; not with torchrun)"
+    add("--test-data", metavar="SPEC", help="data to evaluate on, as for --train-data")
+    ranks = "number of processes: one per GPU, or N on the CPU (default: 1; not with torchrun)"
     add("--num-gpus", type=int, default=1, metavar="N", help=ranks)
     add("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS or the run's checkpoint")
-    add("--resume", action="store_true", help="go on from the run's newest checkpoint")
-    add("--trials", type=int, metavar="N", help="N runs, seeds SEED, SEED + 1, ...")
-    add("--trial", type=int, metavar="K", help="run K of them alone (from 0), into DIR/trial_K")
-    add("--strict", action="store_true", help="anything wrong in own data is an error")
-    what = "print what would be run, from which source, deviating how (or all about KEY), and stop"
+    add("--resume", action="store_true", help="resume from the run's newest checkpoint")
+    add("--trials", type=int, metavar="N", help="number of runs, with seeds SEED, SEED + 1, ...")
+    add("--trial", type=int, metavar="K", help="index of the one trial to run, in DIR/trial_K")
+    add("--strict", action="store_true", help="treat every problem in own data as an error")
+    what = "print the resolved run, its source and deviations (or everything about KEY), and exit"
     add("--explain", nargs="?", const="", metavar="KEY", help=what)
-    add("--preflight", action="store_true", help="try the worst batch, say what fits, and stop")
+    what = "run the most expensive batch, report the memory it needs, and exit"
+    add("--preflight", action="store_true", help=what)
     add("--quiet", action="store_true", help="print warnings and errors only")
     add("--output-dir", metavar="DIR", help="run directory (default: OUTPUT_DIR of the config)")
-    add("overrides", nargs="*", metavar="KEY VALUE", help="config overrides")
-    args = parser.parse_intermixed_args(argv)
+    add("overrides", nargs="*", metavar="KEY VALUE", help="config keys and their values")
+    return result
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    args = parser().parse_intermixed_args(argv)
     for at, word in enumerate(args.train_data):
         if word.isupper() and ":" not in word:  # the first KEY VALUE after the last SPEC
             args.overrides = [*args.train_data[at:], *args.overrides]
@@ -59,6 +64,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def work(args: argparse.Namespace) -> int | None:
+    from moco_det.config.defaults import check_keys
+    from moco_det.config.protocols import check_request
+
+    if args.explain:
+        check_keys([args.explain], where="the command line")
+    elif not args.config and not args.output_dir:
+        raise UserError("name a protocol or a file with --config, such as --config VOC.")
+    check_request(args.config, args.overrides)
     from moco_det.engine.explain import explain
     from moco_det.engine.setup import Options
     from moco_det.engine.train_net import train_net
@@ -69,7 +82,7 @@ def work(args: argparse.Namespace) -> int | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    return run_tool(lambda: work(args), interrupted="interrupted: go on with --resume")
+    return run_tool(lambda: work(args), "stopped: resume from the last checkpoint with --resume")
 
 
 if __name__ == "__main__":

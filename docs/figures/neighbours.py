@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from pretrain.inspection import Settings, inspect_run
+from pretrain.inspection.inspect_run import Settings, inspect_run
 
 WIDTH = 560  # pixels
 

@@ -1,12 +1,20 @@
 """The keys of a config: this project's own beside Detectron2's, and what may be set to what."""
 
-import difflib
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from __future__ import annotations
 
-from detectron2.config import CfgNode, get_cfg
+import ast
+import difflib
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from moco_common.errors import UserError
+
+if TYPE_CHECKING:
+    from detectron2.config import CfgNode
 
 # What a value is called that is not of the default's type.
 KINDS = {
@@ -64,9 +72,52 @@ def add_moco_det_config(cfg: CfgNode) -> None:
 
 def default_config() -> CfgNode:
     """Detectron2's defaults and this project's own keys."""
+    from detectron2.config import get_cfg  # takes seconds, and no key check needs it
+
     cfg = get_cfg()
     add_moco_det_config(cfg)
     return cfg
+
+
+@cache
+def key_names() -> tuple[str, ...]:
+    """The names of all keys, read from Detectron2's source because importing it takes seconds."""
+    package = find_spec("detectron2")
+    assert package is not None
+    assert package.origin is not None
+    source = Path(package.origin).with_name("config") / "defaults.py"
+    detectron2s = _assigned(source.read_text(encoding="utf-8"), "_C")
+    return tuple(
+        dict.fromkeys([*detectron2s, *_assigned(inspect.getsource(add_moco_det_config), "cfg")])
+    )
+
+
+def _assigned(source: str, root: str) -> Iterator[str]:
+    """The keys that a source sets: MODEL.DEVICE by ``_C.MODEL.DEVICE = "cuda"``, and SOLVER.AMP's
+    ENABLED by ``_C.SOLVER.AMP = CN({"ENABLED": False})``."""
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Assign):
+            continue
+        name, value = ast.unparse(node.targets[0]), node.value
+        if isinstance(value, ast.Call) and ast.unparse(value.func) == "CN":
+            names = [f"{name}.{key}" for section in value.args for key in ast.literal_eval(section)]
+        else:
+            names = [name]
+        yield from (key.removeprefix(f"{root}.") for key in names if key.startswith(f"{root}."))
+
+
+def check_pairs(overrides: Sequence[str]) -> None:
+    """Check that overrides come in pairs of known keys and values.
+
+    Raises:
+        UserError: a key without a value, or an unknown key.
+    """
+    if len(overrides) % 2:
+        raise UserError(
+            f"overrides come as KEY VALUE pairs, but {overrides[-1]!r} has no partner in "
+            f"'{' '.join(overrides)}'."
+        )
+    check_keys(overrides[::2], where="the command line")
 
 
 def apply_overrides(cfg: CfgNode, overrides: Sequence[str]) -> list[str]:
@@ -75,13 +126,8 @@ def apply_overrides(cfg: CfgNode, overrides: Sequence[str]) -> list[str]:
     Raises:
         UserError: a key without a value, an unknown key, or a value of the wrong type.
     """
-    if len(overrides) % 2:
-        raise UserError(
-            f"overrides come as KEY VALUE pairs, but {overrides[-1]!r} has no partner in "
-            f"'{' '.join(overrides)}'."
-        )
+    check_pairs(overrides)
     keys = list(overrides[::2])
-    check_keys(keys, where="the command line")
     for key, value in zip(keys, overrides[1::2], strict=True):
         was = flatten(cfg)[key]
         if isinstance(was, float) and value.lstrip("+-").isdigit():
@@ -106,7 +152,7 @@ def flatten(cfg: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def check_keys(keys: Iterable[str], where: str, lines: Mapping[str, int] | None = None) -> None:
     """Refuse a key that no config has (``UserError``), naming the nearest, and the line."""
-    known = flatten(default_config())
+    known = key_names()
     for key in keys:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
@@ -142,6 +188,8 @@ def check_values(nested: dict[str, Any], where: str, lines: Mapping[str, int]) -
 
 def _try(key: str, value: Any, was: Any, where: str) -> None:
     """Yacs takes a value for a key, or `UserError`."""
+    from detectron2.config import CfgNode
+
     node = CfgNode({"KEY": was})
     try:
         node.merge_from_other_cfg(CfgNode({"KEY": value}))

@@ -6,22 +6,26 @@ but what the layout of the weights requires. ``NAME-GN`` and its siblings have g
 ``NAME`` has batch norm.
 """
 
+from __future__ import annotations
+
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from detectron2.config import CfgNode
+from typing import TYPE_CHECKING, Any
 
 from moco_common.config import read_yaml
 from moco_common.errors import UserError
 from moco_det.config.defaults import (
     apply_overrides,
     check_keys,
+    check_pairs,
     check_values,
     default_config,
     flatten,
 )
+
+if TYPE_CHECKING:
+    from detectron2.config import CfgNode
 
 INITIALISATIONS = ("moco", "supervised", "random")
 GROUP_NORM = "GN"  # the suffix of a protocol, and Detectron2's name of the norm
@@ -72,8 +76,26 @@ def split_name(name: str) -> tuple[str, str]:
 def get_protocol(name: str) -> CfgNode:
     """The config of a protocol or of one of its siblings (``UserError``: there is none)."""
     cfg = default_config()
-    cfg.merge_from_other_cfg(CfgNode(_read_protocol(name)))
+    cfg.merge_from_other_cfg(type(cfg)(_read_protocol(name)))
     return cfg
+
+
+def check_request(name_or_file: str | None, overrides: Sequence[str]) -> None:
+    """Make the checks of `load_config` that need no Detectron2, whose import takes seconds.
+
+    Raises:
+        UserError: an unknown protocol or key, a file that cannot be read, or an odd override.
+    """
+    check_pairs(overrides)
+    if name_or_file is None:
+        return
+    path = Path(name_or_file).expanduser()
+    if path.suffix in (".yaml", ".yml"):
+        own, lines = read_yaml(path.resolve())
+        own.pop("_BASE_", None)
+        check_keys(flatten(own), str(path.resolve()), lines)
+    else:
+        _file_name(name_or_file)
 
 
 def load_config(name_or_file: str, overrides: Sequence[str] = ()) -> CfgNode:
@@ -88,7 +110,7 @@ def load_config(name_or_file: str, overrides: Sequence[str] = ()) -> CfgNode:
     path = Path(name_or_file).expanduser()
     if path.suffix in (".yaml", ".yml"):
         cfg = default_config()
-        cfg.merge_from_other_cfg(CfgNode(_read_yaml(path)))
+        cfg.merge_from_other_cfg(type(cfg)(_read_yaml(path)))
     else:
         cfg = get_protocol(name_or_file)
     apply_overrides(cfg, overrides)
@@ -143,9 +165,9 @@ def _show(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value) if value != "" else "''"
 
 
-def _read_protocol(name: str) -> dict[str, Any]:
-    base, weights = split_name(name)
-    plain = base.removesuffix(f"-{GROUP_NORM}")
+def _file_name(name: str) -> str:
+    """``"VOC"`` for ``"VOC-GN-random"``, the name of the file that states the protocol."""
+    plain = split_name(name)[0].removesuffix(f"-{GROUP_NORM}")
     if plain not in protocol_names():
         nearest = difflib.get_close_matches(plain, protocol_names(), n=1, cutoff=0.0)
         raise UserError(
@@ -153,6 +175,12 @@ def _read_protocol(name: str) -> dict[str, Any]:
             f"are {', '.join(protocol_names())}, each also with -GN, and with -moco, -supervised "
             "or -random, or give a .yaml file."
         )
+    return plain
+
+
+def _read_protocol(name: str) -> dict[str, Any]:
+    base, weights = split_name(name)
+    plain = _file_name(name)
     config = _read_yaml(configs_dir() / f"{plain}.yaml")
     if plain != base:
         _to_group_norm(config, plain)

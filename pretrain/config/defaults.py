@@ -255,6 +255,14 @@ def split_specs(values: Sequence[str]) -> tuple[list[str], list[str]]:
     return list(values), []
 
 
+def split_settings(values: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split what follows ``--slurm`` into settings and the KEY VALUE pairs that may trail them."""
+    settings = 0
+    while settings < len(values) and "=" in values[settings]:
+        settings += 1
+    return list(values[:settings]), list(values[settings:])
+
+
 def _find(name_or_file: str) -> Path:
     names = recipe_names()
     if not name_or_file:

@@ -29,14 +29,6 @@ _PREEMPTED = signal.SIGUSR2  # submitit has Slurm send it before the time limit 
 _MOST_TIMEOUTS = 1000  # a job that reaches its time limit so often is given up
 
 
-def split_settings(values: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Part what follows ``--slurm`` into settings and the KEY VALUE pairs that may trail them."""
-    settings = 0
-    while settings < len(values) and "=" in values[settings]:
-        settings += 1
-    return list(values[:settings]), list(values[settings:])
-
-
 def submit(
     cfg: CfgNode, settings: Sequence[str], *, resume: bool = False, quiet: bool = False
 ) -> str:

@@ -33,7 +33,7 @@ from pretrain.engine.resume import capture, restore, shared
 from pretrain.engine.train_step import TrainStep
 from pretrain.methods import build_method
 from pretrain.methods.base import Method
-from pretrain.probe import build_online_knn
+from pretrain.probe.online import build_online_knn
 from pretrain.profiling import Profiler
 from pretrain.solver.optimizers import build_optimizer
 from pretrain.solver.schedules import learning_rate, total_steps, warmup_steps

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-K, TEMPERATURE = 200, 0.07
+from pretrain.probe.defaults import TEMPERATURE, K
 
 
 @torch.no_grad()

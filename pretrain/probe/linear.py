@@ -22,10 +22,10 @@ from pretrain.data.transforms.recipes import ViewRecipe
 from pretrain.modeling.resnet import ResNet
 from pretrain.probe.backbone import frozen
 from pretrain.probe.datasets import LabelledImages, stratified_split
+from pretrain.probe.defaults import RATES
 from pretrain.probe.features import Features, Say
 from pretrain.solver import schedules
 
-RATES = (30.0,)
 IN_MEMORY = 2**27  # standardised floats that are kept, and not made anew for each gradient
 PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 

@@ -13,8 +13,9 @@ from pretrain import distributed
 from pretrain.modeling.resnet import ResNet
 from pretrain.probe.backbone import backbone_of, build_backbone
 from pretrain.probe.datasets import LabelledImages, Preprocessing, open_train_and_test, splits_of
+from pretrain.probe.defaults import TEMPERATURE, K
 from pretrain.probe.features import stream_features
-from pretrain.probe.knn import TEMPERATURE, K, merge, nearest, vote
+from pretrain.probe.knn import merge, nearest, vote
 
 
 class OnlineKNN:

@@ -27,8 +27,9 @@ from pretrain.probe.backbone import (
     random_backbone,
 )
 from pretrain.probe.datasets import LabelledImages, Preprocessing, open_train_and_test, read_batches
+from pretrain.probe.defaults import TEMPERATURE, K
 from pretrain.probe.features import ArrayCache, Features, Say, extract
-from pretrain.probe.knn import TEMPERATURE, K, weighted_knn
+from pretrain.probe.knn import weighted_knn
 from pretrain.probe.linear import LinearProtocol, quick_linear, rank_classes, train_linear
 
 

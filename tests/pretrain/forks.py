@@ -58,6 +58,7 @@ def _serve():
     import torch._dynamo
     import torch.utils.tensorboard  # noqa: F401 - slow imports, made where a run first needs them
 
+    import pretrain.engine.train_loop  # noqa: F401
     import tools.pretrain  # noqa: F401
 
     torch.set_num_threads(1)

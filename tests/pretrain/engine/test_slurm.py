@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from pretrain.checkpoint import format as checkpoint
-from pretrain.config.defaults import load_config
-from pretrain.engine.slurm import split_settings, submit
+from pretrain.config.defaults import load_config, split_settings
+from pretrain.engine.slurm import submit
 from tests.pretrain.runs import TINY, write_photographs
 from tools import pretrain as tool
 

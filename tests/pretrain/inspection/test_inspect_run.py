@@ -228,7 +228,7 @@ def test_a_run_that_has_not_saved_yet_shows_its_curves(runs, tmp_path, capsys):
 
 
 def test_where_there_is_no_run_one_sentence_says_so(runs, tmp_path, capsys):
-    assert "There is no run at" in mistake(capsys, tmp_path / "nowhere")
+    assert "nowhere does not exist: pass the --output-dir" in mistake(capsys, tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     assert "holds no run" in mistake(capsys, tmp_path / "empty")
     (tmp_path / "empty/config.yaml").write_text("MODEL: {META_ARCHITECTURE: GeneralizedRCNN}\n")

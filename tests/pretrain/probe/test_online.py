@@ -16,10 +16,10 @@ from pretrain.engine.train_step import TrainStep
 from pretrain.methods.moco import MoCo
 from pretrain.modeling.heads import mlp_head
 from pretrain.modeling.resnet import ResNet
-from pretrain.probe import build_online_knn
 from pretrain.probe.datasets import open_train_and_test
 from pretrain.probe.features import extract
 from pretrain.probe.knn import weighted_knn
+from pretrain.probe.online import build_online_knn
 from tests.pretrain import tiny
 from tests.pretrain.probe_data import write_classes
 from tests.pretrain.ranks import on_ranks

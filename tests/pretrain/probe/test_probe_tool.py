@@ -119,7 +119,7 @@ def test_random_weights_are_seeded_and_their_bn_is_fitted_unless_forbidden(data,
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nowhere.pth"], "nowhere.pth cannot be read"),
+        (["nowhere.pth"], "nowhere.pth does not exist"),
         (["random"], "need an architecture: give --config"),
         (["random", "--config", "moco-v3"], "did you mean moco-v2"),
         (["random", "--config", "moco-v2", "-k", "0"], "-k is 0"),
