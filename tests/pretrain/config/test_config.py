@@ -1,12 +1,17 @@
 """The published recipes, and what a mistake in a configuration says."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import yaml
 
 from moco_common.errors import UserError
-from pretrain.config.defaults import load_config, recipe_names, split_specs
+from pretrain.config.defaults import get_defaults, load_config, recipe_names, split_specs
 from pretrain.solver.schedules import learning_rate, total_steps, warmup_steps
 
+ROOT = Path(__file__).parents[3]
 SHARED = {
     "MODEL.DEPTH": 50,
     "MOCO.DIM": 128,
@@ -97,6 +102,21 @@ def test_every_recipe_loads_and_a_resolved_config_loads_to_itself(tmp_path):
         file = tmp_path / f"{name}.yaml"
         file.write_text(cfg.dump())
         assert load_config(str(file)) == cfg
+
+
+def test_a_command_line_is_checked_without_importing_torch():
+    code = (
+        "import sys\nfrom pretrain.config.defaults import load_config\n"
+        "load_config('swav', ['SWAV.PROTOTYPES', '9'])\nsys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_no_default_can_be_changed_through_a_configuration():
+    load_config("moco-v1").SOLVER.MILESTONES.append(0.9)
+    assert load_config("moco-v1").SOLVER.MILESTONES == [0.6, 0.8]
+    get_defaults().DATA.append("x")
+    assert get_defaults().DATA == []
 
 
 def test_learning_rate_follows_the_batch_unless_it_is_given():
