@@ -1,17 +1,39 @@
-"""The one exception that a user's mistake raises, and what a command line makes of it."""
+"""Exceptions that end a command line without a traceback, and the function that handles them."""
+
+from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Callable
 
-MISTAKE, INTERRUPTED = 1, 130  # exit statuses; 128 + SIGINT is the shell's
+MISTAKE, INTERRUPTED = 1, 130  # exit statuses; 130 is the shell's 128 + SIGINT
+BUG = "This looks like a bug in moco-det: please report it with the traceback above."
 
 
 class UserError(Exception):
-    """A mistake in the input. The message is one sentence: what, where, and how to mend it.
+    """A mistake in the input. The message is one sentence: what, where, and how to fix it.
 
     Command lines print it after ``error: `` and exit with status 1, without a traceback.
     """
+
+
+class Stopped(BaseException):
+    """The run was asked to stop, and did; no error, as KeyboardInterrupt is none.
+
+    Args:
+        signal: number of the signal.
+        message: printed by the command line; empty where the run has reported its end itself.
+    """
+
+    def __init__(self, signal: int, message: str = "") -> None:
+        super().__init__(signal, message)
+        self.signal, self.message = signal, message
+
+    @property
+    def exit_status(self) -> int:
+        """128 + signal, which a shell reports of a process that the signal killed, so that whatever
+        restarts killed jobs restarts this one: 143 for SIGTERM, 138 for SIGUSR1, 130 for Ctrl-C."""
+        return 128 + self.signal
 
 
 def run_tool(
@@ -19,15 +41,16 @@ def run_tool(
     interrupted: str = "interrupted",
     also: tuple[type[Exception], ...] = (),
 ) -> int:
-    """Do the work of a command line; its exit status.
+    """Run the work of a command line and return its exit status.
 
-    A :class:`UserError` (with its ``details``, where it has any) and an interrupt go to stderr as
-    one line; any other error is this project's own and keeps its traceback.
+    A :class:`UserError` (with its ``details``, where it has any), a stop and an interrupt are
+    reported on stderr in one line. Any other exception is a bug: it propagates, and below its
+    traceback one line asks to report it.
 
     Args:
         work: returns an exit status, or None for 0.
-        interrupted: what to say after Ctrl-C.
-        also: errors that are the user's here too, such as OSError where files are named.
+        interrupted: the line after Ctrl-C.
+        also: exceptions that are the user's mistakes here too, such as OSError for named files.
     """
     mistakes: tuple[type[Exception], ...] = (UserError, *also)
     try:
@@ -35,6 +58,10 @@ def run_tool(
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return INTERRUPTED
+    except Stopped as stopped:
+        if stopped.message:
+            print(stopped.message, file=sys.stderr)
+        return stopped.exit_status
     except BrokenPipeError:  # whoever read the output (head, less) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -43,3 +70,7 @@ def run_tool(
         if details := getattr(error, "details", ""):
             print(details, file=sys.stderr)
         return MISTAKE
+    except Exception as error:
+        if sys.version_info >= (3, 11):
+            error.add_note(BUG)
+        raise

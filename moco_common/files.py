@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Atomic writes: a file exists whole or not at all."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from moco_common.errors import UserError
 
@@ -31,9 +32,9 @@ def replacing(
     """Yield an empty file beside ``path`` that takes its place in one step when the block ends
     without an error.
 
-    A reader finds the old file or the new one, never half of either, whatever kills this process;
-    `remove_unfinished` clears away what a killed process leaves. Missing folders are made, and the
-    file gets the permissions that the user's umask allows.
+    A reader finds the old file or the new one, never half of either, even if this process is
+    killed; `remove_unfinished` removes what a killed process leaves. Missing folders are made, and
+    the file gets the permissions that the user's umask allows.
 
     Args:
         path: the file to write or replace.
@@ -88,8 +89,33 @@ def replace_file(
 ) -> Path:
     """Let ``write`` fill a new binary file that takes the place of ``path``, see `replacing`."""
     with replacing(path, check=check) as unfinished, unfinished.open("w+b") as file:
-        write(file)
+        sink = _Sink(file)
+        try:
+            write(cast(IO[bytes], sink))
+        except RuntimeError:
+            if sink.error:
+                raise sink.error from None
+            raise
     return Path(path)
+
+
+class _Sink:
+    """A binary file that remembers why it could not be written: ``torch.save`` swallows the OSError
+    and raises a RuntimeError about the consequences."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
 
 
 def replace_text(path: str | Path, text: str) -> Path:
@@ -104,7 +130,7 @@ def write_json_atomically(path: str | os.PathLike[str], content: Any) -> None:
 
 
 def append_text(path: Path, text: str) -> None:
-    """Add to a text file; a killed process may leave half a line.
+    """Append to a text file; a killed process may leave half a line.
 
     Raises:
         UserError: the disk is full.
@@ -128,13 +154,13 @@ def link_file(path: Path, name: Path) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what killed processes were writing. Nobody else may be writing into the folder."""
+    """Remove temporary files that killed processes left; nobody else may be writing the folder."""
     for path in folder.glob(f".*{_UNFINISHED}*"):
         path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
-    """Let the names in a folder survive a loss of power, as fsync does for a file's content."""
+    """Make the names in a folder survive a power failure, as fsync does for a file's content."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -151,12 +177,35 @@ def full_disk_explained(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if not is_full_disk(error):
             raise
         raise UserError(
-            f"{path} could not be written ({os.strerror(error.errno)}): what was saved before is "
-            f"whole; make room and go on with --resume."
+            f"{path} could not be written ({os.strerror(error.errno or 0)}): files saved earlier "
+            f"are intact; free some space and run the command again (a run resumes with --resume)."
         ) from None
+
+
+def is_full_disk(error: BaseException | None) -> bool:
+    """Return whether an exception says that the disk is full, or a quota or size limit reached."""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return isinstance(error, OSError) and error.errno in full
+
+
+@contextmanager
+def full_disk_left_to_caller() -> Iterator[None]:
+    """Suppress the tracebacks of threads whose disk is full, as TensorBoard's writer, which then
+    raises the same error in the thread that uses it."""
+    before = threading.excepthook
+
+    def report(args: threading.ExceptHookArgs) -> None:
+        if not is_full_disk(args.exc_value):
+            before(args)
+
+    threading.excepthook = report
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def _umask() -> int:

@@ -5,23 +5,40 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+_CGROUP = Path("/sys/fs/cgroup")
+
 
 def cpu_count() -> int:
-    """Cores that this process may use: of its affinity and, in a container, of its quota."""
+    """Return the number of cores that this process may use: its affinity and, in a container, the
+    quota of its control group."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    quota = _cpu_quota()
+    return max(1, min(count or 1, round(quota))) if quota else count or 1
+
+
+def _cpu_quota() -> float:
+    """Cores of the control group (version 2, then 1); 0 where no quota is set."""
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            count = min(count or 1, max(1, round(int(quota) / int(period))))
+        quota, period = (_CGROUP / "cpu.max").read_text().split()
+        return int(quota) / int(period)
+    except (OSError, ValueError):  # "max" is no number
+        pass
+    try:
+        quota, period = (
+            (_CGROUP / "cpu" / name).read_text()
+            for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+        )
+        return max(0.0, int(quota) / int(period))  # -1 for none
     except (OSError, ValueError):
-        pass  # no quota is set, or it is kept elsewhere
-    return count or 1
+        return 0.0
 
 
-def _memory_limit() -> tuple[float, str]:
+def memory_limit() -> tuple[float, str]:
+    """Return the bytes of memory that this process may use, and ", the container's limit" where it
+    is that."""
     total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     try:
-        limit = float(Path("/sys/fs/cgroup/memory.max").read_text())
+        limit = float((_CGROUP / "memory.max").read_text())
     except (OSError, ValueError):
         return total, ""
     return (limit, ", the container's limit") if limit < total else (total, "")

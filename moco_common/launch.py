@@ -1,6 +1,6 @@
-"""The processes of a run: ranks on this machine, or the rank that ``torchrun`` made of this one.
+"""The processes of a run: ranks started on this machine, or one rank started by ``torchrun``.
 
-The backend is chosen here and named nowhere else: NCCL where there are GPUs, else gloo.
+The backend is chosen here and named nowhere else: NCCL with GPUs, gloo without.
 """
 
 from __future__ import annotations
@@ -20,10 +20,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from moco_common.errors import UserError
+from moco_common.hardware import cpu_count
 from moco_common.stopping import SIGNALS, Stopped
+from moco_common.text import counted
 
+START_METHOD = "spawn"  # a forked process could not use a GPU that this one has touched
 GRACE = 20.0  # seconds that the other ranks have to end once one is lost
 _LOST = (-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT)  # exit codes
+_STOPPED = "stopped: run the same command again, with --resume if there is a checkpoint"
 
 
 def launch(function: Callable[..., Any], processes: int, *args: Any) -> None:
@@ -33,15 +37,16 @@ def launch(function: Callable[..., Any], processes: int, *args: Any) -> None:
     A signal to stop that reaches this process is passed on to its ranks.
 
     Args:
-        processes: ranks to start: GPUs where there are GPUs, else gloo processes on the CPU.
+        processes: ranks to start: one per GPU, or gloo processes on a machine without GPUs.
 
     Raises:
-        UserError: of a rank, or because a rank was killed.
-        Stopped: by a signal.
-        Exception: whatever else ``function`` raises; of several processes as
-            ``mp.ProcessRaisedException``, which holds the traceback of the rank that failed.
+        UserError: from a rank, because a rank was killed, or because there are too few GPUs.
+        Stopped: the run was stopped by a signal.
+        Exception: whatever else ``function`` raises; with several processes as
+            ``mp.ProcessRaisedException``, which holds the traceback of the failed rank.
     """
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    check_processes(processes)
+    if under_torchrun():
         _as_rank(None, None, None, function, args, None)
     elif processes > 1:
         _on_ranks(function, processes, args)
@@ -49,27 +54,65 @@ def launch(function: Callable[..., Any], processes: int, *args: Any) -> None:
         function(*args)
 
 
+def under_torchrun() -> bool:
+    """Return whether ``torchrun`` (or a Slurm job) started this process as one of several ranks."""
+    return {"RANK", "WORLD_SIZE"} <= os.environ.keys()
+
+
+def planned_ranks(processes: int) -> int:
+    """Return the number of ranks that `launch` will have on all machines together."""
+    return int(os.environ["WORLD_SIZE"]) if under_torchrun() else processes
+
+
+def check_processes(processes: int) -> None:
+    """Check that this machine has a GPU for each of its ranks, where it has any.
+
+    Raises:
+        UserError: too few GPUs, or no process at all.
+    """
+    if processes < 1:
+        raise UserError(f"--num-gpus must be at least 1, not {processes}.")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if under_torchrun():
+        local = int(os.environ.get("LOCAL_RANK", 0)) + 1
+        needed = max(local, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    else:
+        needed = processes
+    if gpus and needed > gpus:
+        asked = f"torchrun starts {needed}" if under_torchrun() else f"--num-gpus is {needed}"
+        raise UserError(
+            f"{asked}, but this machine has {counted(gpus, 'GPU')}: start one process per GPU."
+        )
+
+
 def restarted() -> bool:
-    """Whether a launcher has started this run anew: ``torchrun`` after the loss of a rank, Slurm
-    after a requeue. Such a run goes on from its last checkpoint, unasked. (torchrun counts restarts
-    on each host: that one rank was restarted is enough, see `train`.)"""
+    """Return whether a launcher has restarted this run: ``torchrun`` after the loss of a rank,
+    Slurm after a requeue. Such a run resumes from its last checkpoint without ``--resume``.
+
+    torchrun counts restarts on each host, so ranks may disagree; the run resumes if any rank was
+    restarted.
+    """
     counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
     return any(int(os.environ.get(name) or 0) > 0 for name in counts)
 
 
 def _on_ranks(function: Callable[..., Any], processes: int, args: Any) -> None:
-    # When one rank fails, the others fail for want of it, and spawn reports whichever it sees
-    # first; a user's mistake reaches us here whoever comes first.
-    endings = mp.get_context("spawn").SimpleQueue()
-    context = mp.spawn(
-        _as_rank,
-        (processes, _free_port(), function, args, endings),
-        nprocs=processes,
-        join=False,
-    )
-    assert context is not None
-    ranks = context.processes
+    # When one rank fails, the others fail in consequence, and torch reports whichever it sees
+    # first; a user's mistake arrives here whoever comes first.
+    endings = mp.get_context(START_METHOD).SimpleQueue()
+    ranks: list[Any] = []
     with _passing_signals_on(ranks) as received:
+        with _interrupts_blocked():
+            context = mp.start_processes(
+                _as_rank,
+                (processes, _free_port(), function, args, endings),
+                nprocs=processes,
+                join=False,
+                start_method=START_METHOD,
+            )
+            ranks += context.processes
+        if received:  # while they were being started
+            _terminate(ranks, received[0])
         _wait_for_a_failure_or_all(ranks)
         # Some may wait for a lost one for ever; they put off SIGTERM, and join() sends no more.
         killer = threading.Timer(GRACE, _kill, [ranks])
@@ -82,26 +125,27 @@ def _on_ranks(function: Callable[..., Any], processes: int, args: Any) -> None:
             for ending in _all(endings):
                 if isinstance(ending, str):
                     raise UserError(ending) from None
-            if received:  # before there was anything to save
-                raise Stopped(received[0]) from None
-            # Of a rank that was killed, the error of another one, which misses it, says nothing.
+            if received:  # outside the training loop, where signals act at once
+                raise Stopped(received[0], _STOPPED) from None
+            # When a rank was killed, the error of another one, which misses it, says nothing.
             killed = [(i, -rank.exitcode) for i, rank in enumerate(ranks) if rank.exitcode in _LOST]
             if not killed and isinstance(error, mp.ProcessRaisedException):
                 raise
             reason = ", ".join(f"rank {i} by {signal.Signals(n).name}" for i, n in killed)
             raise UserError(
-                f"A rank was lost ({reason or error}): go on with --resume from the last "
-                f"checkpoint."
+                f"A rank was lost ({reason or error}): resume from the last checkpoint with "
+                f"--resume."
             ) from None
         finally:
             killer.cancel()
     for ending in _all(endings):
-        raise Stopped(received[0] if received else ending)
+        number, message = ending
+        raise Stopped(received[0] if received else number, message)
 
 
 def _wait_for_a_failure_or_all(ranks: list[Any]) -> None:
-    """Until a rank has failed or all have ended."""
-    # Asked once a round: of ranks that end in between, nothing would be left to wait for, for ever.
+    """Wait until a rank has failed or all have ended."""
+    # Polled once a round: after ranks that end in between, nothing would be left to wait for.
     while alive := [rank for rank in ranks if rank.is_alive()]:
         if any(rank.exitcode for rank in ranks):
             return
@@ -110,17 +154,15 @@ def _wait_for_a_failure_or_all(ranks: list[Any]) -> None:
 
 @contextmanager
 def _passing_signals_on(ranks: list[Any]) -> Iterator[list[int]]:
-    """Meanwhile a signal to stop goes on to the ranks, and is noted in the list."""
+    """Pass signals to stop on to the ranks, and record them in the yielded list."""
     received: list[int] = []
 
     def pass_on(number: int, frame: object) -> None:
         if number == signal.SIGINT and number in received:
+            _kill(ranks)
             raise KeyboardInterrupt
         received.append(number)
-        for rank in ranks:
-            if rank.exitcode is None:
-                # A terminal's Ctrl-C has reached them by itself, and a second one would abort them.
-                os.kill(rank.pid, signal.SIGTERM if number == signal.SIGINT else number)
+        _terminate(ranks, number)
 
     before = {}
     if threading.current_thread() is threading.main_thread():
@@ -130,6 +172,23 @@ def _passing_signals_on(ranks: list[Any]) -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Block SIGINT; processes started meanwhile never see a terminal's Ctrl-C, and so print no
+    traceback while they import: it reaches them through `_passing_signals_on`, as SIGTERM."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _terminate(ranks: list[Any], number: int) -> None:
+    for rank in ranks:
+        if rank.exitcode is None:
+            os.kill(rank.pid, signal.SIGTERM if number == signal.SIGINT else number)
 
 
 def _kill(ranks: list[Any]) -> None:
@@ -158,8 +217,8 @@ def _as_rank(
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
     else:
         assert local_rank is not None
-        # Every rank has its share of the cores; more threads than cores only fight.
-        torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+        # Every rank has its share of the cores; more threads than cores only compete.
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), cpu_count()) // processes))
         dist.init_process_group(
             backend,
             init_method=f"tcp://127.0.0.1:{port}",
@@ -177,21 +236,25 @@ def _as_rank(
     except Stopped as stopped:
         if endings is None:
             raise
-        endings.put(stopped.signal)  # and this rank has ended well
+        endings.put((stopped.signal, stopped.message))  # and this rank has ended well
+    except KeyboardInterrupt:
+        if endings is None:
+            raise
+        endings.put((signal.SIGINT, _STOPPED))
     finally:
         dist.destroy_process_group()
 
 
 def _join_torchrun(backend: str) -> None:
-    """Meet the other ranks, of this start of the group and not of the one before: torchrun keeps
-    its store over restarts, with the dead ranks' addresses in it, and to read those is to hang
-    (pytorch issue 135712)."""
+    """Join the other ranks of this start of the group, not of an earlier one: torchrun keeps its
+    store over restarts, with the dead ranks' addresses in it, and reading those hangs (pytorch
+    issue 135712)."""
     store, rank, world_size = next(dist.rendezvous("env://"))
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0)
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
     elif restarts and rank == 0 and os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
-        # Hosts count restarts each for itself, so the count cannot tell starts apart.
+        # Each host counts its own restarts, so the count cannot tell starts apart.
         print(
             "warning: a restart may hang: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun on "
             "every host",
@@ -204,8 +267,3 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def under_torchrun() -> bool:
-    """Whether ``torchrun`` has started this process (as one of several) and named it."""
-    return {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"} <= os.environ.keys()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
@@ -13,93 +13,67 @@ from moco_common.text import duration
 
 T = TypeVar("T")
 
-
-def follow(items: Iterable[T], total: int, what: str, quiet: bool = False) -> Iterator[T]:
-    """The items, with a bar in a terminal, elsewhere a plain line now and then, on standard error.
-
-    Args:
-        total: how many there are; 0 where that is not known.
-        quiet: neither.
-    """
-    if quiet:
-        yield from items
-    elif sys.stderr.isatty():
-        yield from tqdm(
-            items, total=total or None, desc=what, unit="image", leave=False, dynamic_ncols=True
-        )
-    else:
-        ticker = Ticker(what, total, say=lambda line: print(line, file=sys.stderr, flush=True))
-        for item in items:
-            yield item
-            ticker.tick()
+STEPS = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}"  # below lines that hold the time left
+_LOOP = "{desc} {percentage:3.0f}%|{bar}| eta {eta}{postfix}"
 
 
-class Ticker:
-    """Says now and then how far a loop over ``total`` things is; nothing where it is short."""
+class Bar(tqdm):  # type: ignore[misc]
+    """A tqdm bar that leaves nothing behind, with the field ``{eta}`` in `duration`'s format."""
 
-    def __init__(
-        self, what: str, total: int, period: float = 10.0, say: Callable[[str], None] = print
-    ) -> None:
-        self._what, self._total, self._period, self._say = what, total, period, say
-        self._done = 0
-        self._start = self._last = time.perf_counter()
+    def __init__(self, **options: Any) -> None:
+        super().__init__(leave=False, dynamic_ncols=True, **options)
 
-    def tick(self) -> None:
-        """One more is done; says so if the last word is some time ago."""
-        self._done += 1
-        now = time.perf_counter()
-        if now - self._last >= self._period:
-            self._last = now
-            line = f"{self._what} {self._done}"
-            if self._total:
-                left = (now - self._start) / self._done * max(0, self._total - self._done)
-                line += f"/{self._total}  eta {duration(left)}"
-            self._say(line)
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        """tqdm's fields and ``eta``."""
+        fields: dict[str, Any] = super().format_dict
+        done, elapsed = fields["n"] - fields["initial"], fields["elapsed"]
+        rate = fields["rate"] or (done / elapsed if elapsed else 0)
+        left = ((fields["total"] or 0) - fields["n"]) / rate if rate else None
+        return {**fields, "eta": "?" if left is None else duration(max(0, left))}
 
 
-LOOP = "{desc} {percentage:3.0f}%|{bar}| eta {remaining}{postfix}"
-
-
-def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss or m:ss."""
-    minutes, rest = divmod(int(seconds + 0.5), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def silent(text: str) -> None:
-    """What says nothing, in the place of ``print``."""
+def step_bar(total: int, initial: int, file: TextIO, *, shown: bool) -> Bar:
+    """Make a bar of a run's steps, to stay below the lines printed by ``tqdm.write``."""
+    return Bar(total=total, initial=initial, file=file, disable=not shown, bar_format=STEPS)
 
 
 class Loop:
-    """How far a loop over ``total`` things is: in a terminal a bar, elsewhere a line now and then.
-    To be used with ``with``, that no bar is left behind.
+    """Progress of a loop over ``total`` things: a bar in a terminal, a line now and then elsewhere.
+    Used with ``with`` so that no bar is left behind.
 
     Args:
-        what: they begin with.
-        say: takes the lines; a bar only comes in the place of ``print``.
-        period: seconds between two lines; a bar's words change more often.
+        what: the beginning of each line.
+        total: 0 where it is unknown.
+        say: takes the lines; a bar replaces ``print`` only.
+        period: seconds between two lines; a bar's text changes more often.
+        file: where ``print`` and the bar go.
     """
 
     def __init__(
-        self, what: str, total: int, say: Callable[[str], None] = print, period: float = 3.0
+        self,
+        what: str,
+        total: int,
+        say: Callable[[str], None] = print,
+        period: float = 3.0,
+        file: TextIO | None = None,
     ) -> None:
         self.what, self.total, self.say, self.period = what, total, say, period
+        self.file = file or sys.stdout
+        self.done, self.rate = 0, 0.0  # and how many a second
         self._began = self._said = time.monotonic()
-        self._bar = tqdm(
+        self._bar = Bar(
             desc=what,
-            total=total,
-            file=sys.stdout,
-            disable=say is not print or not sys.stdout.isatty(),
-            leave=False,
-            dynamic_ncols=True,
-            bar_format=LOOP,
+            total=total or None,
+            file=self.file,
+            disable=say is not print or not self.file.isatty(),
+            bar_format=_LOOP if total else None,
         )
 
     def at(self, done: int) -> bool:
-        """So many are done; whether it is time to `tell` of it."""
+        """Record that so many are done; return whether a `tell` is due."""
         now = time.monotonic()
-        self._done, self.rate = done, done / max(now - self._began, 1e-9)  # and how many a second
+        self.done, self.rate = done, done / max(now - self._began, 1e-9)
         self._bar.update(done - self._bar.n)
         if now - self._said < (self.period if self._bar.disable else 0.5):
             return False
@@ -107,15 +81,41 @@ class Loop:
         return True
 
     def tell(self, text: str) -> None:
-        """A line with this and the time left, or this beside the bar."""
-        if self._bar.disable:
-            left = clock((self.total - self._done) / self.rate)
-            self.say(f"{self.what}: {text}  eta {left}")
-        else:
+        """Print a line with this text and the time left, or show the text beside the bar."""
+        if not self._bar.disable:
             self._bar.set_postfix_str(text)
+            return
+        left = f"  eta {duration((self.total - self.done) / self.rate)}" if self.total else ""
+        line = f"{self.what}: {text}{left}"
+        if self.say is print:
+            print(line, file=self.file, flush=True)
+        else:
+            self.say(line)
+
+    def tick(self) -> None:
+        """Record that one more is done, and print how many where a line is due."""
+        if self.at(self.done + 1):
+            self.tell(f"{self.done}/{self.total}" if self.total else f"{self.done}")
 
     def __enter__(self) -> Loop:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
+
+
+def follow(items: Iterable[T], total: int, what: str, quiet: bool = False) -> Iterator[T]:
+    """Yield the items, and show their progress on standard error unless ``quiet``.
+
+    Args:
+        total: number of items; 0 where it is unknown.
+    """
+    say = silent if quiet else print
+    with Loop(what, total, say, period=10.0, file=sys.stderr) as loop:
+        for item in items:
+            yield item
+            loop.tick()
+
+
+def silent(text: str) -> None:
+    """Print nothing, in the place of ``print``."""

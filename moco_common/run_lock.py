@@ -12,21 +12,23 @@ from pathlib import Path
 from typing import Any
 
 from moco_common.errors import UserError
+from moco_common.files import full_disk_explained
 
 NAME = "run.lock"
 
 
 class RunLock:
-    """Held by the process that writes the directory, while ``with`` lasts.
+    """Held within ``with`` by the process that writes the directory.
 
-    The kernel lets go of it when the process ends, however it ends, so a killed run leaves nothing
-    to be cleared up. Network file systems pass such locks on to other hosts, most of them; for
-    those that do not, the holder also touches the file every ``beat`` seconds, and whoever finds it
-    in the name of another host watches for three beats whether it is being touched.
+    The kernel releases it when the process ends, however it ends, so a killed run leaves nothing to
+    clean up. Most network file systems pass such locks on to other hosts. For those that do not,
+    the holder also touches the file every ``beat`` seconds, and whoever finds it in the name of
+    another host watches for three beats whether it is being touched.
 
     Args:
-        folder: made where it is not there.
+        folder: made where it is missing.
         held: False makes this a lock that holds nothing, for the ranks that do not write.
+        beat: seconds between two touches.
 
     Raises:
         UserError: on entering; another run is at work in the directory, or it cannot be written.
@@ -44,7 +46,7 @@ class RunLock:
         # lock. Not flock(), whose locks forked data-loader workers keep when this process is dead.
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a+")
+            self._file = self.path.open("a+", encoding="utf-8", errors="replace")
         except OSError as error:
             raise UserError(
                 f"--output-dir {self.path.parent} cannot be written ({error.strerror}): choose "
@@ -60,9 +62,10 @@ class RunLock:
         holder = self._holder()
         if holder and not (certain and holder["host"] == socket.gethostname()) and self._beats():
             self._refuse()
-        self._file.truncate(0)
-        self._file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}) + "\n")
-        self._file.flush()
+        with full_disk_explained(self.path):
+            self._file.truncate(0)
+            holder = {"host": socket.gethostname(), "pid": os.getpid()}
+            os.write(self._file.fileno(), json.dumps(holder).encode() + b"\n")
         threading.Thread(target=self._touch, name="lock", daemon=True).start()
         return self
 
@@ -78,7 +81,7 @@ class RunLock:
             holder = json.loads(self._file.read())
         except json.JSONDecodeError:
             return None
-        return holder if {"host", "pid"} <= set(holder) else None
+        return holder if isinstance(holder, dict) and {"host", "pid"} <= set(holder) else None
 
     def _refuse(self) -> None:
         holder = self._holder()
@@ -90,7 +93,7 @@ class RunLock:
         )
 
     def _beats(self) -> bool:
-        """Whether somebody touches the file. Only its own clock counts, hosts' may differ."""
+        """Whether somebody touches the file. Only its own clock counts; hosts' may differ."""
         before = os.fstat(self._file.fileno()).st_mtime_ns
         end = time.monotonic() + 3 * self.beat
         while time.monotonic() < end:
@@ -104,4 +107,4 @@ class RunLock:
             try:
                 os.utime(self.path)
             except OSError:
-                return  # the folder has been removed, or made unreachable: the run will notice
+                return  # the folder was removed or became unreachable: the run will notice

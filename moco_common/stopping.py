@@ -1,4 +1,4 @@
-"""Being asked to stop: by a scheduler, by a shell, by Ctrl-C."""
+"""Requests to stop a run: from a scheduler, a shell, or Ctrl-C."""
 
 from __future__ import annotations
 
@@ -10,78 +10,80 @@ from types import FrameType
 from typing import Any
 
 from moco_common import comm
+from moco_common.errors import Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-WORKERS_GRACE = 60  # seconds that a data-loader worker goes on after it was told to end
+WORKERS_GRACE = 60  # seconds that a data-loader worker lives on after SIGTERM
+
+__all__ = ["SIGNALS", "WORKERS_GRACE", "StopRequest", "Stopped"]
 
 
-class Stopped(Exception):  # noqa: N818 - it is no error
-    """The run was asked to stop, and did, with a checkpoint.
+class StopRequest:
+    """Within ``with``, records a signal to stop instead of obeying it; the loop polls `agreed`.
+
+    A second Ctrl-C interrupts at once. Outside the main thread, where Python delivers no signals,
+    this does nothing.
 
     Attributes:
-        signal: the number of the signal. ``128 + signal`` is the exit status: what a shell reports
-            of a process that this signal killed, so that whatever starts killed jobs again starts
-            this one again (143 for SIGTERM, 138 for SIGUSR1, 130 for Ctrl-C).
-    """
-
-    def __init__(self, signal: int) -> None:
-        super().__init__(signal)
-        self.signal = signal
-
-    @property
-    def exit_status(self) -> int:
-        """128 and the signal's number, as shells have it."""
-        return 128 + self.signal
-
-
-class Interrupt:
-    """While ``with`` lasts, a signal to stop is noted instead of obeyed; the loop asks `agreed`.
-
-    A second Ctrl-C interrupts at once. Outside the main thread, where Python takes no signals,
-    this does nothing.
+        signal: the first signal that this process received; 0 for none.
     """
 
     def __init__(self) -> None:
-        self.signal = self._interrupted = 0
+        self.signal = self._interrupts = 0
         self._owner = os.getpid()
         self._before: dict[int, Any] = {}
         self._pending: Callable[[], int] | None = None
 
-    def __enter__(self) -> Interrupt:
+    def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            self._before = {number: signal.signal(number, self._record) for number in SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        while self._before:
+            signal.signal(*self._before.popitem())
 
     def agreed(self) -> int:
-        """The signal that any rank has noted, 0 for none: the same on every rank.
+        """Return the signal that any rank has received, the same on every rank; 0 for none.
 
-        To be called once a step by all ranks. With several, it returns what they had noted by the
-        call before: so their exchange goes on behind a step and nobody waits for it.
+        All ranks call this once a step. With several ranks, it returns what they had received by
+        the previous call: the exchange runs behind a step, and nobody waits for it.
         """
         if comm.world_size() == 1:
             return self.signal
         before, self._pending = self._pending, comm.start_maximum(self.signal)
         return before() if before else 0
 
-    def finish(self) -> None:
-        """Wait for the last exchange: at the end of a run, before ranks part."""
-        if self._pending:
-            self._pending()
-            self._pending = None
+    def finish(self) -> int:
+        """Complete the last exchange, before the ranks part; all ranks call this.
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+        Returns:
+            The signal that any rank had received by the last call of `agreed`; 0 for none.
+        """
+        pending, self._pending = self._pending, None
+        return pending() if pending else 0
+
+    def obey(self) -> None:
+        """Let signals act at once from now on, including one received earlier by any rank; all
+        ranks call this.
+
+        Raises:
+            Stopped: there was one.
+        """
+        self.__exit__()
+        self.finish()
+        if number := comm.maximum(self.signal):
+            raise Stopped(number)
+
+    def _record(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._owner:
-            # A data-loader worker, forked with our handlers. Schedulers and terminals signal all
-            # processes of a job, but the last batches before the checkpoint are still wanted.
+            # A data-loader worker, forked with these handlers. Schedulers and terminals signal all
+            # processes of a job, but the last batches before the checkpoint are still needed.
             if number == signal.SIGTERM:
                 signal.alarm(WORKERS_GRACE)
             return
         if number == signal.SIGINT:
-            self._interrupted += 1
-            if self._interrupted > 1:
+            self._interrupts += 1
+            if self._interrupts > 1:
                 raise KeyboardInterrupt
         self.signal = self.signal or number

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
-
 
 def counted(number: float, noun: str, spec: str = "") -> str:
     """``1 image``, ``2 images``, ``3 classes``; ``spec`` formats the number (",": 1,000)."""
@@ -12,5 +10,7 @@ def counted(number: float, noun: str, spec: str = "") -> str:
 
 
 def duration(seconds: float) -> str:
-    """``"0:03:10"``."""
-    return str(datetime.timedelta(seconds=round(seconds)))
+    """Seconds as ``h:mm:ss``, such as ``0:03:10`` or ``51:04:05``."""
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"

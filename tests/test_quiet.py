@@ -59,9 +59,9 @@ def test_a_quiet_tool_prints_nothing_at_all(tmp_path, voc_dir):
 
 def test_a_loop_is_followed_by_plain_lines_in_a_file(capsys, monkeypatch):
     clock = iter(range(0, 1000, 7))
-    monkeypatch.setattr("moco_common.progress.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("moco_common.progress.time.monotonic", lambda: next(clock))
     assert list(follow("abcd", 4, "looking")) == list("abcd")
-    assert capsys.readouterr().err == "looking 2/4  eta 0:00:14\nlooking 4/4  eta 0:00:00\n"
+    assert capsys.readouterr().err == "looking: 2/4  eta 0:00:14\nlooking: 4/4  eta 0:00:00\n"
     assert list(follow("abcd", 4, "looking", quiet=True)) == list("abcd")
     assert capsys.readouterr().err == ""
 
@@ -139,8 +139,11 @@ def test_a_bar_stays_below_the_lines_in_a_terminal_and_nowhere_else(tmp_path, co
 @pytest.mark.parametrize("columns", [30, 100, 0])
 def test_a_long_loop_is_a_bar_in_a_terminal_and_lines_elsewhere(tmp_path, columns):
     shown, lines = shown_by(MEASURING, columns, tmp_path)
-    told = [f"features: {i}/4  eta {left}" for i, left in ((1, "0:21"), (2, "0:14"), (3, "0:07"))]
-    assert lines == ([] if columns else [*told, "features: 4/4  eta 0:00"])
+    told = [
+        f"features: {i}/4  eta {left}"
+        for i, left in ((1, "0:00:21"), (2, "0:00:14"), (3, "0:00:07"))
+    ]
+    assert lines == ([] if columns else [*told, "features: 4/4  eta 0:00:00"])
     assert (", 2/4" in shown) == (columns == 100)
 
 

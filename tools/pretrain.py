@@ -72,13 +72,10 @@ def work(argv: Sequence[str] | None) -> int:
 
         print(submit(cfg, settings, resume=args.resume, quiet=args.quiet))
     else:
-        from moco_common.launch import Stopped, launch, restarted
+        from moco_common.launch import launch, restarted
         from pretrain.engine.train_loop import train
 
-        try:
-            launch(train, args.num_gpus, cfg, args.resume or restarted(), args.quiet, args.profile)
-        except Stopped as stopped:
-            return stopped.exit_status
+        launch(train, args.num_gpus, cfg, args.resume or restarted(), args.quiet, args.profile)
     return 0
 
 

@@ -82,7 +82,8 @@ def work(args: argparse.Namespace) -> int | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    return run_tool(lambda: work(args), "stopped: resume from the last checkpoint with --resume")
+    again = "stopped: run the same command again, with --resume if there is a checkpoint"
+    return run_tool(lambda: work(args), again)
 
 
 if __name__ == "__main__":

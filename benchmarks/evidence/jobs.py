@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moco_common.errors import UserError
-from moco_common.progress import clock
+from moco_common.text import duration
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -63,12 +63,12 @@ def run_jobs(jobs: Sequence[Job], parallel: int, what: str) -> list[str]:
                     job, finished = running.pop(future), finished + 1
                     left = (time.monotonic() - began) / finished * (len(todo) - finished)
                     try:
-                        end = f"{clock(future.result())}"
+                        end = f"{duration(future.result())}"
                     except UserError as error:
                         failures.append(str(error))
                         end = f"FAILED: {error}"
                     print(
-                        f"  {finished}/{len(todo)}  {job.name}  {end}  eta {clock(left)}",
+                        f"  {finished}/{len(todo)}  {job.name}  {end}  eta {duration(left)}",
                         flush=True,
                     )
         except KeyboardInterrupt:

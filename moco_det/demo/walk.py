@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TextIO
 
 from moco_common.errors import UserError
+from moco_common.hardware import cpu_count
 from moco_det.demo.scene_dataset import write_scenes
 from moco_det.report.build import build_report
 from moco_det.report.curves import training_curves
@@ -90,7 +91,7 @@ class Demo:
 
     def pretrain(self, images: Path, folder: Path) -> None:
         """Two processes where there are two cores: faster here than one with two threads."""
-        processes = 2 if cores() > 1 else 1
+        processes = 2 if cpu_count() > 1 else 1
         self.tools_side_by_side(
             {
                 "": [
@@ -147,7 +148,7 @@ class Demo:
             commands: name -> file name of a tool and its arguments.
             processes: how many processes share the cores, all commands together.
         """
-        threads = max(1, cores() // max(1, processes))
+        threads = max(1, cpu_count() // max(1, processes))
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
         indent = max(map(len, commands), default=0)
         out = sys.stderr if self.quiet else sys.stdout  # a quiet tool has nothing but warnings
@@ -188,13 +189,6 @@ class Demo:
         """Print a line, unless the walk is quiet."""
         if not self.quiet:
             print(text, flush=True)
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _relay(process: subprocess.Popen[str], name: str, out: TextIO) -> None:

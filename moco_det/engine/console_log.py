@@ -1,4 +1,4 @@
-"""What a person sees of a run: one plain line at a time; everything else goes into ``log.txt``."""
+"""Console output of a run, one plain line at a time; everything else goes into ``log.txt``."""
 
 import io
 import logging
@@ -12,6 +12,8 @@ from detectron2.engine import HookBase
 from detectron2.utils.events import EventWriter, get_event_storage
 from tqdm import tqdm
 
+from moco_common.files import is_full_disk
+from moco_common.progress import step_bar
 from moco_common.text import duration
 
 LOGGED = ("moco_det", "detectron2", "fvcore")
@@ -19,10 +21,8 @@ log = logging.getLogger("moco_det")
 
 
 def silence_detectron2() -> None:
-    """Drop warnings of Detectron2's calls of torch functions that have changed since.
-
-    There is nothing that a user could mend.
-    """
+    """Suppress warnings about Detectron2's calls of deprecated torch functions, which no user can
+    fix."""
     warnings.filterwarnings("ignore", message="torch.meshgrid")
     warnings.filterwarnings("ignore", message=".*(torch.cuda.amp|broadcast_buffers)")
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
@@ -36,12 +36,12 @@ def logging_to(directory: Path, rank: int, quiet: bool = False) -> Iterator[None
     only. The handlers are removed at the end, so that runs in one process keep their logs apart.
 
     Args:
-        quiet: of the messages, only warnings go to the console.
+        quiet: print only warnings on the console.
     """
     silence_detectron2()
     directory.mkdir(parents=True, exist_ok=True)
     name = "log.txt" if rank == 0 else f"log.txt.rank{rank}"
-    file = logging.FileHandler(directory / name, encoding="utf-8")
+    file = _LogFile(directory / name, encoding="utf-8")
     file.setFormatter(
         logging.Formatter("[%(asctime)s] %(name)s %(levelname)s: %(message)s", "%m/%d %H:%M:%S")
     )
@@ -69,9 +69,25 @@ def logging_to(directory: Path, rank: int, quiet: bool = False) -> Iterator[None
 
 @contextmanager
 def printing_to_log() -> Iterator[None]:
-    """What a library prints goes line by line into ``log.txt`` instead of the console."""
+    """Redirect what a library prints, line by line, from the console into ``log.txt``."""
     with redirect_stdout(_LogStream()):
         yield
+
+
+class _LogFile(logging.FileHandler):
+    """A log file whose lines are dropped while the disk is full: the checkpoint or record that
+    cannot be written then ends the run with a sentence, and the log must not hide it."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        if not is_full_disk(sys.exc_info()[1]):
+            super().handleError(record)
+
+    def close(self) -> None:
+        try:
+            super().close()
+        except OSError as error:
+            if not is_full_disk(error):
+                raise
 
 
 class _Console(logging.Handler):
@@ -79,7 +95,7 @@ class _Console(logging.Handler):
 
     def __init__(self, level: int) -> None:
         super().__init__(level)
-        self._out = sys.stdout  # what this is now: `printing_to_log` puts another in its place
+        self._out = sys.stdout  # as it is now: `printing_to_log` replaces it
 
     def emit(self, record: logging.LogRecord) -> None:
         stream = sys.stderr if record.levelno >= logging.WARNING else self._out
@@ -88,19 +104,11 @@ class _Console(logging.Handler):
 
 
 class TerminalBar(HookBase):
-    """In a terminal, a bar of the iterations below the lines; elsewhere nothing."""
+    """A bar of the iterations below the lines in a terminal, nothing elsewhere."""
 
     def before_train(self) -> None:
         shown = sys.stdout.isatty() and _console_level() <= logging.INFO
-        self._bar = tqdm(
-            total=self.trainer.max_iter,
-            initial=self.trainer.iter,
-            disable=not shown,
-            leave=False,
-            file=sys.stdout,
-            dynamic_ncols=True,
-            bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}",  # the lines tell the rest
-        )
+        self._bar = step_bar(self.trainer.max_iter, self.trainer.iter, sys.stdout, shown=shown)
 
     def after_step(self) -> None:
         self._bar.update()

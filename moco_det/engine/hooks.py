@@ -1,44 +1,45 @@
-"""What happens between iterations: true statistics, checkpoints, evaluation."""
+"""Hooks between iterations: precise BN statistics, checkpoints, records, evaluation."""
 
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from detectron2.engine import HookBase
+from detectron2.engine import HookBase, hooks
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
-from detectron2.utils.events import EventStorage
+from detectron2.utils.events import EventStorage, EventWriter
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
 from moco_common.errors import UserError
-from moco_common.files import replace_text
+from moco_common.files import full_disk_explained, replace_text
+from moco_common.stopping import Stopped, StopRequest
 from moco_det.checkpoint.run_checkpointer import RunCheckpointer
 from moco_det.data.samplers import PRECISE_BN, Batch, seed_model
-from moco_det.engine.stopping import Stopped, StopRequest
 from moco_det.modeling.batch_norm import update_statistics
 
 log = logging.getLogger(__name__)
 
 
 def is_due(iteration: int, period: int, max_iter: int) -> bool:
-    """Whether something periodic is due after an iteration; after the last one it always is."""
+    """Return whether something periodic is due after an iteration; it always is after the last."""
     done = iteration + 1
     return done >= max_iter or (period > 0 and done % period == 0)
 
 
 class PreciseBN(HookBase):
-    """True BN statistics before every evaluation, over the same images every time.
+    """Precise BN statistics before every evaluation, over the same images every time.
 
     Args:
         period: iterations between two evaluations; 0 for the last one only.
         model: not wrapped in DDP, in training mode.
         batches: starts this process's share of the micro-batches, ``(number, batch)`` each.
         seed: of the run.
-        images: how many there are over all processes, to be said.
+        images: their number over all processes, to be logged.
     """
 
     def __init__(
@@ -82,31 +83,58 @@ class Checkpoints(HookBase):
 
     def after_step(self) -> None:
         iteration, final = self.trainer.iter, self.trainer.iter + 1 >= self.trainer.max_iter
-        asked = self.stop.agreed(self.trainer.step.device)
+        asked = self.stop.agreed()
         if asked or is_due(iteration, self.period, self.trainer.max_iter):
             self._refuse_nonsense(iteration)
             name = "model_final" if final else f"model_{iteration:07d}"
             self.checkpointer.save(name, iteration=iteration)
         if asked:
-            comm.synchronize()  # nobody ends the job before the file is written
+            self.stop.finish()
+            comm.synchronize()  # no rank ends the job before the file is written
             raise Stopped(asked)
 
     def _refuse_nonsense(self, iteration: int) -> None:
-        """A step may blow the weights up before a loss shows it."""
+        """A step may make weights infinite before a loss shows it."""
         state = self.checkpointer.model.state_dict()
         wrong = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
         if wrong:
             raise UserError(
-                f"after iteration {iteration + 1} {wrong[0]} is not finite: not saved; lower "
-                "SOLVER.BASE_LR, and go on from the last checkpoint with --resume."
+                f"after iteration {iteration + 1} {wrong[0]} is not finite and was not saved: lower "
+                "SOLVER.BASE_LR and resume from the last checkpoint with --resume."
             )
+
+
+class Writers(hooks.PeriodicWriter):
+    """Detectron2's periodic writers; a full disk is reported as a `UserError`.
+
+    Args:
+        writers: of progress, ``metrics.json`` and TensorBoard.
+        period: iterations between two lines.
+        folder: the run directory.
+    """
+
+    def __init__(self, writers: Sequence[EventWriter], period: int, folder: Path) -> None:
+        super().__init__(list(writers), period)
+        self.writers, self.folder = writers, folder
+
+    def after_step(self) -> None:
+        with full_disk_explained(self.folder):
+            super().after_step()
+
+    def after_train(self) -> None:
+        # All are closed whichever fails: Python would report an open file with unwritten lines.
+        with full_disk_explained(self.folder), ExitStack() as closing:
+            for writer in self.writers:
+                closing.callback(writer.close)
+            for writer in self.writers:
+                writer.write()
 
 
 class Evaluation(HookBase):
     """Evaluates every so often and after training.
 
     Not Detectron2's ``EvalHook``, which evaluates even where the last iteration was interrupted.
-    While the trained model is evaluated signals are obeyed at once: it is saved.
+    While the trained model is evaluated, signals act at once: it is saved.
     """
 
     def __init__(
@@ -135,8 +163,8 @@ class Evaluation(HookBase):
 
 
 def forget_later_lines(path: Path, iteration: int) -> None:
-    """Drop the lines of ``metrics.json`` from ``iteration`` on: a run that goes on from a
-    checkpoint writes them again. A line that was cut off is dropped as well."""
+    """Drop the lines of ``metrics.json`` from ``iteration`` on, which a resumed run writes
+    again, and a line that was cut off."""
     if not path.is_file():
         return
     kept = []

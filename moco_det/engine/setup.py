@@ -1,6 +1,5 @@
 """From a command line to a plan: everything that can be settled, and refused, before training."""
 
-import os
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -9,8 +8,9 @@ from pathlib import Path
 import torch
 from detectron2.config import CfgNode
 
+from moco_common import comm, run_lock
 from moco_common.errors import UserError
-from moco_common.launch import under_torchrun
+from moco_common.launch import check_processes, planned_ranks, restarted, under_torchrun
 from moco_det.checkpoint.backbone_weights import apply_settings, check_norm, read_backbone
 from moco_det.checkpoint.detector_weights import holds_detector
 from moco_det.config.key_descriptions import explanation
@@ -21,7 +21,7 @@ from moco_det.data.samplers import share
 from moco_det.engine.train_step import precision
 from moco_det.modeling.roi_heads import BASIC_BLOCKS
 
-__all__ = ["Options", "Plan", "prepare", "trials", "under_torchrun", "with_registered_data"]
+__all__ = ["Options", "Plan", "prepare", "trials", "with_registered_data"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,8 @@ def prepare(options: Options) -> Plan:
     """
     explaining = options.explain is not None
     output_dir = _output_dir(options)
+    if options.trials is not None and options.trials < 1:
+        raise UserError(f"--trials must be at least 1, not {options.trials}.")
     own = output_dir / "config.yaml" if output_dir else None
     name = options.config or _config_of_run(own, options)
     reference = load_config(name)
@@ -76,9 +78,14 @@ def prepare(options: Options) -> Plan:
         cfg.OUTPUT_DIR = str(output_dir)
     if options.strict:
         cfg.DATASETS.STRICT = True
-    if not explaining and not options.eval_only and options.trials is None:
-        _check_output_dir(Path(cfg.OUTPUT_DIR), options.resume)
-    world_size = int(os.environ["WORLD_SIZE"]) if under_torchrun() else options.num_gpus
+    resume = options.resume or restarted()
+    # Under torchrun the ranks first agree whether the run was restarted, see `trials`.
+    early = options.trials is None and not under_torchrun()
+    if not explaining and not options.eval_only and early:
+        _check_output_dir(Path(cfg.OUTPUT_DIR), resume)
+    if not explaining:
+        check_processes(options.num_gpus)
+    world_size = planned_ranks(options.num_gpus)
     source = "" if name == cfg.PROTOCOL else f" (from {name})"
     notes = [f"protocol   {cfg.PROTOCOL or 'none'}{source}"]
     if options.trial is not None:
@@ -102,7 +109,7 @@ def prepare(options: Options) -> Plan:
         cfg,
         notes,
         options.eval_only,
-        options.resume,
+        resume,
         tuple(explicit),
         tuple(explanation(cfg)),
         options.quiet,
@@ -115,9 +122,9 @@ def trials(plan: Plan, count: int | None) -> list[Plan]:
     With ``--resume``, finished trials are left out.
     """
     if count is None:
+        if not plan.eval_only:
+            _check_output_dir(Path(plan.cfg.OUTPUT_DIR), plan.resume)
         return [plan]
-    if count < 1:
-        raise UserError(f"--trials must be at least 1, not {count}.")
     plans = []
     for k in range(count):
         cfg = plan.cfg.clone()
@@ -145,9 +152,6 @@ def _settle_device(cfg: CfgNode, explicit: Sequence[str], world_size: int) -> li
         cfg.MODEL.DEVICE = "cuda" if gpus else "cpu"
     elif cfg.MODEL.DEVICE.startswith("cuda") and not gpus:
         raise UserError("MODEL.DEVICE is cuda, but torch sees no GPU here: set it to cpu.")
-    local = int(os.environ["LOCAL_WORLD_SIZE"]) if under_torchrun() else world_size
-    if gpus and local > gpus:
-        raise UserError(f"--num-gpus {local}, but this machine has {gpus}.")
     processes = "one process" if world_size == 1 else f"{world_size} processes"
     return [f"device     {cfg.MODEL.DEVICE}, {processes}"]
 
@@ -231,15 +235,11 @@ def _check_solver(cfg: CfgNode, world_size: int) -> None:
 
 def _check_output_dir(directory: Path, resume: bool) -> None:
     """Refuse a folder with another run in it; what a start leaves that trained nothing is none."""
-    if resume or not _is_first() or not directory.is_dir():
+    if resume or comm.rank() > 0 or not directory.is_dir():
         return
-    left = (".", "log.txt", "findings.json")
+    left = (".", "log.txt", "findings.json", run_lock.NAME)
     if any(not entry.name.startswith(left) for entry in directory.iterdir()):
         finished = "a finished run" if (directory / "results.json").is_file() else "files already"
         raise UserError(
             f"{directory} holds {finished}: choose another --output-dir, or go on with --resume."
         )
-
-
-def _is_first() -> bool:
-    return not under_torchrun() or os.environ["RANK"] == "0"

@@ -1,7 +1,8 @@
 """A run from its plan: start the processes, train, evaluate."""
 
+import os
 import time
-from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,8 +10,11 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 
+from moco_common import comm as ranks
 from moco_common.errors import UserError
-from moco_common.files import replace_text
+from moco_common.files import full_disk_left_to_caller, remove_unfinished, replace_text
+from moco_common.launch import launch, under_torchrun
+from moco_common.run_lock import RunLock
 from moco_common.text import duration
 from moco_det.checkpoint.detector_weights import (
     holds_detector,
@@ -24,9 +28,7 @@ from moco_det.data.register import write_findings
 from moco_det.data.samplers import TrainingSet, load_training_set
 from moco_det.engine.console_log import log, logging_to
 from moco_det.engine.memory_preflight import preflight
-from moco_det.engine.processes import launch, leave_group
 from moco_det.engine.setup import Options, Plan, prepare, trials
-from moco_det.engine.stopping import run_lock
 from moco_det.engine.trainer import build_trainer, evaluate
 from moco_det.modeling.detector import build_detector
 
@@ -42,11 +44,17 @@ def train_net(options: Options) -> None:
         Stopped: a signal ended the run; its state is saved.
     """
     plan = prepare(options)
-    try:
-        for trial in trials(plan, options.trials):
-            launch(run, options.num_gpus, trial)
-    finally:
-        leave_group()
+    launch(_run_trials, options.num_gpus, plan, options.trials)
+
+
+def _run_trials(plan: Plan, count: int | None) -> None:
+    """Do this rank's part of the runs; all ranks resume if one was restarted."""
+    if ranks.world_size() > 1:
+        local = int(os.environ["LOCAL_WORLD_SIZE"]) if under_torchrun() else ranks.world_size()
+        comm.create_local_process_group(local)
+    plan = replace(plan, resume=bool(ranks.maximum(int(plan.resume))))
+    for trial in trials(plan, count):
+        run(trial)
 
 
 def run(plan: Plan) -> None:
@@ -54,8 +62,14 @@ def run(plan: Plan) -> None:
     rank = comm.get_rank()
     output_dir = Path(plan.cfg.OUTPUT_DIR)
     writes = rank == 0 and not plan.eval_only
-    locked = run_lock(output_dir) if writes else nullcontext()
-    with logging_to(output_dir, rank, plan.quiet), locked:
+    with (
+        RunLock(output_dir, held=writes),
+        logging_to(output_dir, rank, plan.quiet),
+        full_disk_left_to_caller(),
+    ):
+        if writes:
+            for folder in (output_dir, output_dir / "inference"):
+                remove_unfinished(folder)
         for note in plan.notes:
             log.info(note)
         cfg = with_registered_data(plan.cfg, plan.eval_only)

@@ -20,7 +20,9 @@ from detectron2.utils import comm
 from detectron2.utils.events import JSONWriter, TensorboardXWriter
 from torch import nn
 
-from moco_common.progress import Ticker
+from moco_common.hardware import cpu_count
+from moco_common.progress import Loop
+from moco_common.stopping import Stopped, StopRequest
 from moco_det.checkpoint.run_checkpointer import RunCheckpointer
 from moco_det.config.key_descriptions import explanation
 from moco_det.data.dataset_mapper import build_train_mapper
@@ -33,8 +35,7 @@ from moco_det.data.samplers import (
     share,
 )
 from moco_det.engine.console_log import ProgressPrinter, TerminalBar, printing_to_log
-from moco_det.engine.hooks import Checkpoints, Evaluation, PreciseBN, forget_later_lines
-from moco_det.engine.stopping import Stopped, StopRequest
+from moco_det.engine.hooks import Checkpoints, Evaluation, PreciseBN, Writers, forget_later_lines
 from moco_det.engine.train_step import TrainStep, precision
 from moco_det.evaluation.build import build_evaluator, evaluated_tasks
 from moco_det.evaluation.results import headline, with_classes_apart, write_results
@@ -100,7 +101,7 @@ class Trainer(TrainerBase):
         self.step.start(self.start_iter, self.max_iter)
         self.step.model.train()
         try:
-            with self.stop.listening():
+            with self.stop:
                 self.train(self.start_iter, self.max_iter)
         except Stopped:  # after the last line of progress
             done = min(self.iter + 1, self.max_iter)
@@ -156,7 +157,7 @@ def build_trainer(
         build_train_mapper(cfg),
         per_pass,
         seed=cfg.SEED,
-        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        num_workers=min(cfg.DATALOADER.NUM_WORKERS, cpu_count()),  # more only compete
     )
     ranks = {"passes": passes, "rank": comm.get_rank(), "world_size": world_size}
     step = TrainStep(
@@ -220,7 +221,7 @@ def _build_writer(cfg: CfgNode, start_iter: int) -> HookBase:
         JSONWriter(str(metrics)),
         TensorboardXWriter(cfg.OUTPUT_DIR),
     ]
-    return hooks.PeriodicWriter(writers, period=cfg.LOG_PERIOD)
+    return Writers(writers, cfg.LOG_PERIOD, metrics.parent)
 
 
 def evaluate(
@@ -250,10 +251,11 @@ def evaluate(
         output_dir=str(Path(cfg.OUTPUT_DIR, "inference")),
         sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
     )
-    loader = build_detection_test_loader(cfg, name)
-    ticker = Ticker("evaluating", len(loader), say=log.info)
+    workers = min(cfg.DATALOADER.NUM_WORKERS, cpu_count())
+    loader = build_detection_test_loader(cfg, name, num_workers=workers)
+    loop = Loop("evaluating", len(loader), say=log.info, period=10.0)
     with printing_to_log():  # pycocotools prints its tables
-        results = inference_on_dataset(model, loader, evaluator, {"after_inference": ticker.tick})
+        results = inference_on_dataset(model, loader, evaluator, {"after_inference": loop.tick})
     if not comm.is_main_process():
         return {}
     results = {task: with_classes_apart(scores) for task, scores in results.items()}

@@ -20,88 +20,25 @@ import torch
 import torch.distributed as dist
 from detectron2.layers import NaiveSyncBatchNorm
 from detectron2.utils import comm
-from fvcore.nn.distributed import differentiable_all_gather
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import Tensor, nn
 
+from moco_common.sync_batch_norm import SyncBatchNorm, synchronise_batch_norm
 from moco_common.text import counted
 
 log = logging.getLogger(__name__)
 
 
-class SyncBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm over the joined batch of all processes, on any device.
-
-    Equal to :class:`torch.nn.BatchNorm2d` of one process on all their pixels: values, gradients
-    and running statistics, whatever the number and the size of the images of each. A process
-    without any image takes part. Input: (N, C, H, W), N >= 0.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training or comm.get_world_size() == 1:
-            return super().forward(input)
-        x = input.float()  # half precision is too coarse for the reduction
-        count = x.numel() // x.shape[1]
-        if count:
-            var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)  # C, C
-        else:
-            var = mean = x.sum(dim=(0, 2, 3))  # zeros, with a path for the gradient
-        # One row a process. Pooled by Chan et al. 1979 ("Updating formulae ..."): no difference of
-        # large numbers, as in E[x^2] - E[x]^2.
-        rows = torch.stack(
-            differentiable_all_gather(torch.cat([mean, var, mean.new_tensor([count])]))
-        )
-        means, variances, counts = rows.split([len(mean), len(mean), 1], dim=1)  # WxC, WxC, Wx1
-        total = counts.sum()
-        share = counts / total.clamp(min=1)
-        mean = (share * means).sum(0)
-        var = (share * (variances + (means - mean) ** 2)).sum(0)
-        self._track(mean.detach(), var.detach(), total)
-        scale = torch.rsqrt(var + self.eps)
-        shift = -mean * scale
-        if self.affine:
-            scale, shift = scale * self.weight, shift * self.weight + self.bias
-        y: Tensor = x * scale[:, None, None] + shift[:, None, None]
-        return y.to(input.dtype)
-
-    @torch.no_grad()
-    def _track(self, mean: Tensor, var: Tensor, total: Tensor) -> None:
-        if self.running_mean is None or self.running_var is None or not total:
-            return
-        momentum = self.momentum
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked += 1
-            if momentum is None:  # a cumulative average
-                momentum = 1 / int(self.num_batches_tracked)
-        assert momentum is not None
-        unbiased = var * total / (total - 1).clamp(min=1)
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
-        self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
-
-
 def replace_sync_bn(model: nn.Module) -> int:
-    """Put :class:`SyncBatchNorm2d` in the place of torch's SyncBatchNorm, which refuses CPUs.
-
-    Parameters and buffers stay the same objects; names stay as they are.
+    """Replace torch's SyncBatchNorm, which runs on GPUs only, by this project's.
 
     Returns:
-        How many there were.
+        The number of replaced layers.
     """
-    found = 0
-    for parent in model.modules():
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.SyncBatchNorm):
-                ours = SyncBatchNorm2d(
-                    child.num_features, child.eps, child.momentum, child.affine
-                ).train(child.training)
-                ours.weight, ours.bias = child.weight, child.bias
-                for buffer, value in child.named_buffers(recurse=False):
-                    setattr(ours, buffer, value)
-                setattr(parent, name, ours)
-                found += 1
-    if found:
+    replaced = synchronise_batch_norm(model, (nn.SyncBatchNorm,))
+    if replaced:
         log.info("norms      SyncBN by this project's own, torch's runs on GPUs only: the same")
-    return found
+    return replaced
 
 
 def say_norms(model: nn.Module, *, per_pass: int, passes: int, world_size: int) -> list[str]:
@@ -118,7 +55,7 @@ def say_norms(model: nn.Module, *, per_pass: int, passes: int, world_size: int) 
         return []
     alike = any(isinstance(norm, NaiveSyncBatchNorm) for norm in norms)
     synchronised = alike or any(
-        isinstance(norm, (nn.SyncBatchNorm, SyncBatchNorm2d)) for norm in norms
+        isinstance(norm, (nn.SyncBatchNorm, SyncBatchNorm)) for norm in norms
     )
     seen = per_pass * (world_size if synchronised else 1)
     said = []

@@ -112,15 +112,10 @@ class _Hashed:
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.hash = file, hashlib.sha256()
-        self.error: OSError | None = None
 
     def write(self, data: memoryview) -> int:
         self.hash.update(data)
-        try:
-            return self.file.write(data)
-        except OSError as error:
-            self.error = error  # torch goes on to raise another one, of what it had expected
-            raise
+        return self.file.write(data)
 
     def flush(self) -> None:
         self.file.flush()
@@ -128,12 +123,7 @@ class _Hashed:
 
 def _write_sealed(checkpoint: dict[str, Any], file: IO[bytes]) -> None:
     sink = _Hashed(file)
-    try:
-        torch.save(checkpoint, cast(IO[bytes], sink))
-    except RuntimeError:
-        if sink.error:
-            raise sink.error from None
-        raise
+    torch.save(checkpoint, cast(IO[bytes], sink))
     # The last two bytes of a zip without comment are the length of its comment, 0.
     seal = _MARK + sink.hash.hexdigest().encode()
     file.seek(-2, os.SEEK_END)

@@ -13,7 +13,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from moco_common.hardware import _memory_limit
+from moco_common.hardware import memory_limit
 from pretrain.data.decoding import decode
 from pretrain.data.transforms.recipes import draw, render, view_recipes
 
@@ -57,7 +57,7 @@ def cores(count: int, gpus: int) -> Iterable[Finding]:
 
 def memory() -> Iterable[Finding]:
     """Memory that this process may use, and the shared memory that workers hand batches through."""
-    total, where = _memory_limit()
+    total, where = memory_limit()
     state = OK if total >= 8 * 2**30 else WARNING
     yield Finding(
         "memory",

@@ -1,4 +1,4 @@
-"""What a run says while it goes: progress lines, metrics.json, TensorBoard."""
+"""The record of a run: progress lines, metrics.json, TensorBoard."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import TextIO
 from tqdm import tqdm
 
 from moco_common.files import append_text, full_disk_explained, replace_text
-from moco_common.progress import clock
+from moco_common.progress import step_bar
+from moco_common.text import duration
 
 METRICS = "metrics.json"
-BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}"  # the lines tell the time left
 
 
 class Progress:
@@ -28,7 +28,7 @@ class Progress:
 
     Args:
         quiet: print nothing but warnings.
-        stream: for what is said; warnings go to standard error. In a terminal a bar of the steps
+        stream: takes the lines; warnings go to standard error. In a terminal a bar of the steps
             stays below the lines; a file gets the lines alone.
         now: seconds of a clock.
     """
@@ -48,10 +48,8 @@ class Progress:
 
         self.total, self.batch_size, self.quiet, self.now = total, batch_size, quiet, now
         self.stream = stream or sys.stdout
-        self.bar = None
-        if self.stream.isatty() and not quiet:
-            shape = {"leave": False, "dynamic_ncols": True, "bar_format": BAR}
-            self.bar = tqdm(total=total, initial=start, file=self.stream, **shape)
+        shown = self.stream.isatty() and not quiet
+        self.bar = step_bar(total, start, self.stream, shown=shown)
         self.path = folder / METRICS
         kept = []
         if self.path.exists():
@@ -70,13 +68,12 @@ class Progress:
         self._recent: deque[tuple[int, float]] = deque(maxlen=50)  # steps and seconds of each line
 
     def advance(self) -> None:
-        """One step more is done."""
-        if self.bar is not None:
-            self.bar.update()
+        """Record that one more step is done."""
+        self.bar.update()
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Stop the clock meanwhile: for evaluations, which say nothing about the pace."""
+        """Stop the clock within ``with``, for evaluations: they are no part of the pace."""
         began = self.now()
         try:
             yield
@@ -86,7 +83,7 @@ class Progress:
     def log(self, step: int, text: str, **scalars: float) -> None:
         """Print one line for ``step`` steps done and record ``scalars`` with it.
 
-        The time left is told from the pace of the last fifty lines.
+        The time left follows from the pace of the last fifty lines.
         """
         steps, seconds = step - self._step, max(self.now() - self._time, 1e-9)
         if steps:
@@ -94,7 +91,7 @@ class Progress:
         self._step, self._time = step, self.now()
         pace = sum(s for _, s in self._recent) / max(1, sum(n for n, _ in self._recent))
         rate = scalars["images_per_second"] = steps * self.batch_size / seconds
-        eta = clock(pace * (self.total - step))
+        eta = duration(pace * (self.total - step))
         width = len(str(self.total))
         self.say(f"iter {step:>{width}}/{self.total}  {text}  {rate:.0f} images/s  eta {eta}")
         append_text(self.path, json.dumps({"iteration": step, **scalars}) + "\n")
@@ -112,15 +109,14 @@ class Progress:
         self._print(f"warning: {text}", sys.stderr)
 
     def _print(self, text: str, stream: TextIO) -> None:
-        if self.bar is None:
+        if self.bar.disable:
             print(text, file=stream, flush=True)
         else:
             tqdm.write(text, file=stream)  # above the bar
 
     def close(self) -> None:
-        """Write what TensorBoard has not yet been given, and take the bar away."""
-        if self.bar is not None:
-            self.bar.close()
+        """Flush TensorBoard's file and remove the bar."""
+        self.bar.close()
         self.writer.close()
 
 

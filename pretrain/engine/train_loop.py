@@ -13,10 +13,10 @@ from fvcore.common.config import CfgNode
 
 from moco_common import comm
 from moco_common.errors import UserError
-from moco_common.files import remove_unfinished, replace_text
+from moco_common.files import full_disk_left_to_caller, remove_unfinished, replace_text
 from moco_common.hardware import cpu_count
 from moco_common.run_lock import RunLock
-from moco_common.stopping import Interrupt, Stopped
+from moco_common.stopping import Stopped, StopRequest
 from moco_common.text import counted
 from pretrain.checkpoint import consistency as guards
 from pretrain.checkpoint import format as checkpoint
@@ -82,7 +82,8 @@ def train(cfg: CfgNode, resume: bool = False, quiet: bool = False, profile: int 
         compile=cfg.SOLVER.COMPILE,
     )
     with (
-        Interrupt() as interrupt,
+        StopRequest() as request,
+        full_disk_left_to_caller(),
         RunLock(folder, held=main),
         Snapshots(folder, keep=cfg.CHECKPOINT.KEEP) as snapshots,
     ):
@@ -130,7 +131,7 @@ def train(cfg: CfgNode, resume: bool = False, quiet: bool = False, profile: int 
                     progress.advance()
 
                 snapshots.check()
-                stop = interrupt.agreed()
+                stop = request.agreed()
                 logs = step % cfg.LOG.PERIOD == 0 or step == total
                 saves = step % cfg.CHECKPOINT.PERIOD == 0 or step == total or stop
                 if knn and knn.due(step):
@@ -169,7 +170,7 @@ def train(cfg: CfgNode, resume: bool = False, quiet: bool = False, profile: int 
                     progress.begin(step)
                 if stop:
                     break
-        interrupt.finish()
+        request.finish()
         snapshots.finish()
         comm.barrier()  # a rank that left while rank 0 writes would be taken for lost
         if progress:

@@ -94,9 +94,9 @@ def method_class(name: str) -> type[Method]:
 def build_method(cfg: CfgNode, *, num_images: int, total_steps: int) -> Method:
     """Build the method that ``METHOD`` names, for this rank's share of the batch."""
     from moco_common import comm
+    from moco_common.sync_batch_norm import synchronise_batch_norm
     from pretrain.methods.base import Run
     from pretrain.modeling.batch_norm import bn_groups_per_rank
-    from pretrain.modeling.sync_batch_norm import synchronise_batch_norm
 
     chosen = method_class(cfg.METHOD)
     if cfg.INPUT.SMALL_CROPS and chosen.view_names is not None:

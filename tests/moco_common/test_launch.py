@@ -1,15 +1,31 @@
-"""The processes of a run: what the caller hears when a rank fails or dies."""
+"""The processes of a run: which error arrives when a rank fails, and the effect of a signal."""
 
 import os
 import signal
+import subprocess
+import sys
+import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from moco_common import comm
+from moco_common import launch as launching
 from moco_common.errors import UserError
-from moco_common.launch import _wait_for_a_failure_or_all, launch
+from moco_common.launch import _wait_for_a_failure_or_all, check_processes, launch, restarted
+from moco_common.stopping import Stopped, StopRequest
+from tests.moco_det.ranks import preload
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _quick_start(monkeypatch):
+    """Ranks that need not import everything anew."""
+    preload()
+    monkeypatch.setattr(launching, "START_METHOD", "forkserver")
 
 
 def failing(error, everywhere=False):
@@ -18,9 +34,10 @@ def failing(error, everywhere=False):
     comm.barrier()  # fails in its turn, for want of the other rank
 
 
-def test_a_users_mistake_on_a_rank_is_the_callers():
-    with pytest.raises(UserError, match="^lower the batch$"):
-        launch(failing, 2, UserError("lower the batch"))
+def test_a_users_mistake_on_a_rank_is_the_callers_whoever_fails_first():
+    with pytest.raises(UserError, match="^cannot read 7.jpg:\nit is empty$") as error:
+        launch(failing, 2, UserError("cannot read 7.jpg:\nit is empty"))
+    assert error.value.__suppress_context__
 
 
 def test_another_error_keeps_the_traceback_of_its_rank():
@@ -34,13 +51,13 @@ def dying():
     time.sleep(60)  # the launcher ends this rank
 
 
-def test_a_killed_rank_ends_the_run_with_the_way_on():
+def test_a_killed_rank_ends_the_run_with_the_way_to_resume():
     with pytest.raises(UserError, match="A rank was lost.*SIGKILL.*--resume"):
         launch(dying, 2)
 
 
 class Ending:
-    """A rank that ends well between being asked for the first time and the second."""
+    """A rank that ends well between the first and the second time that it is polled."""
 
     def __init__(self):
         self.asked = 0
@@ -57,5 +74,107 @@ class Ending:
 
 
 @pytest.mark.timeout(20)
-def test_ranks_that_end_while_they_are_asked_are_not_waited_for_for_ever():
+def test_ranks_that_end_while_they_are_polled_are_not_waited_for_for_ever():
     _wait_for_a_failure_or_all([Ending()])
+
+
+def until_stopped(folder, listening):
+    (folder / str(comm.rank())).touch()
+    with StopRequest() as stop:
+        while listening and not (number := stop.signal):
+            time.sleep(0.01)
+    if listening:
+        (folder / f"stopped{comm.rank()}").touch()
+        raise Stopped(number)
+    time.sleep(60)
+
+
+@pytest.mark.parametrize(
+    ("listening", "number", "status"), [(True, 15, 143), (True, 2, 130), (False, 15, 143)]
+)
+def test_a_signal_reaches_the_ranks_which_stop_with_its_status(tmp_path, listening, number, status):
+    """Also where they are in set-up, and obey at once: then the launcher says what to do."""
+
+    def send():
+        while len(list(tmp_path.iterdir())) < 2:
+            time.sleep(0.05)
+        time.sleep(0.3)
+        os.kill(os.getpid(), number)
+
+    sender = threading.Thread(target=send)
+    before = signal.getsignal(number)
+    sender.start()
+    with pytest.raises(Stopped) as stopped:
+        launch(until_stopped, 2, tmp_path, listening)
+    sender.join()
+    assert stopped.value.exit_status == status
+    assert bool(stopped.value.message) != listening
+    assert len(list(tmp_path.glob("stopped*"))) == 2 * listening
+    assert signal.getsignal(number) is before
+
+
+SLOW = """
+import sys, time
+if __name__ != "__main__":
+    print("importing", flush=True)
+    time.sleep(60)
+def work(): pass
+if __name__ == "__main__":
+    from moco_common.errors import run_tool
+    from moco_common.launch import launch
+    sys.exit(run_tool(lambda: launch(work, 2)))
+"""
+
+
+def test_ctrl_c_while_the_ranks_import_ends_in_one_line(tmp_path):
+    """A terminal sends SIGINT to the whole process group."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    tool = subprocess.Popen(
+        [sys.executable, tmp_path / "slow.py"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+    )
+    assert tool.stdout.readline() == "importing\n"
+    assert tool.stdout.readline() == "importing\n"
+    os.killpg(tool.pid, signal.SIGINT)
+    assert tool.wait(60) == 130
+    error = tool.stderr.read()
+    assert error.startswith("stopped: ")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("processes", "gpus", "environment", "reason"),
+    [
+        (3, 2, {}, "^--num-gpus is 3, but this machine has 2 GPUs"),
+        (2, 1, {}, "^--num-gpus is 2, but this machine has 1 GPU:"),
+        (0, 0, {}, "^--num-gpus must be at least 1, not 0"),
+        (1, 2, {"LOCAL_WORLD_SIZE": "3"}, "^torchrun starts 3, but this machine has 2 GPUs"),
+        (2, 2, {}, None),
+        (3, 0, {}, None),  # on the CPU any number
+    ],
+)
+def test_more_processes_than_gpus_are_refused(monkeypatch, processes, gpus, environment, reason):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    for name, value in ({"RANK": "0", "WORLD_SIZE": "3"} if environment else {}).items():
+        monkeypatch.setenv(name, value)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if reason is None:
+        check_processes(processes)
+    else:
+        with pytest.raises(UserError, match=reason):
+            check_processes(processes)
+
+
+def test_a_restart_is_known_by_the_launchers_count(monkeypatch):
+    for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
+        monkeypatch.setenv(name, "0")
+        assert not restarted()
+        monkeypatch.setenv(name, "2")
+        assert restarted()
+        monkeypatch.delenv(name)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moco_common.text import counted
+from moco_common.text import counted, duration
 
 
 @pytest.mark.parametrize(
@@ -21,3 +21,11 @@ from moco_common.text import counted
 )
 def test_one_is_singular_and_everything_else_plural(number, noun, spec, text):
     assert counted(number, noun, spec) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0:00:00"), (59.6, "0:01:00"), (3599, "0:59:59"), (3600, "1:00:00"), (1e6, "277:46:40")],
+)
+def test_durations_are_hours_minutes_and_seconds(seconds, text):
+    assert duration(seconds) == text

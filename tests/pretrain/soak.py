@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from moco_common.progress import clock
+from moco_common.text import duration
 from pretrain.checkpoint import format as checkpoint
 from tests.pretrain.runs import TINY, Run, assert_equal_checkpoints, run, write_photographs
 
@@ -119,7 +119,7 @@ def main() -> None:
             while here < args.kills:
                 kills = soak.one_run(args.kills - here)
                 here, done, runs = here + kills, done + kills, runs + 1
-                eta = clock((time.monotonic() - began) / max(1, done) * (total - done))
+                eta = duration((time.monotonic() - began) / max(1, done) * (total - done))
                 print(
                     f"{ranks} processes: {here}/{args.kills} kills, {runs} runs ended bit for bit "
                     f"as the whole one  eta {eta}",
@@ -128,7 +128,7 @@ def main() -> None:
             print(", ".join(f"{n} at {moment}" for moment, n in soak.moments.most_common()))
     print(
         f"soak: {done} of {total} kills survived, {' and '.join(map(str, args.processes))} "
-        f"processes, {clock(time.monotonic() - began)}"
+        f"processes, {duration(time.monotonic() - began)}"
     )
 
 

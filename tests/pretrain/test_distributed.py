@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from moco_common import comm
+from moco_common.sync_batch_norm import SyncBatchNorm, synchronise_batch_norm
 from pretrain import distributed
-from pretrain.modeling.sync_batch_norm import SyncBatchNorm, synchronise_batch_norm
 from tests.pretrain.ranks import on_ranks
 
 

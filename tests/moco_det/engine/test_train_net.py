@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from moco_det.engine.stopping import run_lock
+from moco_common.run_lock import RunLock
 from tests.conftest import NARROW, QUICK
 from tools.train_net import main
 
@@ -87,7 +87,7 @@ def test_training_is_refused_where_another_process_trains_and_evaluation_is_not(
     (run / "results.json").unlink()
     (run / "model_final.pth").rename(run / "model_0000000.pth")
     (run / "last_checkpoint").write_text("model_0000000.pth")
-    with run_lock(run):
+    with RunLock(run):
         assert in_another_process("--resume", "--output-dir", run) == 1
         assert in_another_process("--eval-only", "--output-dir", run) == 0
     assert (run / "results.json").is_file()

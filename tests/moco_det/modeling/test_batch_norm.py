@@ -7,8 +7,8 @@ import torch
 from detectron2.layers import NaiveSyncBatchNorm
 from torch import nn
 
+from moco_common.sync_batch_norm import SyncBatchNorm
 from moco_det.modeling.batch_norm import (
-    SyncBatchNorm2d,
     replace_sync_bn,
     say_norms,
     update_statistics,
@@ -19,7 +19,7 @@ CHANNELS = 3
 NORMS = {
     "naiveSyncBN": NaiveSyncBatchNorm,
     "naiveSyncBN_N": lambda channels: NaiveSyncBatchNorm(channels, stats_mode="N"),
-    "ours": SyncBatchNorm2d,
+    "ours": SyncBatchNorm,
 }
 # What each rank sees: N, H, W.
 SHARES = {
@@ -99,7 +99,7 @@ def on_a_rank(rank, world_size):
     network = small_network(nn.BatchNorm2d)
     update_statistics(network, micro_batches()[rank::world_size])
     found["precise"] = statistics_of(network)
-    network = small_network(SyncBatchNorm2d)
+    network = small_network(SyncBatchNorm)
     alike = torch.cat([b[:1, :, :4, :4] for b in micro_batches()[:4]])
     update_statistics(network, [alike[rank::world_size]])
     found["precise, synchronised"] = statistics_of(network)
@@ -170,7 +170,7 @@ def test_a_replaced_norm_keeps_parameters_buffers_and_names():
     norm = network[1][0]
     norm.running_mean.fill_(0.5)
     assert replace_sync_bn(network) == 1
-    assert isinstance(network[1][0], SyncBatchNorm2d)
+    assert isinstance(network[1][0], SyncBatchNorm)
     assert network[1][0].eps == 1e-3
     assert all(p is before[0][name] for name, p in network.named_parameters())
     assert list(network.state_dict()) == list(before[1])
@@ -226,7 +226,7 @@ def test_a_layer_in_evaluation_mode_and_one_that_is_not_used_keep_their_statisti
         (nn.BatchNorm2d, 2, 1, 1, []),
         (nn.BatchNorm2d, 2, 8, 1, ["BN sees the 2 images of one pass"]),
         (nn.BatchNorm2d, 1, 1, 4, ["BN that sees one image costs"]),
-        (SyncBatchNorm2d, 1, 1, 2, []),
+        (SyncBatchNorm, 1, 1, 2, []),
         (NaiveSyncBatchNorm, 1, 4, 2, ["the same weight", "BN sees the 2 images of one pass"]),
         (lambda channels: nn.GroupNorm(1, channels), 1, 4, 1, []),
     ],

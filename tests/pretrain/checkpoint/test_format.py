@@ -98,7 +98,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_no_debris_and_one_sentence(
         monkeypatch.setattr(checkpoint._Hashed, "__init__", init)
     else:
         monkeypatch.setattr(files.os, "fsync" if fails == "fsync" else "replace", full)
-    with pytest.raises(UserError, match="No space left.*make room and go on with --resume"):
+    with pytest.raises(UserError, match="No space left.*free some space and run the command again"):
         checkpoint.save(content(2), tmp_path)
     assert names(tmp_path) == ["checkpoint_00000001.pth", checkpoint.LAST]
     assert checkpoint.load(tmp_path / checkpoint.LAST)["step"] == 1

@@ -5,7 +5,6 @@ import json
 
 import pytest
 
-from moco_common.progress import clock
 from pretrain.engine.progress import Progress
 
 
@@ -28,13 +27,6 @@ def left(line):
     """Seconds of its eta."""
     parts = [float(part) for part in line.split("eta ")[1].split(":")]
     return sum(part * 60**i for i, part in enumerate(reversed(parts)))
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3600, "1:00:00")]
-)
-def test_seconds_are_told_in_hours_minutes_and_seconds(seconds, text):
-    assert clock(seconds) == text
 
 
 def test_the_time_left_leaves_out_the_start_and_evaluations(tmp_path):
