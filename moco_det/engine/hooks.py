@@ -99,7 +99,7 @@ class Checkpoints(HookBase):
         wrong = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
         if wrong:
             raise UserError(
-                f"after iteration {iteration + 1} {wrong[0]} is not finite and was not saved: lower "
+                f"after iteration {iteration + 1} {wrong[0]} is not finite and not saved: lower "
                 "SOLVER.BASE_LR and resume from the last checkpoint with --resume."
             )
 
