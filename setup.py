@@ -1,7 +1,7 @@
 """Packaging: three packages, their recipes as data, and the command lines as console scripts.
 
-Neither torch nor detectron2 is ever replaced: their ranges are wide, and detectron2 (which is not
-on the package index under its own name) is not declared at all, see README.md, "Installation".
+An installed torch or Detectron2 is never replaced: torch has a lower bound only, and Detectron2,
+which is not on the package index under its own name, is not declared (see docs/installation.md).
 """
 
 import runpy
@@ -32,8 +32,8 @@ setup(
         "moco_det.configs",
         "moco_tools",
     ],
-    # The recipes and the command lines live beside the packages in the repository and inside
-    # them (or in a package of their own) once installed.
+    # In the repository, the recipes and the command lines are beside the packages; installed, the
+    # recipes are inside them and the command lines are a package of their own.
     package_dir={
         "pretrain.configs": "configs/pretrain",
         "moco_det.configs": "configs/detection",
@@ -56,8 +56,8 @@ setup(
         "tqdm>=4.65",
     ],
     extras_require={
-        # What Detectron2's Python code imports, for an environment that takes it without its
-        # own dependencies (as `make setup` does).
+        # What Detectron2's Python code imports, for an environment that installs Detectron2
+        # without its dependencies, as `make setup` does.
         "detectron2-deps": [
             "iopath>=0.1.10",
             "omegaconf>=2.1,<2.4",
@@ -69,12 +69,12 @@ setup(
             "black",
             "setuptools<81",
         ],
-        # cv2 comes from any of four packages that overwrite each other: whoever has one keeps it.
+        # Four packages provide cv2 and overwrite each other, so an installed one must be kept.
         "opencv": [f"opencv-python-headless>={OLDEST['opencv-python-headless']}"],
         "safetensors": ["safetensors>=0.4"],
         "shards": ["webdataset>=0.2.86"],  # pre-training from tar files, local or by URL
         "slurm": ["submitit>=1.4"],  # tools/pretrain.py --slurm
-        "fast-eval": ["hotcoco>=1.3"],  # COCO metrics in seconds
+        "fast-eval": ["hotcoco>=1.3"],  # COCO and LVIS metrics in seconds
         "cityscapes": ["cityscapesscripts", "shapely>=2"],  # Detectron2's reader of its polygons
         "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26", "nbclient", "ipykernel"],
         "dev": [
@@ -93,7 +93,7 @@ setup(
     },
     entry_points={
         "console_scripts": [
-            # inspect_run.py is moco-inspect: a file inspect.py would hide Python's own.
+            # moco-inspect is inspect_run.py: a file inspect.py would shadow the standard library's.
             f"moco-{name.removesuffix('_run').replace('_', '-')} = moco_tools.{name}:main"
             for name in TOOLS
         ]
