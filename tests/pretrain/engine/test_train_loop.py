@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from pretrain.checkpoint import format as checkpoint
 from tests.pretrain.runs import TINY, assert_equal_checkpoints, run, write_photographs
+from tools.pretrain import main
 
 ROOT = Path(__file__).parents[3]
 
@@ -149,3 +151,13 @@ def test_pretrain_never_imports_the_detection_side():
         "assert not [m for m in sys.modules if m.split('.')[0] in ('detectron2', 'moco_det')]"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_more_processes_than_gpus_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    words = ["--config", "moco-v2", "--data", str(tmp_path), "--output-dir", str(tmp_path / "run")]
+    assert main([*words, "--num-gpus", "2"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: --num-gpus is 2, but this machine has 1 GPU:")
+    assert not (tmp_path / "run").exists()
