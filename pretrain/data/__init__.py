@@ -1,1 +1,1 @@
-"""Photographs to batches of views."""
+"""Data loading: from image files to batches of augmented views."""

@@ -1,4 +1,4 @@
-"""Encoded bytes -> uint8 RGB pixels, whatever the file turns out to hold."""
+"""Decoding of image files to uint8 RGB pixels."""
 
 import io
 import warnings
@@ -7,9 +7,9 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-MAX_PIXELS = 89_478_485  # where Pillow too begins to suspect a decompression bomb
+MAX_PIXELS = 89_478_485  # Pillow's threshold for a decompression bomb warning
 _FLAGS = {
-    1: getattr(cv2, "IMREAD_COLOR_RGB", cv2.IMREAD_COLOR),  # OpenCV >= 4.11 saves a pass
+    1: getattr(cv2, "IMREAD_COLOR_RGB", cv2.IMREAD_COLOR),  # OpenCV >= 4.11: no conversion
     2: cv2.IMREAD_REDUCED_COLOR_2,
     4: cv2.IMREAD_REDUCED_COLOR_4,
     8: cv2.IMREAD_REDUCED_COLOR_8,
@@ -17,25 +17,26 @@ _FLAGS = {
 
 
 class DecodeError(ValueError):
-    """The bytes are no picture that can be used; the message says why."""
+    """Raised when an image cannot be decoded or used; the message gives the reason."""
 
 
 def decode(data: bytes, *, min_side: int | None = None, min_area: int | None = None) -> np.ndarray:
-    """Decodes any still picture; of an animation, its first frame.
+    """Decode an image, or the first frame of an animation.
 
-    Grey, palette, CMYK and 16-bit pictures become 8-bit RGB, transparency is dropped, and the
-    camera's orientation (EXIF) is applied.
+    Greyscale, palette, CMYK and 16-bit images are converted to 8-bit RGB, transparency is dropped,
+    and the EXIF orientation is applied.
 
     Args:
-        data: an encoded file: JPEG fast, anything else that Pillow reads.
-        min_side, min_area: if both are given, a JPEG may come out smaller by 2, 4 or 8 (which
-            its format makes cheaper) as long as it keeps these sizes, in pixels.
+        data: an encoded file. JPEG is decoded by OpenCV, every other format by Pillow.
+        min_side, min_area: if both are given, a JPEG may be decoded at 1/2, 1/4 or 1/8 of its
+            size, which is cheaper, as long as its short side and its area stay at least this
+            large, in pixels.
 
     Returns:
-        uint8 (H, W, 3), RGB. A JPEG above `MAX_PIXELS` comes out smaller by 2, 4 or 8.
+        uint8 (H, W, 3), RGB. A JPEG above `MAX_PIXELS` is decoded at 1/2, 1/4 or 1/8 of its size.
 
     Raises:
-        DecodeError: empty, truncated, undecodable, or too large.
+        DecodeError: the data are empty, truncated, undecodable or too large.
     """
     if not data:
         raise DecodeError("the file is empty")
@@ -51,21 +52,22 @@ def decode(data: bytes, *, min_side: int | None = None, min_area: int | None = N
             and height * width >= (2 * reduction) ** 2 * min_area
         ):
             reduction *= 2
-    # A progressive file is held whole while it is decoded, a sequential one line by line.
+    # A progressive JPEG is held in memory as a whole during decoding, a sequential one row by row.
     while height * width > MAX_PIXELS * (1 if progressive else reduction**2):
         if reduction == 8 or progressive:
-            raise DecodeError(f"{width} x {height} pixels are too many")
+            raise DecodeError(f"{width} x {height} pixels exceed the limit of {MAX_PIXELS}")
         reduction *= 2
     image = _decode_jpeg(data, reduction)
-    # What OpenCV gives up on, Pillow can decode or else tell what is wrong with it.
+    # Where OpenCV fails, Pillow either decodes the image or says what is wrong with it.
     return _decode_with_pillow(data) if image is None else image
 
 
 def _read_jpeg_header(data: bytes) -> tuple[int, int, bool] | None:
-    """Height, width and whether it is progressive, of a whole 8-bit grey or three-channel JPEG.
+    """Return (height, width, progressive) of a complete 8-bit JPEG with one or three channels.
 
-    None for anything else, left to Pillow: CMYK, a broken header, or no end-of-image marker,
-    where some versions of OpenCV fill up a truncated picture with grey and say nothing.
+    Return None for anything else, which is left to Pillow: other formats, CMYK, a broken header,
+    or a missing end-of-image marker (some versions of OpenCV silently fill a truncated image with
+    grey).
     """
     if data[:3] != b"\xff\xd8\xff":
         return None
@@ -99,25 +101,25 @@ def _decode_jpeg(data: bytes, reduction: int) -> np.ndarray | None:
 def _decode_with_pillow(data: bytes) -> np.ndarray:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about sizes and palettes, which are handled here
+            warnings.simplefilter("ignore")  # on sizes and palettes, both handled here
             with Image.open(io.BytesIO(data)) as image:
                 width, height = image.size
                 if height * width > MAX_PIXELS:
-                    raise DecodeError(f"{width} x {height} pixels are too many")
+                    raise DecodeError(f"{width} x {height} pixels exceed the limit of {MAX_PIXELS}")
                 return _to_rgb(ImageOps.exif_transpose(image))
     except DecodeError:
         raise
-    except Exception as error:  # parsers of hostile bytes raise almost anything
+    except Exception as error:  # a parser may raise almost anything on damaged bytes
         reason = str(error) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
-            reason = "not an image of a known format"  # Pillow's words name a memory address
+            reason = "not an image of a known format"  # Pillow's message has a memory address
         raise DecodeError(reason) from None
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:
     if image.mode == "F":
-        raise DecodeError("floating-point pixels have no set range")
-    if image.mode.startswith("I"):  # 16 bits, which Pillow's own conversion would clip
+        raise DecodeError("floating-point pixels have no defined range")
+    if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion would clip them
         values = np.asarray(image).astype(np.int64) >> 8
         return np.repeat(values.clip(0, 255).astype(np.uint8)[:, :, None], 3, axis=2)
     if image.mode == "P" and "transparency" in image.info:

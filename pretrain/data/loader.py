@@ -1,9 +1,9 @@
-"""The stream of batches: which image comes when, made into views by worker processes.
+"""The stream of batches: the order of the images, and the workers that turn them into views.
 
-Position p of the stream is sample p mod B of step p // B. Each image comes once in an epoch of N
-positions, so an epoch need not be a whole number of batches and no tail is dropped. Everything
-about a sample depends on (seed, p) alone: the run is the same for any number of workers or ranks,
-and the position from which it goes on is just the step.
+Position p of the stream is sample p mod B of step p // B. Each image occurs once per epoch of N
+positions, so an epoch need not be a whole number of batches and no samples are dropped at its end.
+Every sample depends on (seed, p) alone: the stream is the same for any number of workers or ranks,
+and resuming it takes nothing but the step.
 """
 
 import itertools
@@ -25,21 +25,21 @@ from pretrain.data.stateless_random import uniform
 from pretrain.data.transforms.gpu_ops import PendingViews, collect, finish
 from pretrain.data.transforms.recipes import MAX_DRAWS, ViewParameters, ViewRecipe, draw, render
 
-BAD_WINDOW = 1000  # samples over which the share of unreadable images is taken
-MAX_ATTEMPTS = 20  # unreadable images in a row at one position
-_VIEWS = 1  # sets the numbers that views draw apart from those of the order
-Item = int | tuple[int, list[bytes | str]]  # a step; of a stream also its images, see `stream`
+BAD_WINDOW = 1000  # number of recent samples over which unreadable images are counted
+MAX_ATTEMPTS = 20  # images tried at one position before giving up
+_VIEWS = 1  # hash key that separates the views' random numbers from those of the order
+Item = int | tuple[int, list[bytes | str]]  # a step, with its images for a streamed source
 
 
 @dataclass
 class Batch:
-    """One rank's share of a step.
+    """One rank's share of a step's batch.
 
     Attributes:
-        views: a uint8 tensor (B, 3, H, W) each view, RGB, in channels_last layout.
-        index: int64 (B,), which image of the source each sample shows.
-        skipped: name and reason of each image that could not be read and was replaced.
-        pending: for each view what `to` has yet to do to it, or None.
+        views: one uint8 tensor (B, 3, H, W) per view, RGB, in channels_last layout.
+        index: int64 (B,), index in the source of the image that each sample shows.
+        skipped: (name, reason) of each image that could not be read and was replaced.
+        pending: operations that `to` still has to apply, one entry per view; None for none.
     """
 
     views: list[torch.Tensor]
@@ -48,7 +48,11 @@ class Batch:
     pending: list[PendingViews | None] = field(default_factory=list)
 
     def to(self, device: torch.device | str) -> list[torch.Tensor]:
-        """The views on the device and finished there: uint8 (B, 3, H, W), channels_last."""
+        """Move the views to the device and finish them there.
+
+        Returns:
+            uint8 (B, 3, H, W) in channels_last layout, one per view.
+        """
         views = [view.to(device, non_blocking=True) for view in self.views]
         pending = self.pending or [None] * len(views)
         return [
@@ -57,7 +61,7 @@ class Batch:
         ]
 
     def pin_memory(self) -> "Batch":
-        """Called by the DataLoader where pinning was asked for."""
+        """Pin the views in memory; called by the DataLoader if ``pin_memory`` is set."""
         self.views = [view.pin_memory() for view in self.views]
         return self
 
@@ -76,23 +80,25 @@ def build_batches(
     pin_memory: bool = False,
     max_bad_share: float = 0.05,
 ) -> Generator[Batch, None, None]:
-    """Yields one batch for each step in [start_step, stop_step).
+    """Yield one batch for each step in [start_step, stop_step).
 
     Args:
-        recipes: one a view.
-        batch_size: over all ranks; rank r of W takes samples [r B / W, (r + 1) B / W) of a step.
-        num_workers: processes that make the views; 0 makes them in this one. The batches are
-            the same, bit for bit. Streamed shards are read by a thread of this process.
-        max_bad_share: an unreadable image is replaced by another one, drawn at random (in a
-            stream, by the next one of the rank's batch); if more than this share of the last
-            `BAD_WINDOW` samples were, that is an error.
+        recipes: one per view.
+        batch_size: size of the global batch B; rank r of W takes samples [r B / W, (r + 1) B / W)
+            of each step.
+        num_workers: number of processes that make the views; 0 makes them in this process. The
+            batches are bit-for-bit the same for any number. Streamed shards are read by a thread
+            of this process.
+        max_bad_share: largest tolerated share of unreadable images among the last `BAD_WINDOW`
+            samples. Each is replaced by an image drawn at random (in a stream, by the next one of
+            the rank's batch).
 
     Raises:
-        UserError: the batch cannot be divided over the ranks, or too many images are unreadable.
+        UserError: the batch cannot be divided among the ranks, or too many images are unreadable.
     """
     if batch_size % world_size:
         raise UserError(
-            f"the batch of {batch_size} cannot be divided over {world_size} ranks: "
+            f"a batch of {batch_size} cannot be divided among {world_size} ranks: "
             f"set SOLVER.BATCH_SIZE to a multiple of {world_size}"
         )
     share = batch_size // world_size
@@ -106,7 +112,7 @@ def build_batches(
             num_workers=num_workers,
             pin_memory=pin_memory,
             worker_init_fn=_use_one_thread,
-            generator=torch.Generator(),  # or else starting it would draw from the global one
+            generator=torch.Generator(),  # keeps the loader from drawing from the global one
             # Forked workers share the list of images with this process.
             multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
         ),
@@ -115,12 +121,16 @@ def build_batches(
 
 
 def sample_numbers(seed: int, positions: np.ndarray, views: int) -> np.ndarray:
-    """The randomness of each sample and its views: float64 (len(positions), enough) in [0, 1)."""
+    """Return the random numbers of each sample and its views.
+
+    Returns:
+        float64 (len(positions), MAX_ATTEMPTS + MAX_DRAWS * views), in [0, 1).
+    """
     return uniform(MAX_ATTEMPTS + MAX_DRAWS * views, seed, _VIEWS, positions)
 
 
 class _Steps(Dataset[Batch]):
-    """Item s is one rank's batch of step s."""
+    """A dataset whose item s is one rank's batch of step s."""
 
     def __init__(
         self,
@@ -133,11 +143,11 @@ class _Steps(Dataset[Batch]):
         self.source = source
         self.recipes = recipes
         self.batch_size = batch_size
-        self.samples = samples  # of each global batch, this rank's
+        self.samples = samples  # this rank's samples of each global batch
         self.seed = seed
 
     def positions(self, step: int) -> np.ndarray:
-        """int64 (B,): where in the stream of samples this rank's batch lies."""
+        """Return the positions of this rank's samples in the stream: int64 (B,)."""
         return step * self.batch_size + np.arange(self.samples.start, self.samples.stop)
 
     def __getitem__(self, item: Item) -> Batch:
@@ -149,7 +159,7 @@ class _Steps(Dataset[Batch]):
         buffers = [
             np.empty((len(positions), r.crop_size, r.crop_size, 3), np.uint8) for r in self.recipes
         ]
-        drawn: list[list[ViewParameters]] = []  # of each sample, one a view
+        drawn: list[list[ViewParameters]] = []  # one list per sample, one entry per view
         skipped: list[tuple[str, str]] = []
         for j, image in enumerate(wanted):
             random = iter(numbers[j].tolist()).__next__
@@ -168,7 +178,7 @@ class _Steps(Dataset[Batch]):
         return Batch(views, torch.from_numpy(index), skipped, pending)
 
     def _read(self, image: int, random: Callable[[], float]) -> Iterator[tuple[int, bytes | str]]:
-        """The image, then others at random: each with its bytes, or why there are none."""
+        """Yield the image, then random others, each with its bytes or the error's message."""
         while True:
             try:
                 yield image, self.source.read(image)
@@ -183,7 +193,7 @@ class _Steps(Dataset[Batch]):
         random: Callable[[], float],
         skipped: list[tuple[str, str]],
     ) -> tuple[int, list[ViewParameters]]:
-        """Renders all views of the first image that can be read; returns which, and the draws."""
+        """Render all views of the first readable image; return its index and the parameters."""
         side = max(recipe.crop_size for recipe in self.recipes)
         area = max(recipe.min_area for recipe in self.recipes)
         for image, data in itertools.islice(candidates, MAX_ATTEMPTS):
@@ -204,7 +214,7 @@ class _Steps(Dataset[Batch]):
 
 
 class _Items:
-    """What the workers are sent: steps, with the encoded images where these are a stream."""
+    """The sampler: yields steps, together with the encoded images if the source is streamed."""
 
     def __init__(self, steps: _Steps, numbers: range) -> None:
         self.steps = steps
@@ -227,7 +237,7 @@ def _use_one_thread(worker: int) -> None:
 
 
 def _start(batches: DataLoader[Any]) -> Iterator[Batch]:
-    """Starts the workers. A fork while OpenCV has threads would wait for ever on their copies."""
+    """Start the workers, with OpenCV's thread pool shut down: a forked copy of it would hang."""
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)
     try:
@@ -237,8 +247,8 @@ def _start(batches: DataLoader[Any]) -> Iterator[Batch]:
 
 
 def _watch(batches: DataLoader[Any], max_bad_share: float) -> Generator[Batch, None, None]:
-    """Passes the batches on while enough of their images could be read."""
-    window: deque[tuple[int, int]] = deque()  # samples and skipped images of the last batches
+    """Yield the batches; raise ``UserError`` once too many images are unreadable."""
+    window: deque[tuple[int, int]] = deque()  # (samples, skipped images) of the last batches
     for batch in _start(batches):
         window.append((len(batch.index), len(batch.skipped)))
         while sum(samples for samples, _ in window) - window[0][0] >= BAD_WINDOW:
@@ -248,7 +258,7 @@ def _watch(batches: DataLoader[Any], max_bad_share: float) -> Generator[Batch, N
         if bad > max_bad_share * samples or (batch.index < 0).any():
             examples = "; ".join(f"{name}: {reason}" for name, reason in batch.skipped[-3:])
             raise UserError(
-                f"{bad} of the last {samples} images could not be read, more than the "
-                f"{max_bad_share:.0%} that are tolerated ({examples}): mend or remove them"
+                f"{bad} of the last {samples} images could not be read, more than the tolerated "
+                f"{max_bad_share:.0%} ({examples}): fix or remove them"
             )
         yield batch

@@ -1,23 +1,24 @@
-"""Images in tar files, as the webdataset library writes and reads them: `shards:URL`.
+"""Tar shards in the format of the webdataset library: ``shards:URL``.
 
-URL takes what that library takes: braces (`/data/{000000..000999}.tar`), a path, `pipe:COMMAND`,
-`https:`, `s3:`, `gs:` and others. A sample is what it calls so, files that share a name up to the
-first dot; of its files, the first image counts.
+URL may be whatever webdataset accepts: a path, braces (`/data/{000000..000999}.tar`),
+`pipe:COMMAND`, `https:`, `s3:`, `gs:` and others. As in webdataset, the files that share a name up
+to the first dot form a sample; the first image among them is used.
 
-Plain tar files on a disk are read in place, at offsets that an index holds. It is made at first
-use, kept beside the shards (or in the user's cache) and mapped into memory, so that a hundred
-million images cost no process anything. All others are streamed: each rank reads forward through
-its part of the shards and needs to know only how many images each holds, from a `sizes.json`
-beside them (`{"000000.tar": 1000, ...}`) or counted at first use, which reads them all once.
-`python -m pretrain.data.shards URL` makes either beforehand.
+Plain tar files on a local disk are read in place, at the offsets in an index. The index is built
+on first use, stored beside the shards (or in the user's cache) and memory-mapped, so that even a
+hundred million images take no memory per process. All other shards are streamed: each rank reads
+its part of the shards from front to back and only needs the number of images in each, either from
+a `sizes.json` beside them (`{"000000.tar": 1000, ...}`) or by counting on first use, which reads
+every shard once. `python -m pretrain.data.shards URL` builds the index or counts in advance.
 
-Exact: both give the same run. The order is a function of the position; for any number of workers
-and ranks each image comes once an epoch, and a run goes on from any step as if never stopped.
-Costs: a stream that goes on reads again what lies before its place in each open shard. While the
-ranks divide LANES, and LANES the batch, a shard is streamed once an epoch, or twice where two
-lanes meet in it; with more ranks, several read the same lane. A stream buffers LANES x WINDOW
-images over all ranks (each rank as many where the source has no more), and a thread of the main
-process unpacks them.
+Both ways give exactly the same run. The order is a function of the position: for any number of
+workers and ranks each image occurs once per epoch, and a run can be resumed from any step.
+
+Costs: a resumed stream rereads what precedes its position in each open shard. If the number of
+ranks divides LANES, and LANES divides the batch, a shard is streamed once per epoch, or twice if
+two lanes meet in it; with more ranks, several of them read the same lane. A stream buffers LANES x
+WINDOW images over all ranks (that many on each rank if the source is no larger), and a thread of
+the main process unpacks them.
 """
 
 import math
@@ -43,13 +44,13 @@ from pretrain.data.shard_index import (
 from pretrain.data.source_base import Source
 from pretrain.data.stateless_random import hash64, permute
 
-LANES = 64  # parts of the shards that are read side by side
-WINDOW = 64  # images in a row of a lane that are shuffled
-_AHEAD = 4  # batches that a stream prepares
+LANES = 64  # number of parts of the shards that are read in parallel
+WINDOW = 64  # number of consecutive images of a lane that are shuffled together
+_AHEAD = 4  # number of batches that a stream prefetches
 
 
 def open_shards(specs: Sequence[str]) -> "ShardSource":
-    """Opens one or more URLs, without their ``shards:``, as one source.
+    """Open one or more URLs, given without ``shards:``, as one source.
 
     Raises:
         UserError: webdataset is not installed, or a shard is missing or holds no image.
@@ -60,7 +61,7 @@ def open_shards(specs: Sequence[str]) -> "ShardSource":
     if missing:
         raise UserError(
             f"{len(missing)} of {len(urls)} shards do not exist, the first is {missing[0]}: "
-            f"mend the path in shards:{specs[0]}"
+            f"fix the path in shards:{specs[0]}"
         )
     paths = [path for path in local if path is not None and path.endswith(".tar")]
     if len(paths) == len(urls):
@@ -70,17 +71,17 @@ def open_shards(specs: Sequence[str]) -> "ShardSource":
     else:
         source = ShardSource(urls, load_sizes(urls))
     if not len(source):
-        raise UserError(f"shards:{specs[0]} holds no image: give tar files of images")
+        raise UserError(f"shards:{specs[0]} contains no images: give tar files of images")
     return source
 
 
 class ShardSource(Source):
-    """The images of tar files, in the order of the shards and then of their samples.
+    """The images of tar files, ordered by shard and then by sample.
 
     Args:
-        urls: one a shard.
-        counts: int64 (len(urls),), images of each.
-        places: int64 (images, 2), offset and size in bytes of each; None for streams.
+        urls: one per shard.
+        counts: int64 (len(urls),), number of images in each shard.
+        places: int64 (images, 2), offset and size in bytes of each image; None for streams.
     """
 
     def __init__(
@@ -98,14 +99,14 @@ class ShardSource(Source):
         return int(self.starts[-1])
 
     def name(self, index: int) -> str:
-        """The shard of one image and its number there, for messages."""
+        """Return the shard of one image and its number there, for messages."""
         shard, number = self._locate(index)
         return f"{self.urls[shard]}#{number}"
 
     def read(self, index: int) -> bytes:
-        """The encoded bytes of one image; `OSError` if the shard has lost it."""
+        """Return the encoded bytes of one image; raise `OSError` if the shard lacks it."""
         if self.places is None:
-            raise TypeError("these shards are streamed: they have no images by index")
+            raise TypeError("streamed shards cannot be read by index")
         shard, _ = self._locate(index)
         offset, size = self.places[index].tolist()
         with open(self.urls[shard], "rb", buffering=0) as file:
@@ -116,8 +117,11 @@ class ShardSource(Source):
         return data
 
     def order(self, positions: np.ndarray, batch_size: int, seed: int) -> np.ndarray:
-        """See `Source.order`. Lanes: the positions of an epoch are dealt out to equal slices of
-        the batch; each takes its share of the epoch's sequence of shards, shuffled in windows."""
+        """Return the index of the image at each position, see `Source.order`.
+
+        The batch is cut into equal slices, the lanes. Each lane takes a contiguous part of the
+        epoch's sequence of shards and shuffles it in windows.
+        """
         images = np.empty_like(positions)
         epochs, *_, sequence = self._plan(positions, batch_size, seed)
         for epoch in np.unique(epochs).tolist():
@@ -131,10 +135,10 @@ class ShardSource(Source):
     def stream(
         self, batches: Iterator[np.ndarray], batch_size: int, seed: int
     ) -> Iterator[list[bytes | str]]:
-        """The encoded images at each array of positions, or why there is none, read ahead.
+        """Yield the encoded images at each array of positions, prefetched; see `Source.stream`.
 
         Args:
-            batches: int64 (B,) each, positions of one rank, ascending.
+            batches: positions of one rank, int64 (B,) each, ascending.
         """
         return _read_ahead(_Lanes(self, batch_size, seed).images(batches), _AHEAD)
 
@@ -147,9 +151,9 @@ class ShardSource(Source):
     def _plan(
         self, positions: np.ndarray, batch_size: int, seed: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """For each position: epoch, lane, first place and length of its window, and place.
+        """Return, for each position, its epoch, lane, window (first place, length) and place.
 
-        Places count the images of an epoch's sequence of shards.
+        A place is an index into the images of the epoch's sequence of shards.
         """
         n = len(self)
         whole = n <= LANES * WINDOW  # the buffer holds everything: one lane, one window
@@ -158,7 +162,7 @@ class ShardSource(Source):
         share = batch_size // lanes
 
         def below(position: np.ndarray, lane: np.ndarray) -> np.ndarray:
-            """How many earlier positions are on earlier lanes."""
+            """Return the number of earlier positions on earlier lanes."""
             steps, rest = position // batch_size, position % batch_size
             count: np.ndarray = steps * share * lane + np.minimum(rest, share * lane)
             return count
@@ -166,7 +170,7 @@ class ShardSource(Source):
         epoch = positions // n
         first, last = epoch * n, (epoch + 1) * n
         lane = positions % batch_size // share
-        start = below(last, lane) - below(first, lane)  # of the lane, in the epoch
+        start = below(last, lane) - below(first, lane)  # start of the lane in the epoch
         size = below(last, lane + 1) - below(first, lane + 1) - start
         done = below(positions, lane + 1) - below(positions, lane)
         done -= below(first, lane + 1) - below(first, lane)
@@ -176,7 +180,7 @@ class ShardSource(Source):
         return epoch, lane, start + begin, length, start + begin + place
 
     def _shard_order(self, epoch: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """The shards of an epoch in their order, and the places at which they end."""
+        """Return the shards of an epoch in order, and the places at which they end."""
         if self._epoch is None or self._epoch[:2] != (epoch, seed):
             n = len(self.urls)
             shards = permute(np.arange(n), n, hash64(seed, epoch))
@@ -212,12 +216,12 @@ class _Lanes:
         return self.buffers[lane].pop(place)
 
     def _read_from(self, epoch: int, place: int) -> Iterator[bytes | str]:
-        """The images of an epoch's sequence of shards from a place on."""
+        """Yield the images of an epoch's sequence of shards, starting at a place."""
         shards, ends = self.source._shard_order(epoch, self.seed)
         for i in range(int(np.searchsorted(ends, place, side="right")), len(shards)):
             shard = int(shards[i])
             count = int(self.source.counts[shard])
-            number = place - (int(ends[i]) - count)  # of the image in its shard
+            number = place - (int(ends[i]) - count)  # index of the image in its shard
             samples = read_samples(self.source.urls[shard])
             reason = LOST
             try:
@@ -228,7 +232,7 @@ class _Lanes:
                     number += 1
             except StopIteration:
                 pass
-            except Exception as error:  # of whatever opened and read the URL
+            except Exception as error:  # depends on what opened and read the URL
                 reason = f"{LOST} ({error})"
             finally:
                 samples.close()
@@ -237,7 +241,7 @@ class _Lanes:
 
 
 def _read_ahead(items: Iterator[Any], depth: int) -> Iterator[Any]:
-    """The same items, prepared by a thread, at most `depth` of them."""
+    """Yield the same items, prefetched by a thread, at most `depth` in advance."""
     ready: queue.Queue[tuple[bool, Any]] = queue.Queue(depth)
     stopped = threading.Event()
 
@@ -256,7 +260,7 @@ def _read_ahead(items: Iterator[Any], depth: int) -> Iterator[Any]:
                 if stopped.is_set():
                     return
             put((False, None))
-        except BaseException as error:  # raised where the items are used
+        except BaseException as error:  # raised again in the consuming thread
             put((False, error))
 
     threading.Thread(target=work, daemon=True).start()
@@ -273,7 +277,7 @@ def _read_ahead(items: Iterator[Any], depth: int) -> Iterator[Any]:
 
 
 def main(specs: Sequence[str]) -> int:
-    """Makes the index of the shards, or counts them."""
+    """Build the index of the shards, or count the images of streamed ones."""
     try:
         source = open_shards([spec.removeprefix("shards:") for spec in specs])
     except UserError as error:

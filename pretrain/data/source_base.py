@@ -1,4 +1,4 @@
-"""What every source of images is, whatever it reads."""
+"""The base class of all image sources."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -13,13 +13,13 @@ EXTENSIONS = (
 
 
 class Source(ABC):
-    """An indexed, immutable sequence of encoded images. Make one with `sources.open_source`.
+    """An indexed, immutable sequence of encoded images, opened by `sources.open_source`.
 
     Attributes:
-        classes: names of the class folders, sorted; empty where there are none.
-        labels: int32 array (len,), index into `classes` or -1; None where there are no classes.
-            An image's class is the topmost folder between the given folder and the image.
-        streamed: whether there is no `read`, but a `stream` (see `shards.ShardSource`).
+        classes: names of the class folders, sorted; empty if there are none.
+        labels: int32 array (len,) of indices into `classes`, -1 for no class; None if there are no
+            classes. The class of an image is the topmost folder below the given one.
+        streamed: True if images come from `stream` instead of `read` (see `shards.ShardSource`).
     """
 
     classes: tuple[str, ...] = ()
@@ -31,28 +31,31 @@ class Source(ABC):
 
     @abstractmethod
     def read(self, index: int) -> bytes:
-        """The encoded bytes of one image; `OSError` if they cannot be read."""
+        """Return the encoded bytes of one image; raise `OSError` if they cannot be read."""
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """What to call one image in messages: its path, where it has one."""
+        """Return the name of one image for messages: its path, if it has one."""
 
     def stream(
         self, batches: Iterator[np.ndarray], batch_size: int, seed: int
     ) -> Iterator[list[bytes | str]]:
-        """The encoded images at each array of positions, or why there is none; see `streamed`."""
+        """Yield the encoded images at each array of positions; see `streamed`.
+
+        Each image is its encoded bytes, or the reason why it could not be read.
+        """
         raise TypeError("these images are read by index")
 
     def order(self, positions: np.ndarray, batch_size: int, seed: int) -> np.ndarray:
-        """Which image comes at each position of the stream of samples.
+        """Return the index of the image at each position of the stream of samples.
 
-        Each image comes once an epoch, and an epoch is `len` positions, whatever the batch.
+        Each image occurs once per epoch, and an epoch is `len` positions for any batch size.
 
         Args:
-            positions: int64, any shape, not negative.
+            positions: int64, any shape, non-negative.
 
         Returns:
-            int64, the same shape, in [0, len).
+            int64, same shape, in [0, len).
         """
         n = len(self)
         return permute(positions % n, n, hash64(seed, positions // n))

@@ -1,8 +1,8 @@
-"""What images there are: a folder tree, a list, a COCO file or tar shards -> encoded bytes.
+"""Image sources: folder trees, lists of paths, COCO files and tar shards.
 
-Paths are kept flat, one ``bytes`` object and one array of offsets, not a list of strings: a
-million of them cost about as much as their letters, and forked workers share them for good,
-because reading them touches no per-path reference count.
+Paths are stored flat, as one ``bytes`` object and an array of offsets instead of a list of strings:
+a million of them take little more memory than their characters, and forked workers keep sharing
+that memory, because reading a path touches no reference count of its own.
 """
 
 import json
@@ -20,12 +20,12 @@ _KINDS = "a folder, a .txt list, coco:JSON:IMAGES or shards:URL"
 
 
 class FileSource(Source):
-    """One image a file."""
+    """A source of image files, one image per file."""
 
     def __init__(self) -> None:
         self._roots: list[bytes] = []
         self._starts = np.zeros(0, np.int64)  # index of the first image of each root
-        self._paths = b""  # relative to their root, end to end
+        self._paths = b""  # relative to their root, concatenated
         self._ends = np.zeros(0, np.int64)
 
     def __len__(self) -> int:
@@ -47,23 +47,23 @@ class FileSource(Source):
 
 
 def open_source(specs: str | Sequence[str]) -> Source:
-    """Opens one or more sources as one, in the order given.
+    """Open one or more sources as one, in the given order.
 
     Args:
-        specs: each a folder (searched recursively, links followed, sorted by path), a ``.txt``
-            file with one path a line, absolute or relative to the file's folder, in its order,
-            or ``coco:JSON:IMAGES``, the ``images`` of a COCO file in its order. Or else each
-            ``shards:URL``, tar files (see `shards`).
+        specs: each is a folder (searched recursively, links followed, sorted by path), a ``.txt``
+            file with one path per line, absolute or relative to the file's folder, or
+            ``coco:JSON:IMAGES`` for the ``images`` of a COCO file. Alternatively, all are
+            ``shards:URL``, tar files (see `shards`). Lists and COCO files keep their order.
 
     Raises:
-        UserError: a source is missing, malformed or has no image. That a listed image exists is
-            found out when it is read.
+        UserError: a source is missing or malformed, or has no images. Listed images are not
+            checked until they are read.
     """
     specs = [specs] if isinstance(specs, str) else specs
     shards = [spec for spec in specs if spec.startswith("shards:")]
     if shards:
         if len(shards) < len(specs):
-            raise UserError(f"{shards[0]} cannot be mixed with files: give shards alone, or none")
+            raise UserError(f"{shards[0]} cannot be mixed with files: give only shards, or none")
         return open_shards([spec.removeprefix("shards:") for spec in shards])
     paths, ends, labels = bytearray(), array("q"), array("i")
     classes: dict[str, int] = {}
@@ -78,9 +78,11 @@ def open_source(specs: str | Sequence[str]) -> Source:
             ends.append(len(paths))
             labels.append(-1 if folder is None else classes.setdefault(folder, len(classes)))
         if len(ends) == starts[-1]:
-            raise UserError(f"{spec} holds no image: give a folder of images, a list or COCO JSON")
+            raise UserError(
+                f"{spec} contains no images: give a folder of images, a .txt list or a COCO file"
+            )
     if not starts:
-        raise UserError(f"no source of images: give {_KINDS}")
+        raise UserError(f"no image source: give {_KINDS}")
     source._starts = np.array(starts, np.int64)
     source._paths = bytes(paths)
     source._ends = np.array(ends, np.int64)
@@ -99,9 +101,9 @@ def _open_one(spec: str) -> tuple[bytes, Entries]:
         _, _, rest = spec.partition(":")
         annotations, separator, images = rest.partition(":")
         if not separator:
-            raise UserError(f"{spec}: write coco:JSON:IMAGES, a file and the folder of its images")
+            raise UserError(f"{spec} names no image folder: write coco:JSON:IMAGES")
         if not os.path.isdir(images):
-            raise UserError(f"{spec}: the folder of images {images} does not exist")
+            raise UserError(f"{spec}: the image folder {images} does not exist")
         return os.fsencode(images), _coco_entries(annotations)
     if os.path.isdir(spec):
         return os.fsencode(spec), _tree_entries(os.fsencode(spec))
@@ -115,7 +117,7 @@ def _open_one(spec: str) -> tuple[bytes, Entries]:
 def _tree_entries(
     root: bytes, inside: bytes = b"", label: str | None = None, above: frozenset[str] = frozenset()
 ) -> Entries:
-    """Images under a folder, depth first and sorted, without hidden files and link cycles."""
+    """Yield the images below a folder, depth first and sorted, skipping hidden files and cycles."""
     real = os.path.realpath(os.fsdecode(os.path.join(root, inside)))
     if real in above:
         return
@@ -152,7 +154,7 @@ def _coco_entries(file: str) -> Entries:
         raise UserError(f"cannot read the COCO file {file}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{file} is not a COCO file with `images` that have a `file_name`: {error!r}"
+            f"{file} is not a COCO file whose `images` each have a `file_name`: {error!r}"
         ) from None
     for name in names:
         yield os.fsencode(name), None

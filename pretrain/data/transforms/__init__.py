@@ -1,1 +1,1 @@
-"""Views: what is drawn at random, and how it is rendered on the CPU or the device."""
+"""Augmentation: random view parameters, and their rendering on the CPU or on the device."""

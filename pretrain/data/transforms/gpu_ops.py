@@ -1,8 +1,8 @@
-"""The second half of a view on the device: colour, blur and solarisation of whole batches.
+"""Second half of a view, on the device: colour, blur and solarisation of whole batches.
 
-The CPUs then only decode, crop and resize. Each view has parameters of its own, so an operation
-is done to all views at once, with a row of coefficients each, or to those that take part, which
-the CPU lists: nothing is asked back from the device.
+The CPU then only decodes, crops and resizes. Each view has its own parameters: an operation is
+applied to all views at once, with one row of coefficients per view, or to a subset whose indices
+the CPU computes. Nothing is read back from the device.
 """
 
 from collections.abc import Sequence
@@ -15,20 +15,20 @@ import torch.nn.functional as F
 from pretrain.data.transforms.cpu_ops import LUMA, blur_kernel
 from pretrain.data.transforms.recipes import ViewParameters
 
-OPERATIONS = ("", "brightness", "contrast", "saturation", "hue", "grayscale")  # "": nothing
+OPERATIONS = ("", "brightness", "contrast", "saturation", "hue", "grayscale")  # "": no operation
 
 
 @dataclass(frozen=True)
 class PendingViews:
-    """What is left to do to a batch of N views, in at most S colour operations each.
+    """The pending operations of a batch of N views, with at most S colour operations each.
 
-    NumPy arrays, because worker processes would send each tensor through a file of its own.
+    Holds NumPy arrays, because worker processes would send each tensor through its own file.
 
     Attributes:
         kinds: int64 (N, S), indices into `OPERATIONS`, in order.
-        factors: float32 (N, S), see `image_ops.apply_colour`.
-        sigmas: float32 (N,), of the blur, 0 for none.
-        solarize: bool (N,).
+        factors: float32 (N, S), see `cpu_ops.apply_colour`.
+        sigmas: float32 (N,), standard deviation of the blur; 0 for none.
+        solarize: bool (N,), True for the views to solarise.
     """
 
     kinds: np.ndarray
@@ -38,7 +38,7 @@ class PendingViews:
 
 
 def collect(parameters: Sequence[ViewParameters]) -> PendingViews:
-    """The parameters of N views as arrays."""
+    """Collect the parameters of N views in arrays."""
     slots = max((len(p.colour) for p in parameters), default=0)
     kinds = np.zeros((len(parameters), slots), np.int64)
     factors = np.ones((len(parameters), slots), np.float32)
@@ -51,10 +51,10 @@ def collect(parameters: Sequence[ViewParameters]) -> PendingViews:
 
 
 def finish(views: torch.Tensor, pending: PendingViews) -> torch.Tensor:
-    """Applies what is pending: the same as `views.render` within a rounding step or two.
+    """Apply the pending operations; equal to `recipes.render` within one or two rounding steps.
 
     Args:
-        views: uint8 (N, 3, H, W), RGB, on any device; not changed.
+        views: uint8 (N, 3, H, W), RGB, on any device; not modified.
 
     Returns:
         uint8 (N, 3, H, W) in channels_last layout, on the same device.
@@ -77,13 +77,13 @@ def finish(views: torch.Tensor, pending: PendingViews) -> torch.Tensor:
 
 
 def _on(x: torch.Tensor, values: np.ndarray) -> torch.Tensor:
-    """The values on the device of x, float ones in its type."""
+    """Move values to the device of x, and floating-point ones to its dtype."""
     dtype = x.dtype if values.dtype.kind == "f" else None
     return torch.from_numpy(values).to(x.device, dtype, non_blocking=True)
 
 
 def _blend(x: torch.Tensor, kinds: np.ndarray, factors: np.ndarray) -> torch.Tensor:
-    """All but the hue: x -> a x + b luma(x) + c, where contrast's c holds the mean grey."""
+    """Apply all but the hue: x -> a x + b luma(x) + c; for contrast, c contains the mean grey."""
     brightness, contrast, saturation, grey = (
         kinds == OPERATIONS.index(name)
         for name in ("brightness", "contrast", "saturation", "grayscale")
@@ -95,7 +95,8 @@ def _blend(x: torch.Tensor, kinds: np.ndarray, factors: np.ndarray) -> torch.Ten
     a = np.where(blends, factors, np.where(grey, 0, 1))
     b = np.where(saturation, 1 - factors, grey)
     matrix = a[:, None, None] * np.eye(3) + b[:, None, None] * luma  # Nx3x3
-    # Pillow truncates where this rounds: half a step less, but a little more for whole numbers.
+    # Pillow truncates where this rounds: subtract slightly less than half a step, so that whole
+    # numbers stay as they are.
     c = _on(x, np.where(blends, np.float32(-0.499), 0))  # N
     if contrast.any():
         mean = (x.mean((2, 3)) @ _on(x, luma)).round()  # N
@@ -105,23 +106,23 @@ def _blend(x: torch.Tensor, kinds: np.ndarray, factors: np.ndarray) -> torch.Ten
 
 
 def _shift_hue(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
-    """Turns the hue of HSV, x (N, 3, H, W) in 0 to 255 by turns (N,), in whole steps of 1 / 255."""
+    """Rotate the hue of x (N, 3, H, W), in [0, 255], by turns (N,), truncated to 1/255 turns."""
     red, green, blue = x.unbind(1)
     value, chroma = x.amax(1), x.amax(1) - x.amin(1)  # NxHxW
-    divisor = chroma.clamp(min=1)  # values are whole: a chroma below 1 is 0, and so is its hue
+    divisor = chroma.clamp(min=1)  # values are whole: below 1, chroma and hue are 0
     hue = torch.where(
         value == red,
         (green - blue) / divisor,
         torch.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
     )
-    hue = hue + (6 * (turns * 255).trunc() / 255)[:, None, None]  # in sixths of the wheel
-    # The closed form of HSV to RGB: each channel is value - chroma * trapezium(hue).
+    hue = hue + (6 * (turns * 255).trunc() / 255)[:, None, None]  # in sixths of a turn
+    # Closed form of HSV to RGB: each channel is value - chroma * trapezium(hue).
     sixths = (hue[:, None] + x.new_tensor([5.0, 3.0, 1.0])[:, None, None]).remainder(6)
     return (value[:, None] - chroma[:, None] * sixths.minimum(4 - sixths).clamp(0, 1)).round_()
 
 
 def _blur(x: torch.Tensor, sigmas: np.ndarray) -> torch.Tensor:
-    """`image_ops.gaussian_blur` of each of x (N, 3, H, W)."""
+    """Apply `cpu_ops.gaussian_blur` to each view of x (N, 3, H, W)."""
     n, channels, height, width = x.shape
     kernels = [blur_kernel(round(sigma, 2)) for sigma in sigmas.tolist()]
     radius = max(len(kernel) for kernel in kernels) // 2

@@ -1,9 +1,9 @@
-"""Different looks at one photograph: recipes, the parameters they draw, the picture they give.
+"""Augmented views of an image: recipes, the parameters drawn from them, and rendering.
 
-The randomness is drawn apart from the work, so that a view is a pure function of (image,
-parameters). The distributions and the order of the operations are those of torchvision's
-`RandomResizedCrop`, `ColorJitter`, `RandomGrayscale` and `RandomHorizontalFlip`, which the papers'
-recipes are made of; the pixel operations agree with Pillow's (see `image_ops`).
+Drawing is separate from rendering, so that a view is a pure function of (image, parameters). The
+distributions and the order of the operations are those of torchvision's `RandomResizedCrop`,
+`ColorJitter`, `RandomGrayscale` and `RandomHorizontalFlip`, which the papers' recipes consist of;
+the pixel operations agree with Pillow's (see `cpu_ops`).
 """
 
 import math
@@ -34,14 +34,16 @@ class ViewRecipe:
 
     Attributes:
         crop_size: side of the view in pixels.
-        scale, ratio: area of the crop as a share of the image's, and its width over height.
-        brightness, contrast, saturation: a factor is uniform in [max(0, 1 - x), 1 + x].
-        hue: the shift is uniform in [-x, x], in turns of the colour wheel; at most 0.5.
-        jitter_probability: of the four above, which come in random order.
-        grayscale_first: whether greying comes before the jitter (MoCo v1) or after it.
-        blur_sigma: standard deviation of the Gaussian in pixels of the view, uniform.
-        solarize_probability: of inverting the values from 128 on, after the blur.
-        on_device: whether colour, blur and solarisation are left to `device_views.finish`.
+        scale, ratio: ranges of the crop's area, as a share of the image's, and of its width
+            divided by its height.
+        brightness, contrast, saturation: strength x; the factor is uniform in
+            [max(0, 1 - x), 1 + x].
+        hue: strength x, at most 0.5; the shift is uniform in [-x, x], in turns.
+        jitter_probability: probability of the four above, which are applied in random order.
+        grayscale_first: True to convert to greyscale before the jitter (MoCo v1), not after it.
+        blur_sigma: range of the Gaussian's standard deviation, uniform, in pixels of the view.
+        solarize_probability: probability of inverting values of 128 and above, after the blur.
+        on_device: True to leave colour, blur and solarisation to `gpu_ops.finish`.
     """
 
     crop_size: int = 224
@@ -62,7 +64,7 @@ class ViewRecipe:
 
     @property
     def min_area(self) -> int:
-        """Pixels that an image needs for its smallest crop to have `crop_size` a side."""
+        """Smallest image area, in pixels, at which no crop is enlarged to `crop_size`."""
         return math.ceil(self.crop_size**2 * max(self.ratio[1], 1 / self.ratio[0]) / self.scale[0])
 
 
@@ -75,7 +77,7 @@ def _jitter(
         saturation=saturation,
         hue=hue,
         jitter_probability=probability,
-        grayscale_probability=0.2,  # in all of these papers
+        grayscale_probability=0.2,  # the same in all of these papers
     )
 
 
@@ -84,10 +86,10 @@ _MOCO_V1 = replace(_jitter(0.4, 0.4, 0.4, 0.4, probability=1.0), grayscale_first
 # Chen et al. 2020, "Improved Baselines with Momentum Contrastive Learning", section 3
 _MOCO_V2 = replace(_jitter(0.4, 0.4, 0.4, 0.1), blur_probability=0.5)
 # Chen et al. 2020, "A Simple Framework for Contrastive Learning of Visual Representations",
-# appendix A, strength 1; Caron et al. 2020, "Unsupervised Learning of Visual Features by
-# Contrasting Cluster Assignments", takes the same
+# appendix A, strength 1; also in Caron et al. 2020, "Unsupervised Learning of Visual Features by
+# Contrasting Cluster Assignments"
 _SIMCLR = replace(_jitter(0.8, 0.8, 0.8, 0.2), blur_probability=0.5)
-# Grill et al. 2020, "Bootstrap Your Own Latent", appendix B, table 6: the views differ
+# Grill et al. 2020, "Bootstrap Your Own Latent", appendix B, table 6: two different recipes
 _BYOL = replace(_jitter(0.4, 0.4, 0.2, 0.1), blur_probability=1.0)
 _BYOL_PRIME = replace(_BYOL, blur_probability=0.1, solarize_probability=0.2)
 _PAIRS = {
@@ -97,7 +99,7 @@ _PAIRS = {
     "byol": (_BYOL, _BYOL_PRIME),
     "swav": (_SIMCLR, _SIMCLR),
 }
-_SMALLEST_CROP = 0.05  # of multi-crop, as a share of the image (Caron et al. 2020, section 3.3)
+_SMALLEST_CROP = 0.05  # smallest multi-crop area as a share of the image (Caron et al., sec. 3.3)
 
 
 def view_recipes(
@@ -110,16 +112,17 @@ def view_recipes(
     small_scale: float = 0.14,
     on_device: bool = False,
 ) -> list[ViewRecipe]:
-    """The recipes of a paper's views, one a view: a pair, and after it the small crops if any.
+    """Return the recipes of a paper's views: a pair, followed by the small crops, if any.
 
     Args:
         augmentation: ``moco-v1``, ``moco-v2``, ``simclr``, ``byol`` or ``swav``.
         min_scale: smallest area of a crop, as a share of the image.
-        small_crops: how many small views multi-crop adds. Their areas go from 0.05 to
-            `small_scale`; those of the pair then from `small_scale`, not `min_scale`, to 1.
+        small_crops: number of small views added by multi-crop. Their areas range from 0.05 to
+            `small_scale`; those of the pair then range from `small_scale`, instead of
+            `min_scale`, to 1.
 
     Raises:
-        UserError: there is no such augmentation.
+        UserError: the augmentation is unknown.
     """
     if augmentation not in _PAIRS:
         raise UserError(
@@ -137,15 +140,15 @@ def view_recipes(
 
 @dataclass(frozen=True)
 class ViewParameters:
-    """What was drawn for one view.
+    """The parameters drawn for one view.
 
     Attributes:
-        box: top, left, height, width of the crop in the image's pixels.
-        size: side of the view.
-        colour: operations of `image_ops.apply_colour` with their factors, in order.
+        box: (top, left, height, width) of the crop, in pixels of the image.
+        size: side of the view, in pixels.
+        colour: operations of `cpu_ops.apply_colour` with their factors, in order.
         sigma: standard deviation of the blur, 0 for none.
-        solarize: whether values from 128 on are inverted.
-        flip: whether left and right are swapped.
+        solarize: True to invert values of 128 and above.
+        flip: True to flip horizontally.
     """
 
     box: tuple[int, int, int, int]
@@ -157,17 +160,17 @@ class ViewParameters:
 
     @property
     def geometry(self) -> "ViewParameters":
-        """Crop, resize and flip alone. What is left out can follow: it commutes with the flip."""
+        """Crop, resize and flip only; the other operations commute with the flip and may follow."""
         return ViewParameters(self.box, self.size, flip=self.flip)
 
 
 def draw(
     recipe: ViewRecipe, height: int, width: int, random: Callable[[], float]
 ) -> ViewParameters:
-    """Draws the parameters of one view of an image of height x width pixels.
+    """Draw the parameters of one view of an image of height x width pixels.
 
     Args:
-        random: gives numbers uniform in [0, 1); is called at most `MAX_DRAWS` times.
+        random: returns uniform numbers in [0, 1); called at most `MAX_DRAWS` times.
     """
 
     def uniform(low: float, high: float) -> float:
@@ -206,7 +209,7 @@ def _draw_box(
         h = round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             return int(uniform(0, height - h + 1)), int(uniform(0, width - w + 1)), h, w
-    # No such box fits: the largest one of an allowed ratio, in the centre.
+    # No drawn box fits: take the largest centred one of an allowed ratio.
     ratio = min(max(width / height, recipe.ratio[0]), recipe.ratio[1])
     h = min(height, max(1, round(width / ratio)))
     w = min(width, max(1, round(height * ratio)))
@@ -216,14 +219,14 @@ def _draw_box(
 def render(
     image: np.ndarray, parameters: ViewParameters, out: np.ndarray | None = None
 ) -> np.ndarray:
-    """The view: crop and resize, colour, blur, solarisation, flip.
+    """Render a view: crop and resize, colour, blur, solarisation, flip.
 
     Args:
-        image: uint8 (H, W, 3), RGB; not changed.
-        out: optional uint8 (size, size, 3), contiguous, that receives the view.
+        image: uint8 (H, W, 3), RGB; not modified.
+        out: optional uint8 (size, size, 3), contiguous, to write the view to.
 
     Returns:
-        uint8 (size, size, 3), RGB; `out` where it was given.
+        uint8 (size, size, 3), RGB; `out` if it was given.
     """
     view = image_ops.resized_crop(image, parameters.box, parameters.size)
     view = image_ops.apply_colour(view, parameters.colour)
@@ -237,7 +240,7 @@ def render(
 
 
 def build_recipes(cfg: CfgNode) -> list[ViewRecipe]:
-    """One recipe a view, as the keys of ``INPUT`` say."""
+    """Build the recipes of all views from the keys of ``INPUT``."""
     return view_recipes(
         cfg.INPUT.AUGMENTATION,
         crop_size=cfg.INPUT.CROP_SIZE,

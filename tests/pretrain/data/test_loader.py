@@ -178,7 +178,7 @@ for _ in range(6):  # which of the threads is caught in what is a matter of luck
 
 
 def test_a_batch_that_ranks_cannot_share_is_an_error(source):
-    with pytest.raises(UserError, match=r"batch of 8 cannot be divided over 3 ranks"):
+    with pytest.raises(UserError, match=r"batch of 8 cannot be divided among 3 ranks"):
         build_batches(source, RECIPES, batch_size=8, world_size=3, seed=0, stop_step=1)
 
 
@@ -209,7 +209,7 @@ def test_too_many_unreadable_images_are_an_error_that_names_some(tmp_path, num_w
     folder = write_images(tmp_path / "images")
     (folder / "03.jpg").write_bytes(b"")
     source = open_source(str(folder))
-    with pytest.raises(UserError, match=r"more than the 5%.*03\.jpg: the file is empty"):
+    with pytest.raises(UserError, match=r"more than the tolerated 5%.*03\.jpg: the file is empty"):
         batches(source, 200, num_workers=num_workers)
     assert len(batches(source, 200, max_bad_share=0.2)) == 200
 
@@ -273,5 +273,5 @@ def test_odd_images_are_shown_and_broken_ones_replaced_counted_and_named(tmp_pat
     assert not set(broken) & shown
     skipped = [name.rsplit("/", 1)[1] for batch in results for name, _ in batch.skipped]
     assert {name: skipped.count(name) >= 2 for name in skipped} == dict.fromkeys(broken, True)
-    with pytest.raises(UserError, match="more than the 5%"):
+    with pytest.raises(UserError, match="more than the tolerated 5%"):
         batches(source, 10**4, batch_size=4)

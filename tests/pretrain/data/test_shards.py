@@ -369,7 +369,7 @@ def test_several_urls_are_one_source(folder):
     [
         (["shards:{folder}/{{006..009}}.tar"], r"3 of 4 shards do not exist.*007\.tar"),
         (["shards:{folder}/000.tar", "{folder}"], "cannot be mixed"),
-        (["shards:{folder}/empty.tar"], "holds no image"),
+        (["shards:{folder}/empty.tar"], "contains no images"),
     ],
 )
 def test_wrong_shards_are_one_clear_error(folder, specs, message):

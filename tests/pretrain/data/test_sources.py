@@ -88,8 +88,8 @@ def test_an_index_outside_is_an_error(tree, index):
     ("spec", "message"),
     [
         ("{root}/nowhere", "does not exist"),
-        ("{root}/empty", "holds no image"),
-        ("{root}/empty.txt", "holds no image"),
+        ("{root}/empty", "contains no images"),
+        ("{root}/empty.txt", "contains no images"),
         ("{root}/photo.jpg", "neither a folder"),
         ("coco:{root}/bad.json", "coco:JSON:IMAGES"),
         ("coco:{root}/bad.json:{root}/empty", "not a COCO file"),
@@ -112,5 +112,5 @@ def test_a_wrong_source_is_one_clear_error(tmp_path, spec, message):
 
 
 def test_no_source_at_all_is_an_error():
-    with pytest.raises(UserError, match="no source"):
+    with pytest.raises(UserError, match="no image source"):
         open_source([])
