@@ -1,1 +1,1 @@
-"""Whether this machine is ready for a run."""
+"""Checks of whether this machine is ready for a run."""

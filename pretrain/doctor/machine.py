@@ -1,4 +1,4 @@
-"""What the machine has: cores, memory, disk, and how fast it makes views."""
+"""Checks of the machine: cores, memory, disk, and decoding speed."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from pretrain.data.decoding import decode
 from pretrain.data.transforms.recipes import draw, render, view_recipes
 
 OK, WARNING, FAILURE = "ok", "warning", "failure"
-CHECKPOINT_BYTES = 319e6  # ResNet-50: two encoders, their optimiser, a queue of 65,536 keys
+CHECKPOINT_BYTES = 319e6  # ResNet-50: two encoders, the optimiser, a queue of 65,536 keys
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
-        what: its name, a few words.
-        state: "ok", "warning" (it works, but) or "failure" (it cannot work).
-        found: what there is.
-        advice: what to do about it; "" where there is nothing to do.
+        what: name of what was checked, a few words.
+        state: "ok", "warning" (usable with limits) or "failure" (unusable).
+        found: what was found.
+        advice: what to do; "" if nothing.
     """
 
     what: str
@@ -39,24 +39,24 @@ class Finding:
 
 
 def cores(count: int, gpus: int) -> Iterable[Finding]:
-    """Cores for decoding: eight a GPU keep a ResNet-50 fed in mixed precision."""
+    """Check the cores: eight per GPU supply a ResNet-50 in mixed precision with images."""
     threads = os.environ.get("OMP_NUM_THREADS")
     found = f"{count} usable" + (f", OMP_NUM_THREADS={threads}" if threads else "")
     if gpus and count < 4 * gpus:
         yield Finding(
             "CPU cores",
             WARNING,
-            f"{found}, {count / gpus:.1f} a GPU",
-            "the GPUs will wait for data: INPUT.ON_DEVICE True moves colour and blur to them, and "
-            f"DATALOADER.NUM_WORKERS {max(1, count // gpus)} uses what there is.",
+            f"{found}, {count / gpus:.1f} per GPU",
+            "the GPUs will wait for data: set INPUT.ON_DEVICE True to move colour and blur to "
+            f"them, and DATALOADER.NUM_WORKERS {max(1, count // gpus)} to use all cores.",
         )
     else:
-        share = f", {count / gpus:.1f} a GPU" if gpus else ""
+        share = f", {count / gpus:.1f} per GPU" if gpus else ""
         yield Finding("CPU cores", OK, found + share)
 
 
 def memory() -> Iterable[Finding]:
-    """Memory that this process may use, and the shared memory that workers hand batches through."""
+    """Check the memory available to this process, and the shared memory used by workers."""
     total, where = memory_limit()
     state = OK if total >= 8 * 2**30 else WARNING
     yield Finding(
@@ -73,12 +73,12 @@ def memory() -> Iterable[Finding]:
             "shared memory",
             WARNING if small else OK,
             f"{free / 2**30:.1f} GiB in /dev/shm",
-            "data-loader workers need more: in a container, --shm-size 8g." if small else "",
+            "data-loader workers need more: start a container with --shm-size 8g." if small else "",
         )
 
 
 def disk(folder: Path, megabytes: int = 64) -> Iterable[Finding]:
-    """Room for checkpoints, and how fast one gets to the disk."""
+    """Check the disk space for checkpoints, and the speed of writing one."""
     while not folder.is_dir():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
@@ -89,8 +89,8 @@ def disk(folder: Path, megabytes: int = 64) -> Iterable[Finding]:
         f"{free / 1e9:.1f} GB free",
         ""
         if free > needed
-        else f"a ResNet-50 run keeps up to {needed / 1e9:.1f} GB of checkpoints: choose another "
-        "--output-dir.",
+        else f"a ResNet-50 run keeps up to {needed / 1e9:.1f} GB of checkpoints: free some space "
+        "or choose another --output-dir.",
     )
     block = os.urandom(2**20)
     try:
@@ -108,14 +108,14 @@ def disk(folder: Path, megabytes: int = 64) -> Iterable[Finding]:
     yield Finding(
         "disk speed",
         OK if seconds < 30 else WARNING,
-        f"{speed / 1e6:.0f} MB/s with fsync: a ResNet-50 checkpoint in {seconds:.1f} s, "
-        "behind the training",
+        f"{speed / 1e6:.0f} MB/s with fsync: {seconds:.1f} s per ResNet-50 checkpoint, in the "
+        "background",
         "" if seconds < 30 else "raise CHECKPOINT.PERIOD, or write to a faster disk.",
     )
 
 
 def decoding(count: int, seconds: float = 1.0) -> Finding:
-    """Images a second whose two MoCo-v2 views this machine's cores make."""
+    """Measure the images per second for which one core makes two MoCo v2 views."""
     jpeg = _photograph()
     recipes = view_recipes("moco-v2", crop_size=224, min_scale=0.2)
     outs = [np.empty((r.crop_size, r.crop_size, 3), np.uint8) for r in recipes]
@@ -135,13 +135,13 @@ def decoding(count: int, seconds: float = 1.0) -> Finding:
     return Finding(
         "views",
         OK,
-        f"{rate:.0f} images/s a core, {rate * count:.0f} with all: two MoCo-v2 views of 500x375",
-        "a V100 takes some 780 images/s in mixed precision (published).",
+        f"{rate:.0f} images/s per core, {rate * count:.0f} on all: two MoCo v2 views of 500x375",
+        "a V100 consumes about 780 images/s in mixed precision (published).",
     )
 
 
 def _photograph() -> bytes:
-    """A JPEG of 500x375 with noise of every scale, about as costly to decode as a photograph."""
+    """Return a 500x375 JPEG of multi-scale noise, about as costly to decode as a photograph."""
     rng = np.random.default_rng(0)
     image = np.zeros((375, 500, 3), np.float32)
     for size in (4, 16, 64, 256):

@@ -1,7 +1,7 @@
-"""Is this machine ready? What there is, what that means here, and what to do about it.
+"""The doctor's report: all checks of this machine, with advice.
 
-Every check is a function that returns `Finding`s and changes nothing. Detectron2 is looked at in
-a process of its own: this package never imports it.
+Every check is a function that returns `Finding`s and changes nothing. Detectron2 is examined in a
+separate process, since this package never imports it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CV2_PACKAGES = (
 
 
 def examine(folder: Path) -> Iterable[Finding]:
-    """All findings, each as soon as it is known; ``folder`` is where runs would be written."""
+    """Yield all findings, each as soon as it is known; runs would be written to ``folder``."""
     checks: tuple[Callable[[], Iterable[Finding]], ...] = (
         python_and_packages,
         opencv,
@@ -49,14 +49,14 @@ def examine(folder: Path) -> Iterable[Finding]:
 
 
 def python_and_packages() -> Iterable[Finding]:
-    """Versions against the tested ones: a newer one may well work, pip refuses an older one."""
+    """Compare versions with the tested range; newer ones may work, older ones pip rejects."""
     oldest, newest = TESTED["python"]
     inside = _key(oldest) <= sys.version_info[:2] <= _key(newest)
     yield Finding(
         "Python",
         OK if inside else WARNING,
         platform.python_version(),
-        "" if inside else f"{oldest} to {newest} are tested: make an environment with one of them.",
+        "" if inside else f"{oldest} to {newest} are tested: use an environment with one of them.",
     )
     for name, (oldest, newest) in TESTED.items():
         if name == "python" or name in CV2_PACKAGES:
@@ -76,22 +76,22 @@ def python_and_packages() -> Iterable[Finding]:
 
 
 def opencv() -> Iterable[Finding]:
-    """Which package `cv2` is from; several of them overwrite each other's files."""
+    """Check which package `cv2` comes from; several of them overwrite each other's files."""
     names = [name for name in CV2_PACKAGES if _version(name)]
-    found = f"{cv2.__version__} from {', '.join(names) or 'a build of its own'}"
+    found = f"{cv2.__version__} from {', '.join(names) or 'a custom build'}"
     if len(names) > 1:
         yield Finding(
             "OpenCV",
             WARNING,
             found,
-            f"they overwrite each other: pip uninstall {' '.join(names)}, then install one.",
+            f"they overwrite each other: pip uninstall {' '.join(names)}, then install only one.",
         )
     else:
         yield Finding("OpenCV", OK, found)
 
 
 def devices() -> Iterable[Finding]:
-    """GPUs, their memory, and how processes talk to each other."""
+    """Check the GPUs, their memory, and the backends for communication between processes."""
     if not torch.cuda.is_available():
         built = torch.version.cuda
         driver = shutil.which("nvidia-smi")
@@ -100,21 +100,21 @@ def devices() -> Iterable[Finding]:
                 "GPU",
                 WARNING,
                 f"torch is built for CUDA {built} but sees no GPU",
-                "run nvidia-smi: the driver may be older than CUDA "
-                f"{built} asks for, or CUDA_VISIBLE_DEVICES hides the GPUs.",
+                f"run nvidia-smi: the driver may be too old for CUDA {built}, or "
+                "CUDA_VISIBLE_DEVICES hides the GPUs.",
             )
         elif driver:
             yield Finding(
                 "GPU", WARNING, "torch is built without CUDA", "install a CUDA build of torch."
             )
         else:
-            yield Finding("GPU", OK, "none: everything runs on the CPU, at a narrow width")
+            yield Finding("GPU", OK, "none: everything runs on the CPU; use a narrow network")
         gloo = torch.distributed.is_available() and torch.distributed.is_gloo_available()
         yield Finding(
             "processes",
             OK if gloo else FAILURE,
-            "gloo" if gloo else "torch without gloo",
-            "" if gloo else "install a torch with torch.distributed: --num-gpus needs it.",
+            "gloo" if gloo else "torch is built without gloo",
+            "" if gloo else "install a build of torch with torch.distributed for --num-gpus.",
         )
         return
     for i in range(torch.cuda.device_count()):
@@ -125,7 +125,7 @@ def devices() -> Iterable[Finding]:
             f"GPU {i}",
             OK,
             f"{properties.name}, {gigabytes:.0f} GiB, "
-            + ("bfloat16" if bf16 else "no bfloat16: SOLVER.PRECISION float16"),
+            + ("bfloat16" if bf16 else "no bfloat16: use SOLVER.PRECISION float16"),
         )
     nccl = torch.distributed.is_available() and torch.distributed.is_nccl_available()
     several = torch.cuda.device_count() > 1
@@ -133,7 +133,7 @@ def devices() -> Iterable[Finding]:
         "NCCL",
         OK if nccl else FAILURE if several else WARNING,
         ".".join(map(str, torch.cuda.nccl.version())) if nccl else "missing",
-        "" if nccl else "several GPUs need a torch that is built with NCCL.",
+        "" if nccl else "for several GPUs, install a build of torch with NCCL.",
     )
 
 
@@ -151,7 +151,7 @@ print(json.dumps([detectron2.__version__, compiled]))
 
 
 def detectron2() -> Iterable[Finding]:
-    """Which Detectron2 there is, whether its extension loads, and what is lost without it."""
+    """Check which Detectron2 is installed and whether its compiled extension loads."""
     if importlib.util.find_spec("detectron2") is None:
         yield Finding(
             "Detectron2",
@@ -169,25 +169,25 @@ def detectron2() -> Iterable[Finding]:
             "Detectron2",
             FAILURE,
             f"cannot be imported: {last}",
-            "pip install 'moco-det[detectron2-deps]' brings what its Python code imports.",
+            "pip install 'moco-det[detectron2-deps]' installs the dependencies of its Python code.",
         )
         return
     version, missing = json.loads(done.stdout)
-    origin = "sal-detectron2" if _version("sal-detectron2") else "upstream's or your own build"
+    origin = "sal-detectron2" if _version("sal-detectron2") else "upstream or a custom build"
     if missing:
         yield Finding(
             "Detectron2",
             OK,
             f"{version} ({origin}), without its compiled extension",
             "NMS and RoIAlign come from torchvision; deformable convolution, rotated boxes and "
-            "COCOeval_opt are missing, and no protocol here needs them.",
+            "COCOeval_opt are missing, but no protocol here needs them.",
         )
     else:
         yield Finding("Detectron2", OK, f"{version} ({origin}), compiled")
 
 
 def report(findings: Iterable[Finding]) -> str:
-    """Findings and versions in Markdown for a bug report: no names of people, hosts or folders."""
+    """Format findings and versions as Markdown for a bug report, with no user, host or path."""
     lines = [f"**moco-det {__version__}** on {platform.system()} {platform.machine()}", ""]
     lines += ["| what | state | found |", "|---|---|---|"]
     lines += [f"| {f.what} | {f.state} | {f.found} |" for f in findings]
@@ -212,7 +212,7 @@ def _version(name: str) -> str | None:
 
 
 def _key(version: str) -> tuple[int, ...]:
-    """A version for comparison: its leading numbers."""
+    """Return a version's leading numbers, for comparison."""
     numbers = []
     for part in version.split("."):
         if not part.isdigit():

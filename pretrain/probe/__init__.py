@@ -1,1 +1,1 @@
-"""Measuring a frozen backbone: weighted kNN, the linear protocol, and kNN during pre-training."""
+"""Evaluation of frozen backbones: weighted kNN, the linear protocol, kNN during pre-training."""

@@ -1,4 +1,4 @@
-"""What share of the test images a classifier names rightly."""
+"""Top-1, top-5 and per-class accuracy."""
 
 from __future__ import annotations
 
@@ -12,15 +12,21 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Accuracy:
-    """In percent. ``top5`` is the share whose class is among the five named first; None where
-    there are not more than five classes, which would make it 100."""
+    """Accuracies in percent.
+
+    Attributes:
+        top1: share of the images whose first predicted class is correct.
+        top5: share of the images whose class is among the first five predicted; None with five
+            classes or fewer, where it would always be 100.
+        per_class: top-1 accuracy of each class that has images.
+    """
 
     top1: float
     top5: float | None
-    per_class: dict[str, float]  # top-1 among the images of each class that has any
+    per_class: dict[str, float]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON, in percent."""
+        """Return the accuracies as a dictionary for JSON, in percent."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -30,10 +36,10 @@ class Accuracy:
 
 
 def accuracy(predictions: Tensor, labels: Tensor, classes: Sequence[str]) -> Accuracy:
-    """Compare with the truth.
+    """Compute the accuracy of predictions.
 
     Args:
-        predictions: (M, P) int64, classes by falling confidence; -1 is never right.
+        predictions: (M, P) int64, classes in order of falling confidence; -1 is never correct.
         labels: (M,) int64.
         classes: names, in the order of the labels.
     """

@@ -1,4 +1,4 @@
-"""Labelled images to probe with: class folders, splits, and the one look at each image."""
+"""Labelled images for probing: class folders, splits and preprocessing."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ SPLITS = {"train", "test", "val", "valid", "validation"}
 
 
 class LabelledImages(Source):
-    """Some images of a source, each with a class.
+    """A subset of a source's images, each with a class.
 
     Args:
-        source: where they are.
-        rows: int64 (N,), which of the source's images these are.
-        labels: int64 (N,), index into ``classes``.
-        classes: the names, those of the training images also for the test images.
+        source: the underlying source.
+        rows: int64 (N,), indices of the images in the source.
+        labels: int64 (N,), indices into ``classes``.
+        classes: class names; test images share those of the training images.
     """
 
     labels: np.ndarray
@@ -53,10 +53,11 @@ class LabelledImages(Source):
         return self.source.name(int(self.rows[index]))
 
     def pick(self, rows: np.ndarray) -> LabelledImages:
+        """Return the images of the given rows, in their order."""
         return LabelledImages(self.source, self.rows[rows], self.labels[rows], self.classes)
 
     def digest(self) -> str:
-        """SHA-256 of every image's path, size and time of change, and of its class."""
+        """Return the SHA-256 of the class names and of each image's path, size, mtime and label."""
         total = hashlib.sha256("\n".join(self.classes).encode())
         for i, label in enumerate(self.labels.tolist()):
             name = self.name(i)
@@ -69,22 +70,23 @@ class LabelledImages(Source):
 
 
 def open_labelled(spec: str) -> LabelledImages:
-    """The images of class folders.
+    """Open the images of a folder of class folders.
 
     Raises:
-        UserError: no folders, folders of splits, or images in no class folder.
+        UserError: there are no class folders, the folders are splits, or an image lies outside the
+            class folders.
     """
     source = open_source([spec])
     if source.labels is None or (source.labels < 0).any():
         where = spec if source.labels is None else source.name(int(np.argmax(source.labels < 0)))
         raise UserError(
-            f"{where} lies in no class folder: give a folder that holds one folder of images for "
-            f"each class."
+            f"{where} is not in a class folder: give a folder that contains one folder of images "
+            f"per class."
         )
     if set(source.classes) <= SPLITS:
         raise UserError(
-            f"{spec} holds the folders {', '.join(source.classes)}, which look like splits and "
-            f"not like classes: name them apart, as {spec}/{source.classes[0]}."
+            f"{spec} contains the folders {', '.join(source.classes)}, which look like splits, not "
+            f"like classes: give each split by itself, such as {spec}/{source.classes[0]}."
         )
     return LabelledImages(
         source, np.arange(len(source)), source.labels.astype(np.int64), source.classes
@@ -94,19 +96,20 @@ def open_labelled(spec: str) -> LabelledImages:
 def open_train_and_test(
     train: str, test: str | None = None, *, holdout: float = 0.2, seed: int = 0
 ) -> tuple[LabelledImages, LabelledImages]:
-    """Training and test images under one numbering of the classes.
+    """Open training and test images with a common numbering of the classes.
 
     Args:
-        test: another folder; None to hold out a share of ``train``, see `stratified_split`.
+        test: folder of the test images; None to hold out a share of ``train``, see
+            `stratified_split`.
 
     Raises:
-        UserError: as `open_labelled`; a single class; a class of the test images that the training
-            images lack.
+        UserError: see `open_labelled`; or there is a single class, or the test images have a class
+            that the training images lack.
     """
     images = open_labelled(train)
     if len(images.classes) < 2:
         raise UserError(
-            f"{train} holds one class, {images.classes[0]}: there is nothing to tell apart."
+            f"{train} contains only the class {images.classes[0]}: give a folder with two or more."
         )
     if test is None:
         kept, held = stratified_split(images.labels, holdout, seed)
@@ -115,27 +118,27 @@ def open_train_and_test(
     unknown = sorted(set(tested.classes) - set(images.classes))
     if unknown:
         raise UserError(
-            f"{test} has {counted(len(unknown), 'class')} that {train} lacks, the first is "
-            f"{unknown[0]}: name folders with the same classes."
+            f"{test} has {counted(len(unknown), 'class')} that {train} lacks, first {unknown[0]}: "
+            f"give folders with the same classes."
         )
     number = np.array([images.classes.index(name) for name in tested.classes])
     return images, LabelledImages(tested.source, tested.rows, number[tested.labels], images.classes)
 
 
 def stratified_split(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Hold out a share of every class, at random but the same for the same seed.
+    """Hold out a random share of every class, reproducible by the seed.
 
-    Of n images of a class round(share * n) are held out, at least one and at most n - 1 (so
-    none of a class that has a single image).
+    Of the n images of a class, round(share * n) are held out, at least 1 and at most n - 1 (so none
+    of a class with a single image).
 
     Returns:
-        rows kept and rows held out, both in ascending order.
+        The rows kept and the rows held out, both in ascending order.
 
     Raises:
         UserError: ``share`` outside (0, 1).
     """
     if not 0.0 < share < 1.0:
-        raise UserError(f"--holdout is {share}: give the share to hold out, such as 0.2.")
+        raise UserError(f"--holdout is {share}: give a share between 0 and 1, such as 0.2.")
     rng = np.random.default_rng(seed)
     held = np.zeros(len(labels), bool)
     for label in np.unique(labels):
@@ -147,11 +150,11 @@ def stratified_split(labels: np.ndarray, share: float, seed: int) -> tuple[np.nd
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Resize the short side, antialiased and bilinear, and cut the square in the middle.
+    """Bilinear, antialiased resizing of the short side, followed by a square centre crop.
 
     Attributes:
-        crop_size: side of the square, pixels.
-        resize: short side before it is cut; 256 for 224 in He et al. 2020, so `of` keeps 8/7.
+        crop_size: side of the square, in pixels.
+        resize: short side before the crop, in pixels; He et al. 2020 use 256 for a crop of 224.
     """
 
     crop_size: int
@@ -160,17 +163,17 @@ class Preprocessing:
     def __post_init__(self) -> None:
         if not 1 <= self.crop_size <= self.resize:
             raise UserError(
-                f"--resize {self.resize} is below --crop-size {self.crop_size}: the square "
-                f"is cut out of the resized image."
+                f"--resize {self.resize} is below --crop-size {self.crop_size}: raise --resize, "
+                f"since the crop is taken from the resized image."
             )
 
     @classmethod
     def of(cls, crop_size: int, resize: int | None = None) -> Preprocessing:
-        """With a short side of 8/7 of the crop, where none is given."""
+        """Return a preprocessing whose short side is 8/7 of the crop, unless given."""
         return cls(crop_size, resize or round(crop_size * 256 / 224))
 
     def __call__(self, image: np.ndarray) -> Tensor:
-        """uint8 (H, W, 3) RGB -> uint8 (3, crop_size, crop_size)."""
+        """Preprocess one image: uint8 (H, W, 3) RGB -> uint8 (3, crop_size, crop_size)."""
         height, width, _ = image.shape
         short = min(height, width)
         size = (self.resize * height // short, self.resize * width // short)
@@ -188,17 +191,17 @@ def read_batches(
     threads: int = 1,
     rows: np.ndarray | None = None,
 ) -> Iterator[tuple[np.ndarray, Tensor, list[str]]]:
-    """Stream images in order, the next batch being decoded while one is used.
+    """Yield images in order, decoding the next batch while the current one is used.
 
-    Threads suffice, since decoding and resizing hold no lock, and unlike processes they leave a
-    training run's generators and memory alone.
+    Threads are enough, because decoding and resizing release the GIL; unlike processes, they do not
+    affect the random generators or the memory of a training run.
 
     Args:
-        rows: which images; default: all.
+        rows: indices of the images; default: all.
 
     Yields:
-        rows (n,) that could be read, their images uint8 (n, 3, S, S), and a line for each image
-        that could not.
+        The rows (n,) that could be read, their images, uint8 (n, 3, S, S), and one message for each
+        image that could not be read.
     """
     wanted = np.arange(len(images)) if rows is None else rows
     parts = np.split(wanted, range(batch_size, len(wanted), batch_size))
@@ -230,13 +233,12 @@ def read_batches(
 
 
 def batches_in(images: LabelledImages, batch_size: int) -> int:
-    """Number of batches, the last one perhaps smaller."""
+    """Return the number of batches; the last one may be smaller."""
     return math.ceil(len(images) / batch_size)
 
 
 def splits_of(folder: str) -> tuple[str, str | None]:
-    """``folder/train`` and ``folder/test`` (or ``val``) where there are such folders; else the
-    folder itself, and None."""
+    """Return ``folder``/train and ``folder``/test (or /val) if they exist, else (folder, None)."""
     for name in ("test", "val"):
         if (Path(folder) / "train").is_dir() and (Path(folder) / name).is_dir():
             return str(Path(folder) / "train"), str(Path(folder) / name)

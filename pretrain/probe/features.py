@@ -1,4 +1,4 @@
-"""Features of images under a frozen backbone: extracted once, in batches, kept on the disk."""
+"""Extraction of features with a frozen backbone, in batches, with a cache on disk."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from pretrain.modeling.resnet import ResNet
 from pretrain.probe.backbone import digest, frozen
 from pretrain.probe.datasets import LabelledImages, Preprocessing, read_batches
 
-MAX_BAD_SHARE = 0.05  # of unreadable images, as in pre-training
+MAX_BAD_SHARE = 0.05  # largest tolerated share of unreadable images, as in pre-training
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Features:
-    """Features and classes of the images that could be read.
+    """Features and labels of the images that could be read.
 
     Attributes:
-        values: (N, C) float32 on the CPU, as the backbone gives them; perhaps mapped from a file.
-        labels: (N,) int64.
-        classes: names.
-        skipped: a line for each image that could not be read.
-        cached: whether they came from the disk.
+        values: (N, C) float32 on the CPU, as the backbone returns them; possibly memory-mapped.
+        labels: (N,) int64, indices into ``classes``.
+        classes: class names.
+        skipped: one message for each image that could not be read.
+        cached: True if the features were read from the cache.
     """
 
     values: Tensor
@@ -46,7 +46,7 @@ class Features:
         return len(self.labels)
 
     def pick(self, rows: Tensor) -> Features:
-        """Those of some rows, (n,) int64, in their order."""
+        """Return the features of the given rows, (n,) int64, in their order."""
         return Features(self.values[rows], self.labels[rows], self.classes)
 
 
@@ -60,8 +60,14 @@ def stream_features(
     threads: int = 1,
     rows: np.ndarray | None = None,
 ) -> Iterator[tuple[np.ndarray, Tensor, list[str]]]:
-    """Rows (n,), their features (n, C) float32 on the CPU, and what could not be read, a batch at
-    a time. The backbone is used as it is, so in evaluation mode if it was put there."""
+    """Yield features batch by batch; see `read_batches`.
+
+    The backbone is used in its current mode: set evaluation mode before.
+
+    Yields:
+        The rows (n,) that could be read, their features, (n, C) float32 on the CPU, and one message
+        for each image that could not be read.
+    """
     device = next(backbone.parameters()).device
     for read, pixels, bad in read_batches(
         images, preprocessing, batch_size=batch_size, threads=threads, rows=rows
@@ -84,16 +90,18 @@ def extract(
     threads: int = 1,
     say: Say = print,
 ) -> Features:
-    """Features of all images, from ``cache`` where they lie there and nothing has changed: neither
-    the weights, nor an image (path, size, time of change) or its class, nor the preprocessing.
+    """Extract the features of all images, or read them from ``cache``.
+
+    Cached features are used if the weights, the images (path, size, modification time), their
+    classes and the preprocessing are unchanged.
 
     Args:
-        name: of this set of images, in the cache and in messages.
-        cache: None to keep the features in memory.
+        name: name of this set of images, in the cache and in messages.
+        cache: None to keep the features in memory only.
 
     Raises:
         UserError: more than `MAX_BAD_SHARE` of the images cannot be read.
-        RuntimeError: the backbone changed meanwhile.
+        RuntimeError: the backbone changed during the extraction.
     """
     shape = (len(images), backbone.num_features)
     if cache is None:
@@ -106,8 +114,8 @@ def extract(
     if kept is not None and kept.shape == shape:
         return _features(kept, notes, images, cached=True)
     if changed:
-        say(f"the stored features of {name} are stale ({', '.join(changed)}): extracted anew")
-    # A backbone that changes meanwhile leaves nothing under a key that is not its own.
+        say(f"cached features of {name} are out of date ({', '.join(changed)}): extracting again")
+    # If the backbone changes meanwhile, nothing is stored under the wrong key.
     with cache.create(name, key, shape) as (values, kept_notes), frozen(backbone):
         kept_notes |= _fill(values, backbone, images, preprocessing, name, batch_size, threads, say)
     kept, notes, _ = cache.find(name, key)
@@ -125,7 +133,7 @@ def _fill(
     threads: int,
     say: Say,
 ) -> dict[str, list[Any]]:
-    """Fills (N, C) values; returns the rows that could not be read, and why."""
+    """Fill ``values`` (N, C); return the rows that could not be read, and the reasons."""
     unread = np.ones(len(images), bool)
     skipped: list[str] = []
     total = len(images)
@@ -140,8 +148,8 @@ def _fill(
                 loop.tell(f"{done}/{total}  {loop.rate:.0f} images/s")
     if len(skipped) > MAX_BAD_SHARE * len(images):
         raise UserError(
-            f"{len(skipped)} of the {len(images)} {name} images cannot be read, the first is "
-            f"{skipped[0]}: mend or remove them."
+            f"{len(skipped)} of the {len(images)} {name} images cannot be read (first: "
+            f"{skipped[0]}): fix or remove them."
         )
     return {"unread": np.flatnonzero(unread).tolist(), "skipped": skipped}
 
@@ -150,7 +158,7 @@ def _features(
     values: np.ndarray, notes: dict[str, list[Any]], images: LabelledImages, cached: bool
 ) -> Features:
     tensor, labels = torch.from_numpy(values), torch.from_numpy(images.labels)
-    if notes["unread"]:  # a copy in memory, only where some image is missing
+    if notes["unread"]:  # only then are the values copied into memory
         read = torch.ones(len(labels), dtype=torch.bool)
         read[notes["unread"]] = False
         tensor, labels = tensor[read], labels[read]
@@ -158,10 +166,10 @@ def _features(
 
 
 class ArrayCache:
-    """Two files an array: ``NAME.npy``, read as a memory map, and ``NAME.json``, its key.
+    """A cache of arrays: ``NAME.npy``, which is memory-mapped, and ``NAME.json``, its key.
 
-    The key is written last and removed first, each file appears whole or not at all, so an array
-    is only ever found under the key that it was computed for.
+    The key is written last and removed first, and each file is written atomically, so that an array
+    is only found under the key it was computed for.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -170,11 +178,11 @@ class ArrayCache:
     def find(
         self, name: str, key: dict[str, Any]
     ) -> tuple[np.ndarray | None, dict[str, Any], list[str]]:
-        """The array and the notes kept with it, if it was computed for this very key.
+        """Return the array and the notes stored with it, if it was computed for this key.
 
         Returns:
-            array (None if there is none), its notes, and the names of the parts of the key that
-            changed since it was written (empty where nothing was there).
+            The array or None, its notes, and the parts of the key that have changed since it was
+            written (empty if nothing was stored).
         """
         try:
             content = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
@@ -186,15 +194,17 @@ class ArrayCache:
         except FileNotFoundError:
             return None, {}, []
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return None, {}, ["the file, which is damaged"]
+            return None, {}, ["damaged file"]
         return array, notes, []
 
     @contextmanager
     def create(
         self, name: str, key: dict[str, Any], shape: tuple[int, ...]
     ) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
-        """A float32 array to fill and a dictionary of notes to keep with it; both are kept when
-        the block ends without an error."""
+        """Yield a float32 array and a dictionary of notes to fill.
+
+        Both are stored if the block ends without an error.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         notes: dict[str, Any] = {}
         with replacing(self.folder / f"{name}.npy") as unfinished:

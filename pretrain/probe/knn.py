@@ -27,21 +27,22 @@ def weighted_knn(
     query_chunk: int = 1024,
     bank_chunk: int = 32768,
 ) -> Tensor:
-    """Classes by the votes of the k most similar training images, exp(cosine / T) each.
+    """Classify by the k most similar training images, each voting with weight exp(cosine / T).
 
-    Memory stays below query_chunk * (bank_chunk + 4 k + num_classes) floats whatever N and M are;
-    the features may lie on the disk.
+    Memory stays below query_chunk * (bank_chunk + 4 k + num_classes) floats for any N and M; the
+    features may be memory-mapped.
 
     Args:
-        train: (N, C) float, not normalised; test: (M, C).
-        train_labels: (N,) int64 in [0, num_classes).
-        k: neighbours; all N where there are fewer.
-        top: classes to name an image, at most num_classes.
-        device: where to compute; default: the device of ``test``.
+        train, test: (N, C) and (M, C) float features, not normalised.
+        train_labels: (N,) int64, in [0, num_classes).
+        k: number of neighbours, at most N of which are used.
+        temperature: T.
+        top: number of classes to predict per image, at most num_classes.
+        device: device for the computation; default: that of ``test``.
 
     Returns:
-        int64 (M, min(top, num_classes)), on the CPU: the classes by falling vote, -1 where fewer
-        classes than that have any.
+        int64 (M, min(top, num_classes)), on the CPU: the classes in order of falling votes, padded
+        with -1 if fewer classes have any.
     """
     predictions = []
     for queries in test.split(query_chunk):
@@ -53,14 +54,15 @@ def weighted_knn(
 def nearest(
     bank: Tensor, labels: Tensor, queries: Tensor, k: int, chunk: int = 32768
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and label of the k rows of ``bank`` nearest to each query, in falling order.
+    """Return the cosine and the label of the k rows of ``bank`` nearest to each query.
 
     Args:
-        bank: (N, C) float and labels: (N,) int64, on any device; a row labelled -1 is none.
-        queries: (Q, C) float, on the device where to compute.
+        bank, labels: (N, C) float and (N,) int64, on any device; rows labelled -1 are ignored.
+        queries: (Q, C) float, on the device of the computation.
 
     Returns:
-        (Q, min(k, N)) float, -inf where the bank has no more rows; (Q, min(k, N)) int64.
+        Cosines, (Q, min(k, N)) float, in falling order, -inf where the bank has no more rows; and
+        labels, (Q, min(k, N)) int64.
     """
     q = F.normalize(queries, dim=1)  # QxC
     best, found = q.new_empty(len(q), 0), labels.new_empty(len(q), 0).to(q.device)
@@ -74,7 +76,7 @@ def nearest(
 
 
 def merge(similarity: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k most similar of (Q, J) candidates each."""
+    """Return the k most similar of J candidates per query; both inputs are (Q, J)."""
     similarity, at = similarity.topk(min(k, similarity.shape[1]), dim=1)
     return similarity, labels.gather(1, at)
 
@@ -82,8 +84,8 @@ def merge(similarity: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def vote(
     similarity: Tensor, labels: Tensor, num_classes: int, temperature: float, top: int
 ) -> Tensor:
-    """Classes by falling sum of exp(similarity / T) over the neighbours: int64 (Q, top)."""
-    # Relative to the nearest: the same ranking, and no overflow at a small T.
+    """Rank the classes by the sum of exp(similarity / T) over the neighbours: int64 (Q, top)."""
+    # Similarities relative to the nearest give the same ranking without overflow at a small T.
     weights = ((similarity - similarity[:, :1]) / temperature).exp()  # QxK, 0 at -inf
     votes = weights.new_zeros(len(weights), num_classes)
     votes.scatter_add_(1, labels.clamp_min(0), weights)

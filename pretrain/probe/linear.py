@@ -1,8 +1,9 @@
-"""Linear classification of frozen features: the paper's protocol, and a quick way.
+"""Linear classification of frozen features: the paper's protocol, and a quick approximation.
 
-Source: He et al. 2020, section 4.1, "Linear Classification Protocol": features after the global
-average pooling, a supervised linear classifier for 100 epochs, initial learning rate 30, weight
-decay 0 (found by a grid search there); batch 256, x0.1 at epochs 60 and 80 as in its code.
+Source: He et al. 2020, section 4.1, "Linear Classification Protocol": a supervised linear
+classifier on the features after global average pooling, trained for 100 epochs with an initial
+learning rate of 30 and weight decay 0 (found there by a grid search). Batch size 256 and the decay
+by 0.1 at epochs 60 and 80 are those of the paper's code.
 """
 
 from __future__ import annotations
@@ -26,19 +27,20 @@ from pretrain.probe.defaults import RATES
 from pretrain.probe.features import Features, Say
 from pretrain.solver import schedules
 
-IN_MEMORY = 2**27  # standardised floats that are kept, and not made anew for each gradient
+IN_MEMORY = 2**27  # largest number of standardised floats kept in memory between gradients
 PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 
 
 @dataclass(frozen=True)
 class LinearProtocol:
-    """The paper's, as it stands.
+    """The linear protocol; the defaults are the paper's.
 
     Attributes:
-        rates: learning rates; a classifier is trained with each, all on the same batches.
-        epochs, batch_size: length of the training.
-        milestones, gamma: the rate falls by gamma at these shares of it.
-        momentum, weight_decay: of SGD.
+        rates: learning rates; one classifier is trained with each, all on the same batches.
+        epochs: number of epochs.
+        batch_size: images per step.
+        milestones, gamma: the learning rate is multiplied by gamma at these shares of the run.
+        momentum, weight_decay: parameters of SGD.
         min_scale: smallest area of a random crop, as a share of the image.
     """
 
@@ -52,7 +54,7 @@ class LinearProtocol:
     min_scale: float = 0.08
 
     def rate(self, base: float, step: int, total: int) -> float:
-        """Learning rate of a step in [0, total)."""
+        """Return the learning rate of a step in [0, total)."""
         return schedules.learning_rate(
             step,
             total,
@@ -73,19 +75,19 @@ def train_linear(
     workers: int = 0,
     say: Say = print,
 ) -> list[nn.Linear]:
-    """Train one classifier a learning rate on random resized crops, flipped at random.
+    """Train one classifier per learning rate on random resized crops, flipped at random.
 
-    The backbone runs in evaluation mode and without gradient; that it did not change is proved.
+    The backbone runs in evaluation mode and without gradients, and is checked to be unchanged.
 
     Args:
-        workers: processes that decode; the classifiers are the same, bit for bit.
+        workers: number of decoding processes; the classifiers are bit-for-bit the same for any.
 
     Returns:
-        a ``Linear(C, classes)`` for each of ``protocol.rates``, on the backbone's device.
+        One ``Linear(C, classes)`` for each of ``protocol.rates``, on the backbone's device.
 
     Raises:
-        UserError: no positive learning rate, or too many images cannot be read.
-        RuntimeError: the backbone changed meanwhile.
+        UserError: a learning rate is not positive, or too many images cannot be read.
+        RuntimeError: the backbone changed during the training.
     """
     if not protocol.rates or min(protocol.rates) <= 0:
         raise UserError(f"--lr is {list(protocol.rates)}: give rates above 0, such as 30.")
@@ -120,7 +122,7 @@ def train_linear(
                 with torch.no_grad():
                     features = backbone.forward_features(batch.to(device)[0])  # NxC
                 target = labels[batch.index].to(device)
-                # Each loss reaches its own classifier only, so this trains them side by side.
+                # Each loss depends on its own classifier only, so one step trains all of them.
                 losses = [F.cross_entropy(head(features), target) for head in heads]
                 optimizer.zero_grad(set_to_none=True)
                 torch.stack(losses).sum().backward()
@@ -135,7 +137,7 @@ def train_linear(
 
 
 def _classifiers(features: int, classes: int, count: int, seed: int) -> list[nn.Linear]:
-    """Weights from N(0, 0.01), biases 0, as in the paper's code; the same for every rate."""
+    """Return classifiers with the same weights from N(0, 0.01) and zero biases, as in the paper."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(classes, features, generator=generator) * 0.01
     heads = []
@@ -151,7 +153,7 @@ def _classifiers(features: int, classes: int, count: int, seed: int) -> list[nn.
 def rank_classes(
     classifier: nn.Linear, features: Tensor, *, top: int = 5, chunk: int = 8192
 ) -> Tensor:
-    """Classes by falling logit: int64 (M, min(top, classes)), on the CPU."""
+    """Rank the classes by logit: int64 (M, min(top, classes)), on the CPU."""
     device = classifier.weight.device
     top = min(top, classifier.out_features)
     return torch.cat(
@@ -162,25 +164,25 @@ def rank_classes(
 def quick_linear(
     train: Features, *, device: torch.device | None = None, seed: int = 0, say: Say = print
 ) -> tuple[nn.Linear, float]:
-    """Logistic regression on stored features, standardised, by L-BFGS: minutes become seconds.
+    """Fit logistic regression to standardised stored features by L-BFGS, in seconds.
 
-    The penalty is chosen from `PENALTIES` on a fifth of the training images, held out from every
-    class; no test image is looked at. It is not the paper's protocol: there are no crops, so the
-    numbers are near but not equal.
+    The penalty is chosen from `PENALTIES` on a held-out fifth of the training images, stratified by
+    class; the test images are not used. Unlike the paper's protocol, this uses no random crops, so
+    its accuracies are close to the protocol's but not equal.
 
     Returns:
-        the classifier, on features as they are (the standardisation is folded into it), and the
-        penalty.
+        The classifier of unstandardised features (the standardisation is folded into its weights),
+        and the penalty.
     """
     kept, held = stratified_split(train.labels.numpy(), 0.2, seed)
     inner, outer = train.pick(torch.from_numpy(kept)), train.pick(torch.from_numpy(held))
     best = (-1.0, PENALTIES[0])
     start = None
-    for penalty in PENALTIES:  # from strong to weak, each from the one before
+    for penalty in PENALTIES:  # from strong to weak, each started from the previous solution
         start = logistic_regression(inner, penalty, start=start, device=device)
         right = (rank_classes(start, outer.values, top=1)[:, 0] == outer.labels).float().mean()
         say(f"quick linear: penalty {penalty:g}  held-out top-1 {100 * right.item():.2f} %")
-        best = max(best, (right.item(), penalty))  # of equals the stronger penalty
+        best = max(best, (right.item(), penalty))  # the stronger penalty in a tie
     return logistic_regression(train, best[1], device=device), best[1]
 
 
@@ -194,14 +196,16 @@ def logistic_regression(
     max_iter: int = 100,
     chunk: int = 65536,
 ) -> nn.Linear:
-    """Minimise mean cross-entropy + penalty/2 |W|^2 over weights W of standardised features and
-    biases (not penalised), by L-BFGS with exact gradients over all images.
+    """Fit logistic regression to standardised features by L-BFGS.
+
+    Minimises mean cross-entropy + penalty/2 |W|^2 over weights W and unpenalised biases, with exact
+    gradients over all images.
 
     Args:
-        start: where to begin; default: zero.
+        start: initial classifier; default: zero.
 
     Returns:
-        a ``Linear`` on features as they are.
+        A ``Linear`` for unstandardised features.
     """
     device = device or torch.device("cpu")
     x, y = train.values, train.labels
@@ -247,7 +251,7 @@ def logistic_regression(
 
 
 def _moments(x: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-    """Mean and reciprocal of the standard deviation of each column; 1 for a constant one."""
+    """Return the mean and the inverse standard deviation of each column (1 if it is constant)."""
     mean = torch.stack([part.double().sum(0) for part in x.split(chunk)]).sum(0) / len(x)
     parts = [(part.double() - mean).square().sum(0) for part in x.split(chunk)]
     std = (torch.stack(parts).sum(0) / len(x)).sqrt()

@@ -1,4 +1,4 @@
-"""kNN accuracy of the encoder while it is being trained."""
+"""kNN accuracy of the encoder during pre-training."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ from pretrain.probe.knn import merge, nearest, vote
 
 
 class OnlineKNN:
-    """Classifies test images by their nearest training images, every so many epochs.
+    """Periodic kNN classification of test images by labelled training images.
 
-    Works on a copy of the encoder: no parameter, BN statistic, gradient or random generator of
-    the run is touched, and the run ends in the very same weights as one without it.
+    Works on a copy of the encoder. No parameter, BN statistic, gradient or random generator of the
+    run is touched: the run ends with exactly the same weights as without it.
 
     Args:
-        train, test: labelled images under one numbering of the classes.
-        preprocessing: of both.
-        period: steps between evaluations, perhaps not whole; 0 for the last step only.
+        train, test: labelled images with a common numbering of the classes.
+        preprocessing: preprocessing of both.
+        period: number of steps between evaluations, possibly fractional; 0 for the last step only.
         total_steps: length of the run.
-        batch_size: images a rank passes through the encoder at once.
+        batch_size: number of images per rank and forward pass.
+        threads: number of decoding threads.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class OnlineKNN:
         self.batch_size, self.threads = batch_size, threads
 
     def due(self, step: int) -> bool:
-        """Whether to evaluate after ``step`` steps: the same on every rank, and after a resume."""
+        """Return True if an evaluation follows step ``step``, on every rank, resumed or not."""
         if step <= 0 or step > self.total_steps:
             return False
         if step == self.total_steps:
@@ -56,25 +57,27 @@ class OnlineKNN:
         return self.period > 0 and step // self.period > (step - 1) // self.period
 
     def evaluate(self, method: nn.Module) -> dict[str, float]:
-        """``knn_top1`` in percent, the same on every rank. All ranks must call: they share the
-        images, and the BN statistics are the mean over the ranks, as in a checkpoint.
+        """Return ``knn_top1`` in percent, the same on every rank.
+
+        All ranks must call this: they divide the images among themselves, and the BN statistics are
+        averaged over the ranks, as in a checkpoint.
 
         Args:
             method: has an ``encoder_q``, whose backbone is evaluated.
         """
         backbone = self._copy(method)
-        bank, bank_labels = self._features(backbone, self.train)  # of this rank's share
+        bank, bank_labels = self._features(backbone, self.train)  # this rank's share
         mine, mine_labels = self._features(backbone, self.test)
         device = comm.device()
         tests = comm.all_gather(mine.to(device))
         truth = comm.all_gather(mine_labels.to(device))
         right = torch.zeros((), device=device)
         for queries, labels in zip(tests.split(1024), truth.split(1024), strict=True):
-            # Every rank finds the neighbours in its share of the bank, then they are merged.
+            # Every rank finds the neighbours in its share of the bank; these are then merged.
             similarity, found = nearest(bank, bank_labels, queries, K)
             similarity, found = merge(_side_by_side(similarity), _side_by_side(found), K)
             named = vote(similarity, found, len(self.train.classes), TEMPERATURE, top=1)
-            right += (named[:, 0] == labels).sum()  # padding is labelled -1, which nobody names
+            right += (named[:, 0] == labels).sum()  # padding is -1, which is never predicted
         return {"knn_top1": 100.0 * right.item() / max(1, int((truth >= 0).sum()))}
 
     @staticmethod
@@ -87,8 +90,10 @@ class OnlineKNN:
         return backbone
 
     def _features(self, backbone: ResNet, images: LabelledImages) -> tuple[Tensor, Tensor]:
-        """Features and labels of this rank's images, as many rows on every rank; padding, and what
-        could not be read, is labelled -1."""
+        """Return the features and labels of this rank's images, with the same shape on every rank.
+
+        Padding and unreadable images are labelled -1.
+        """
         world, rank = comm.world_size(), comm.rank()
         share = -(-len(images) // world)
         rows = np.arange(rank, len(images), world)
@@ -109,23 +114,23 @@ class OnlineKNN:
 
 
 def _side_by_side(x: Tensor) -> Tensor:
-    """(Q, K) of each of W ranks -> (Q, W*K) on every rank."""
+    """Concatenate the (Q, K) tensors of W ranks to (Q, W*K), on every rank."""
     return torch.cat(comm.all_gather(x).chunk(comm.world_size()), dim=1)
 
 
 def build_online_knn(cfg: CfgNode, *, num_images: int, total_steps: int) -> OnlineKNN | None:
-    """What ``PROBE`` asks for; None if it names no data.
+    """Build the kNN evaluation from the keys of ``PROBE``; None if they name no data.
 
     Args:
-        num_images: images of the pre-training source, which make an epoch.
+        num_images: number of images in an epoch of pre-training.
 
     Raises:
-        UserError: ``PROBE.DATA`` holds no classes, or the period is negative.
+        UserError: ``PROBE.DATA`` has no class folders, or the period is negative.
     """
     if not cfg.PROBE.DATA:
         return None
     if cfg.PROBE.PERIOD_EPOCHS < 0:
-        raise UserError(f"PROBE.PERIOD_EPOCHS is {cfg.PROBE.PERIOD_EPOCHS}: it cannot be negative.")
+        raise UserError(f"PROBE.PERIOD_EPOCHS is {cfg.PROBE.PERIOD_EPOCHS}: set it to 0 or more.")
     folder, tested = splits_of(cfg.PROBE.DATA)
     train, test = open_train_and_test(folder, tested)  # the same split for every SEED
     return OnlineKNN(

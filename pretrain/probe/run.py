@@ -1,4 +1,4 @@
-"""One probe from checkpoint to report."""
+"""A probe, from checkpoint to report."""
 
 from __future__ import annotations
 
@@ -35,19 +35,21 @@ from pretrain.probe.linear import LinearProtocol, quick_linear, rank_classes, tr
 
 @dataclass(frozen=True)
 class Settings:
-    """What to measure, and how.
+    """Settings of a probe.
 
     Attributes:
         checkpoint: a file, see `load_backbone`, or "random".
-        train, test: class folders; without ``test`` a share ``holdout`` of ``train``.
-        crop_size: None for that of the checkpoint's pre-training, else 224.
-        resize: None for 8/7 of it.
-        fit_bn: set the BN statistics from the training images; None: only of random weights.
-        k, temperature: of kNN.
-        quick: whether to fit the logistic regression on stored features.
-        linear: the paper's protocol; None to leave it out.
-        cache: folder of the stored features; None to store none.
-        seed: of holdout, random weights, classifiers, crops.
+        train, test: folders of class folders; without ``test``, a share ``holdout`` of ``train`` is
+            held out.
+        crop_size: crop size in pixels; None for that of the pre-training, or 224 if unknown.
+        resize: short side before the crop, in pixels; None for 8/7 of the crop.
+        fit_bn: compute the BN statistics from the training images; None to do so for random
+            weights only.
+        k, temperature: parameters of kNN.
+        quick: fit logistic regression to the stored features.
+        linear: the linear protocol to run; None to skip it.
+        cache: folder for stored features; None to store none.
+        seed: seed of the hold-out, random weights, classifiers and crops.
     """
 
     checkpoint: str
@@ -68,17 +70,17 @@ class Settings:
 
 
 def probe(settings: Settings, cfg: CfgNode | None = None, say: Say = print) -> dict[str, Any]:
-    """Measure a backbone; what is returned is also what the JSON file holds.
+    """Evaluate a backbone; return the content of the JSON file.
 
     Args:
-        cfg: architecture and crop size of random weights.
+        cfg: config with the architecture and the crop size of random weights.
 
     Raises:
-        UserError: whatever is wrong with checkpoint, images or settings.
+        UserError: the checkpoint, the images or the settings are invalid.
     """
     if settings.k < 1 or settings.temperature <= 0:
         raise UserError(
-            f"-k is {settings.k} and --temperature {settings.temperature}: both must be above 0."
+            f"-k is {settings.k} and --temperature {settings.temperature}: set both above 0."
         )
     backbone, crop_size = _open(settings, cfg)
     preprocessing = Preprocessing.of(settings.crop_size or crop_size, settings.resize)
@@ -93,7 +95,7 @@ def probe(settings: Settings, cfg: CfgNode | None = None, say: Say = print) -> d
     say(
         f"{settings.checkpoint}: {backbone.num_features} features, {len(train)} training and "
         f"{counted(len(test), 'test image')} of {counted(len(train.classes), 'class')}, "
-        f"{preprocessing.crop_size} of {preprocessing.resize} px"
+        f"cropped to {preprocessing.crop_size} of {preprocessing.resize} px"
     )
     cache = ArrayCache(settings.cache) if settings.cache else None
     bank, tests = (
@@ -116,7 +118,7 @@ def probe(settings: Settings, cfg: CfgNode | None = None, say: Say = print) -> d
         "bn_fitted": fit_bn,
         "train": {"spec": settings.train, "images": len(bank), "skipped": list(bank.skipped)},
         "test": {
-            "spec": settings.test or f"{settings.holdout:g} of {settings.train}, held out",
+            "spec": settings.test or f"{settings.holdout:g} of {settings.train} (held out)",
             "images": len(tests),
             "skipped": list(tests.skipped),
         },
@@ -167,8 +169,10 @@ def fit_on(
     threads: int = 1,
     seed: int = 0,
 ) -> None:
-    """`fit_batch_norm` on up to 50 batches of images, drawn at random (they come in the order of
-    their classes)."""
+    """Run `fit_batch_norm` on up to 50 batches of images drawn at random.
+
+    In file order, each batch would contain few classes.
+    """
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).numpy()
     batches = read_batches(
         images,
@@ -181,14 +185,14 @@ def fit_on(
 
 
 def _open(settings: Settings, cfg: CfgNode | None) -> tuple[ResNet, int]:
-    """The backbone and the crop size that it was trained with."""
+    """Return the backbone and the crop size it was trained with."""
     if settings.checkpoint != RANDOM:
         backbone, config = load_backbone(settings.checkpoint)
         return backbone, config["INPUT"]["CROP_SIZE"] if config else 224
     if cfg is None:
         raise UserError(
-            f"{RANDOM} weights need an architecture: give --config NAME, or --config FILE of "
-            f"the run to compare with (its config.yaml)."
+            f"{RANDOM} weights need an architecture: pass --config NAME, or --config FILE with the "
+            f"config.yaml of the run to compare with."
         )
     backbone = random_backbone(
         settings.seed,
@@ -205,7 +209,7 @@ def _measured(named: torch.Tensor, tests: Features, **how: Any) -> dict[str, Any
 
 
 def summary(result: dict[str, Any]) -> str:
-    """A few lines, and a table of the classes."""
+    """Format a result: one line per classifier, and a table of the classes."""
     columns = {f"kNN (k {result['knn']['k']}, T {result['knn']['T']:g})": result["knn"]}
     if "quick_linear" in result:
         quick = result["quick_linear"]
@@ -220,8 +224,8 @@ def summary(result: dict[str, Any]) -> str:
     if len(rates) > 1:
         best = max(rates, key=lambda m: m["top1"])
         lines.append(
-            f"of {len(rates)} learning rates {best['rates']:g} is the best on the test images, "
-            f"which chose it: {best['top1']:.2f} % is a little too good."
+            f"{best['rates']:g} is the best of {len(rates)} learning rates on the test images; as "
+            f"these selected it, {best['top1']:.2f} % is slightly optimistic."
         )
     names = list(result["knn"]["per_class"])
     widest = max(map(len, names))
@@ -242,6 +246,6 @@ def _accuracy(measured: dict[str, Any]) -> str:
 
 
 def write(result: dict[str, Any], path: Path) -> None:
-    """The result as JSON, whole or not at all."""
+    """Write the result as JSON, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_text(path, json.dumps(result, indent=1) + "\n")

@@ -57,7 +57,7 @@ def test_a_checkpoint_is_measured_in_all_ways_and_the_report_lies_beside_it(data
         assert measured["top1"] == pytest.approx(mean)
         assert f"top-1 {measured['top1']:.2f} %" in said
     assert report["quick_linear"]["top1"] == 100.0
-    assert "which chose it" in said
+    assert "slightly optimistic" in said
     assert "blue" in said
     assert not report["bn_fitted"]
     stored = tmp_path / "run_probe_features"
@@ -120,7 +120,7 @@ def test_random_weights_are_seeded_and_their_bn_is_fitted_unless_forbidden(data,
     ("words", "message"),
     [
         (["nowhere.pth"], "nowhere.pth does not exist"),
-        (["random"], "need an architecture: give --config"),
+        (["random"], "need an architecture: pass --config"),
         (["random", "--config", "moco-v3"], "did you mean moco-v2"),
         (["random", "--config", "moco-v2", "-k", "0"], "-k is 0"),
         (["random", "--config", "moco-v2", "--test", "elsewhere"], "elsewhere does not exist"),
