@@ -1,7 +1,7 @@
-"""Collectives of the methods. With one rank each is the identity.
+"""Collective operations for methods; on a single rank, each is the identity.
 
-The same calls run on one process, on gloo processes on CPUs and on NCCL processes on GPUs. All
-ranks must make each call, in the same order. `moco_common.launch` starts the ranks.
+The same calls work in one process, over gloo on CPUs and over NCCL on GPUs. All ranks must make
+the same calls in the same order. `moco_common.launch` starts the ranks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from moco_common.comm import all_gather, device, rank, world_size
 
 @torch.no_grad()
 def all_reduce_sum(x: Tensor) -> Tensor:
-    """The sum over the ranks of equally shaped tensors, as a new tensor, without gradient."""
+    """Return the sum over the ranks of equally shaped tensors, as a new tensor without gradient."""
     if world_size() == 1:
         return x.clone()
     total = x.contiguous().clone()
@@ -27,7 +27,7 @@ def all_reduce_sum(x: Tensor) -> Tensor:
 
 
 def all_reduce_mean(tensors: list[Tensor]) -> None:
-    """Replace each floating tensor by its mean over the ranks, in place."""
+    """Replace each floating-point tensor by its mean over the ranks, in place."""
     if world_size() == 1 or not tensors:
         return
     flat = torch.cat([t.reshape(-1) for t in tensors])
@@ -38,7 +38,7 @@ def all_reduce_mean(tensors: list[Tensor]) -> None:
 
 
 def all_gather_text(text: str) -> list[str]:
-    """The texts of all ranks, in rank order."""
+    """Return the texts of all ranks, in rank order."""
     if world_size() == 1:
         return [text]
     mine = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device())
@@ -50,18 +50,18 @@ def all_gather_text(text: str) -> list[str]:
 
 
 def permute_batch(x: Tensor, permutation: Tensor) -> Tensor:
-    """Permute the rows of the global batch over all ranks; each rank receives only its own rows.
+    """Permute the rows of the global batch; each rank receives only the rows of its own slice.
 
-    The global batch is the concatenation of the ranks' batches in rank order. Rank r, holding n
-    rows, receives the global rows ``permutation[r*n : (r+1)*n]``, in that order, by one all-to-all:
-    on average (W-1)/W of one batch crosses the network, whatever the number of ranks. Applying the
-    inverse, ``permutation.argsort()``, undoes it, and so does the backward pass with the gradient.
+    The global batch is the concatenation of the ranks' batches of n rows each, in rank order. Rank
+    r receives the global rows ``permutation[r*n : (r+1)*n]``, in that order, by one all-to-all. On
+    average, each rank receives (W-1)/W of a batch from the others. Applying the inverse,
+    ``permutation.argsort()``, undoes the permutation, as the backward pass does for the gradient.
 
     Args:
-        x: (n, ...), the same shape and dtype on every rank; any dtype, bytes travel as bytes.
+        x: (n, ...), with the same shape and dtype on every rank; any dtype. uint8 is sent as uint8.
         permutation: (W*n,) int64 permutation of range(W*n), equal on every rank.
 
-    Shape: (n, ...) -> (n, ...), contiguous in x's memory format.
+    Shape: (n, ...) -> (n, ...), contiguous in the memory format of ``x``.
     """
     if world_size() == 1:
         return x[permutation.to(x.device)]
@@ -82,12 +82,12 @@ class _Permute(torch.autograd.Function):
 
 def _exchange(x: Tensor, permutation: Tensor) -> Tensor:
     n, me = len(x), rank()
-    mine = permutation.view(world_size(), n)  # Wxn: the rows that each rank wants
-    owners = mine // n  # Wxn: the rank that holds each
+    mine = permutation.view(world_size(), n)  # Wxn: the rows that each rank receives
+    owners = mine // n  # Wxn: the rank that holds each row
     outgoing = [mine[to][owners[to] == me] - me * n for to in range(world_size())]
-    order = owners[me].argsort(stable=True)  # my wanted rows, by the rank that sends them
+    order = owners[me].argsort(stable=True)  # my rows, by the rank that sends them
     received = owners[me].bincount(minlength=world_size()).tolist()
-    # Rows are flattened in their own memory order, so a channels-last batch is not transposed.
+    # Rows are sent in their memory order, so that a channels-last batch is not transposed.
     channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
     rows = x.permute(0, 2, 3, 1) if channels_last else x
     payload = rows[torch.cat(outgoing).to(x.device)].contiguous()
@@ -99,7 +99,7 @@ def _exchange(x: Tensor, permutation: Tensor) -> Tensor:
 
 
 def average_batch_norm(module: nn.Module) -> None:
-    """Make the running BN statistics the mean over the ranks, in place and on every rank."""
+    """Average the running BN statistics over the ranks, in place on every rank."""
     all_reduce_mean(
         [buffer for name, buffer in module.named_buffers() if name.endswith(_STATISTICS)]
     )
@@ -109,13 +109,16 @@ _STATISTICS = ("running_mean", "running_var")
 
 
 def wrap(module: nn.Module) -> nn.Module:
-    """Average gradients over the ranks; no buffer is ever broadcast (the queue is the same
-    everywhere, and BN statistics are each rank's own until they are saved)."""
+    """Wrap a module so that its gradients are averaged over the ranks.
+
+    Buffers are not broadcast: the queue is identical on all ranks, and BN statistics are each
+    rank's own until they are saved.
+    """
     if world_size() == 1:
         return module
     gpu = device()
     with warnings.catch_warnings():
-        # torch 2.14 renames the argument; the old name is the one that all supported releases have.
+        # torch 2.14 renames the argument; all supported releases accept the old name.
         warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
         return nn.parallel.DistributedDataParallel(
             module, device_ids=[gpu] if gpu.type == "cuda" else None, broadcast_buffers=False

@@ -1,4 +1,4 @@
-"""What must be true of a state before it is saved: finite, and the same on every rank."""
+"""Checks of a state before it is saved: finite, and identical on all ranks."""
 
 from __future__ import annotations
 
@@ -12,39 +12,40 @@ from torch import Tensor
 from moco_common import comm
 from moco_common.errors import UserError
 
-_WAY_ON = "nothing of it was saved; go on with --resume from the last checkpoint"
+_WAY_ON = "this state was not saved; use --resume to continue from the last checkpoint"
 _WIDTH = 1024
-_ROW, _COLUMN = 0x1E3779B97F4A7C14, 0x2545F4914F6CDD1C  # even, of many bits
+_ROW, _COLUMN = 0x1E3779B97F4A7C14, 0x2545F4914F6CDD1C  # even, with many bits set
 
 
 def check_finite(state: Mapping[str, Any], step: int) -> None:
-    """
+    """Check that all floating-point tensors of a state are finite.
+
     Raises:
-        UserError: a tensor holds a NaN or an infinity; it is named.
+        UserError: a tensor contains a NaN or an infinity; the message names it.
     """
     tensors = {name: x for name, x in state.items() if isinstance(x, Tensor) and x.numel()}
     floats = {name: x for name, x in tensors.items() if x.is_floating_point()}
     if not floats:
         return
-    # Both propagate NaN, and cost a twentieth of what isfinite() and a norm do.
-    here = comm.device()  # the parts of a state may lie on several
+    # The minimum and the maximum propagate NaN, at a twentieth of the cost of isfinite().
+    here = comm.device()  # the tensors of a state may be on several devices
     extremes = torch.stack(
         [torch.stack(torch.aminmax(x)).float().to(here) for x in floats.values()]
     )
     for name, finite in zip(floats, extremes.isfinite().all(1).tolist(), strict=True):
         if not finite:
             raise UserError(
-                f"{name} is not finite after iteration {step}: {_WAY_ON} and a lower "
+                f"{name} is not finite after iteration {step}: {_WAY_ON}, with a lower "
                 f"SOLVER.BASE_LR."
             )
 
 
 def check_same_on_all_ranks(state: Mapping[str, Tensor], step: int) -> None:
-    """Compare digests of all tensors over the ranks; all ranks must call.
+    """Compare digests of all tensors across the ranks. All ranks must call this.
 
     Raises:
-        UserError: on every rank, if a tensor differs, in any bit, from rank 0's; the first is
-            named.
+        UserError: on every rank, if any bit of a tensor differs from rank 0's; the message names
+            the first such tensor.
     """
     if comm.world_size() == 1 or not state:
         return
@@ -55,19 +56,22 @@ def check_same_on_all_ranks(state: Mapping[str, Tensor], step: int) -> None:
         tensor = int(differs.any(0).nonzero()[0])
         ranks = differs[:, tensor].nonzero().flatten().tolist()
         raise UserError(
-            f"{list(state)[tensor]} is another on rank {', '.join(map(str, ranks))} than on rank 0 "
+            f"{list(state)[tensor]} differs between rank {', '.join(map(str, ranks))} and rank 0 "
             f"after iteration {step} ({int(differs.any(0).sum())} of {len(state)} tensors differ; "
-            f"a fault of a machine, the network or the method): {_WAY_ON}."
+            f"the cause is a machine, the network or the method): {_WAY_ON}."
         )
 
 
 def digest(x: Tensor) -> Tensor:
-    """A hash of the bits of a tensor and their places, on its device: int64, ().
+    """Hash the bits of a tensor and their positions, on its device.
 
-    The sum of its 64-bit words, each times a weight that is the sum of one of its row's and one of
-    its column's, modulo 2^64: integers, so that every kind of device gets the same, and sums along
-    rows and columns, which cost no more than reading. All weights are odd, so one changed word
-    always changes it; others do, but for unlikely coincidences.
+    The hash is the sum modulo 2^64 of the tensor's 64-bit words, each multiplied by the sum of a
+    row weight and a column weight. Integer arithmetic gives the same hash on every kind of device,
+    and sums along rows and columns cost no more than reading the tensor. All weights are odd, so
+    changing one word always changes the hash; changing several almost always does.
+
+    Returns:
+        int64 scalar.
     """
     flat = x.detach().reshape(-1).view(torch.uint8)
     if flat.storage_offset() % 8:

@@ -1,4 +1,4 @@
-"""What the steps of all ranks leave to be told: scalars and unreadable images."""
+"""Scalars and unreadable images, collected over the steps of all ranks."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ SKIPPED = "skipped_images.txt"
 
 
 class Scalars:
-    """Means over steps and ranks. Nothing is read from the device until `settle`, so that a step
-    need not wait for the one before."""
+    """Means of scalars over steps and ranks.
+
+    Nothing is read from the device until `settle`, so that no step waits for the one before.
+    """
 
     def __init__(self) -> None:
         self._names: list[str] = []
@@ -27,16 +29,17 @@ class Scalars:
         self._settled: list[Tensor] = []  # (steps, scalars), means over the ranks
 
     def add(self, outputs: dict[str, Tensor]) -> None:
-        """Take in what one step put out: scalars, the same names in every step."""
+        """Add the scalars of one step; the names must be the same in every step."""
         self._names = list(outputs)
         device = comm.device()
         self._fresh.append(torch.stack([value.float().to(device) for value in outputs.values()]))
 
     def settle(self, step: int) -> None:
-        """Average over the ranks, ``step`` steps being done. All ranks must call.
+        """Average over the ranks after ``step`` steps. All ranks must call this.
 
         Raises:
-            UserError: on every rank, if the loss of any rank was not finite; it names the step.
+            UserError: on every rank, if the loss of any rank is not finite; the message names the
+                step.
         """
         if not self._fresh:
             return
@@ -47,25 +50,25 @@ class Scalars:
             if not math.isfinite(loss):
                 raise UserError(
                     f"The loss is {loss} at iteration {step - len(rows) + i + 1}: lower "
-                    f"SOLVER.BASE_LR, and go on with --resume from the last checkpoint, whose "
+                    f"SOLVER.BASE_LR, and use --resume to continue from the last checkpoint, whose "
                     f"weights are finite."
                 )
         self._settled.append(rows)
 
     def take(self) -> dict[str, float]:
-        """Means by name over the settled steps since the last call."""
+        """Return the means by name over the settled steps since the last call."""
         means = torch.cat(self._settled).mean(0)
         self._settled.clear()
         return dict(zip(self._names, means.tolist(), strict=True))
 
 
 class SkippedImages:
-    """The images that could not be read: each once in ``skipped_images.txt``, with the reason.
+    """The list of unreadable images, ``skipped_images.txt``: each image once, with the reason.
 
-    Rank 0 writes for all ranks. A resumed run goes on with the list.
+    Rank 0 writes for all ranks. A resumed run extends the list.
 
     Attributes:
-        count: images in the list, on rank 0.
+        count: number of images in the list, on rank 0.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -78,11 +81,11 @@ class SkippedImages:
         self.count = len(self._listed)
 
     def add(self, skipped: Sequence[tuple[str, str]]) -> None:
-        """Take in names and reasons of one batch."""
+        """Add the names and reasons of one batch."""
         self._fresh += skipped
 
     def settle(self) -> None:
-        """Bring the list up to date. All ranks must call."""
+        """Write the images added since the last call to the list. All ranks must call this."""
         mine = "".join(f"{_plain(name)}\t{_plain(reason)}\n" for name, reason in self._fresh)
         self._fresh = []
         lines = "".join(distributed.all_gather_text(mine)).splitlines()
@@ -97,5 +100,5 @@ class SkippedImages:
 
 
 def _plain(text: str) -> str:
-    """On one line, without tabs, and encodable whatever the name's bytes are."""
+    """Put text on one line, without tabs, and make it encodable for any bytes in a name."""
     return " ".join(text.encode("utf-8", "backslashreplace").decode().split())

@@ -1,4 +1,4 @@
-"""What a run needs to go on: gathered from its parts, and put back into them."""
+"""The state of a run: capturing it for a checkpoint, and restoring it to resume."""
 
 from __future__ import annotations
 
@@ -20,16 +20,18 @@ from pretrain.config.defaults import all_keys, keys_of, leaves
 from pretrain.engine.train_step import TrainStep
 from pretrain.methods.base import Method
 
-# Keys, or their beginnings, that a resumed run may change. Of the first it is told.
+# Keys, or prefixes of keys, that may change when a run is resumed. Changes of TOLD are logged.
 TOLD = ("DATA", "SOLVER")
 FREE = ("OUTPUT_DIR", "DATALOADER", "CHECKPOINT", "LOG", "PROBE")
-FIXED = ("SOLVER.BATCH_SIZE", "SOLVER.OPTIMIZER")  # all the same
-STATISTICS = ("running_mean", "running_var")  # of BN, which each rank has of its own
-MUST_NOT, MAY_AND_IS_TOLD, MAY = "must be the same", "may change, and is told", "may change"
+FIXED = ("SOLVER.BATCH_SIZE", "SOLVER.OPTIMIZER")  # exceptions: these must not change
+STATISTICS = ("running_mean", "running_var")  # BN statistics, which are each rank's own
+MUST_NOT = "cannot be changed"
+MAY_AND_IS_TOLD = "can be changed; the change is logged"
+MAY = "can be changed"
 
 
 def may_change(key: str) -> str:
-    """Whether a resumed run may have another value of a key: one of the three sentences above."""
+    """Return one of the three texts above: the rule for changing a key when a run is resumed."""
     if key in FIXED or not key.startswith(TOLD + FREE):
         return MUST_NOT
     return MAY if key.startswith(FREE) else MAY_AND_IS_TOLD
@@ -38,10 +40,10 @@ def may_change(key: str) -> str:
 def capture(
     method: Method, take_step: TrainStep, *, config: str, step: int, images: int
 ) -> dict[str, Any]:
-    """The state of a run after ``step`` steps, as `pretrain.checkpoint.format` describes it.
+    """Return the state of a run after ``step`` steps, in the form of `pretrain.checkpoint.format`.
 
-    Nothing of the run is changed by it, so a run ends the same however often it is saved. All ranks
-    must call; tensors are those of the run, not copies.
+    The run is not modified, so its result does not depend on how often it is saved. All ranks must
+    call this. The tensors are those of the run, not copies.
     """
     method.before_save()
     device = comm.device()
@@ -66,8 +68,11 @@ def capture(
 
 
 def shared(state: dict[str, Any]) -> dict[str, Tensor]:
-    """What all ranks must have in common of a captured state: its tensors but for what each has of
-    its own, BN statistics and extra state (where a method keeps what it holds in parts)."""
+    """Return the tensors of a captured state that must be identical on all ranks.
+
+    Those are all but BN statistics and extra state (where a method stores its sharded tensors),
+    which are each rank's own.
+    """
     own = (*STATISTICS, "_extra_state")
     tensors = state["state_dict"].items()
     return {name: x for name, x in tensors if not name.endswith(own)}
@@ -76,16 +81,16 @@ def shared(state: dict[str, Any]) -> dict[str, Tensor]:
 def restore(
     cfg: CfgNode, folder: Path, method: Method, take_step: TrainStep, images: int
 ) -> tuple[int, list[str]]:
-    """Put the newest whole checkpoint of ``folder`` back into the parts of a run.
+    """Restore a run from the newest intact checkpoint in ``folder``; without one, do nothing.
 
-    All ranks must call. Where there is no checkpoint, nothing happens.
+    All ranks must call this.
 
     Returns:
-        steps done, and what the user ought to know: a damaged checkpoint that was passed over,
-        keys that have changed, another number of ranks or images.
+        The number of completed steps, and notes for the log: damaged checkpoints that were
+        skipped, changed keys, a changed number of ranks or images.
 
     Raises:
-        UserError: no checkpoint is whole, or it belongs to another configuration.
+        UserError: all checkpoints are damaged, or the newest belongs to another configuration.
     """
     path, state, notes = _newest(folder)
     if state is None:
@@ -96,7 +101,9 @@ def restore(
         take_step.load_state_dict(state)
     except (RuntimeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{path} does not fit this run ({reason}).") from None
+        raise UserError(
+            f"{path} does not fit this run ({reason}): choose another --output-dir."
+        ) from None
     world, rank, ranks = comm.world_size(), comm.rank(), state["ranks"]
     if len(ranks["torch"]) == world:
         # A copy: torch reads the state as a struct, and crashes on a view that is not aligned.
@@ -108,19 +115,19 @@ def restore(
                 own[name].copy_(value)
     else:
         notes.append(
-            f"{path} was written by {counted(len(ranks['torch']), 'rank')} and goes on with "
-            f"{world}, from the same place in the data"
+            f"{path} was written by {counted(len(ranks['torch']), 'rank')} and is resumed on "
+            f"{world}, from the same position in the data"
         )
     if state["images"] != images:
         notes.append(
-            f"the data hold {counted(images, 'image')} and held {state['images']}: from here on "
-            f"they come in another order"
+            f"the data now have {counted(images, 'image')} instead of {state['images']}: from here "
+            f"on, the images come in a different order"
         )
     return int(state["step"]), notes
 
 
 def _newest(folder: Path) -> tuple[Path, dict[str, Any] | None, list[str]]:
-    """The newest whole checkpoint: rank 0 looks for it, so that all ranks take the same."""
+    """Load the newest intact checkpoint; rank 0 chooses it, so that all ranks load the same."""
     name, state, notes = "", None, []
     if comm.rank() == 0:
         for path in checkpoint.candidates(folder):
@@ -131,24 +138,24 @@ def _newest(folder: Path) -> tuple[Path, dict[str, Any] | None, list[str]]:
                 notes.append(str(error))
         if notes and not name:
             raise UserError(
-                f"No checkpoint of {folder} is whole: start again with another --output-dir. "
+                f"All checkpoints in {folder} are damaged: start again with another --output-dir. "
                 f"{' '.join(notes)}"
             )
         if notes:
-            notes.append(f"going on from {name}, the newest that is whole")
+            notes.append(f"resuming from {name}, the newest intact checkpoint")
     name = distributed.all_gather_text(name)[0]
     if name and state is None:
         if not (folder / name).exists():
             raise UserError(
-                f"{folder / name} is there on rank 0 and not on rank {comm.rank()}: "
-                f"--output-dir must lie on a file system that all hosts share."
+                f"{folder / name} exists on rank 0 but not on rank {comm.rank()}: choose an "
+                f"--output-dir on a file system that all hosts share."
             )
         state = checkpoint.load(folder / name)
     return folder / name, state, notes
 
 
 def _compare(cfg: CfgNode, old: dict[str, Any], path: Path) -> list[str]:
-    """Notes of the keys that have changed; UserError for those that must not."""
+    """Return notes on changed keys; raise UserError if one of them must not change."""
     now = leaves(yaml.safe_load(cfg.dump()))
     # A key that an older version did not have had the effect of today's default.
     before = {name: key.default for name, key in all_keys().items()} | leaves(old)
@@ -164,8 +171,8 @@ def _compare(cfg: CfgNode, old: dict[str, Any], path: Path) -> list[str]:
             told.append(change)
     if refused:
         raise UserError(
-            f"{path} was written by another configuration, and cannot be resumed: "
-            f"{'; '.join(refused)}. Give the same configuration or another --output-dir."
+            f"{path} was written with another configuration and cannot be resumed: "
+            f"{'; '.join(refused)}. Use the same configuration or another --output-dir."
         )
     return told
 

@@ -1,4 +1,4 @@
-"""Pre-training as a Slurm job that requeues itself, through submitit (the extra ``slurm``)."""
+"""Pre-training as a self-requeueing Slurm job, submitted by submitit (the extra ``slurm``)."""
 
 from __future__ import annotations
 
@@ -21,33 +21,34 @@ from moco_common.text import counted
 from pretrain.checkpoint import format as checkpoint
 from pretrain.engine.train_loop import train
 
-# Settings that submitit translates for any scheduler; all others are Slurm's own.
+# Settings that submitit accepts for every cluster type; all others are specific to one.
 _COMMON = (
     "name timeout_min mem_gb nodes cpus_per_task gpus_per_node tasks_per_node stderr_to_stdout"
 ).split()
-_PREEMPTED = signal.SIGUSR2  # submitit has Slurm send it before the time limit and at preemption
-_MOST_TIMEOUTS = 1000  # a job that reaches its time limit so often is given up
+_PREEMPTED = signal.SIGUSR2  # sent by Slurm, on submitit's request, at time limit and preemption
+_MOST_TIMEOUTS = 1000  # number of time limits after which a job is no longer requeued
 
 
 def submit(
     cfg: CfgNode, settings: Sequence[str], *, resume: bool = False, quiet: bool = False
 ) -> str:
-    """Submit the run; return one sentence that says where it is.
+    """Submit the run; return a sentence with the job's number and log folder.
 
-    One task, and so one rank, a GPU. At its time limit, at preemption and after the loss of a node
-    the job goes back to the queue, and then on from its last checkpoint.
+    Each GPU gets one task, which is one rank. When the job reaches its time limit, is preempted or
+    loses a node, it is requeued and resumes from its last checkpoint.
 
     Args:
-        cfg: of the run; its output folder must be seen by all nodes, and takes the logs.
+        cfg: config of the run; its output folder must be visible to all nodes, and receives the
+            logs.
         settings: ``KEY=VALUE``: ``partition``, ``nodes``, ``gpus_per_node``, ``timeout_min``,
-            ``mem_gb``, ``account``, ``qos``, ``constraint`` and what else submitit knows;
+            ``mem_gb``, ``account``, ``qos``, ``constraint`` and others that submitit accepts;
             ``signal_delay_s`` is the notice before the time limit. ``cluster=local`` runs the tasks
-            on this machine instead, for a try.
-        resume: whether the folder may hold a run already.
+            on this machine instead, for testing.
+        resume: allow the output folder to contain a run.
 
     Raises:
-        UserError: submitit or Slurm is missing, an unknown setting, a batch that the ranks cannot
-            share, or Slurm refuses the job.
+        UserError: submitit or Slurm is missing, a setting is unknown, the batch cannot be divided
+            among the ranks, or Slurm rejects the job.
     """
     try:
         import submitit
@@ -58,7 +59,7 @@ def submit(
     folder = Path(cfg.OUTPUT_DIR).absolute()
     if not resume and checkpoint.candidates(folder):
         raise UserError(
-            f"{folder} already holds a run: add --resume to go on with it, or choose another "
+            f"{folder} already contains a run: pass --resume to continue it, or choose another "
             f"--output-dir."
         )
     chosen.setdefault("name", folder.name)
@@ -67,15 +68,16 @@ def submit(
     chosen.setdefault("cpus_per_task", cfg.DATALOADER.NUM_WORKERS + 1)
     for key in ("nodes", "tasks_per_node"):
         if not isinstance(chosen[key], int) or chosen[key] < 1:
-            raise UserError(f"--slurm {key}={chosen[key]}: it must be a whole number, at least 1.")
+            raise UserError(f"--slurm {key}={chosen[key]}: give a whole number of at least 1.")
     ranks = chosen["nodes"] * chosen["tasks_per_node"]
     if cfg.SOLVER.BATCH_SIZE % ranks:
         raise UserError(
-            f"SOLVER.BATCH_SIZE {cfg.SOLVER.BATCH_SIZE} cannot be shared by the {ranks} tasks of "
-            f"--slurm: choose a multiple."
+            f"SOLVER.BATCH_SIZE {cfg.SOLVER.BATCH_SIZE} cannot be divided among the {ranks} tasks "
+            f"of --slurm: choose a multiple of {ranks}."
         )
     if cluster == "slurm":
-        # Slurm restarts the job when a node is lost. Since 22.05 srun forgets the CPUs of a task.
+        # Slurm requeues the job if a node fails. Since 22.05, srun does not inherit the CPUs of a
+        # task.
         chosen.setdefault("additional_parameters", {"requeue": True})
         chosen.setdefault("srun_args", [f"--cpus-per-task={chosen['cpus_per_task']}"])
         chosen.setdefault("setup", [f"export PYTHONPATH={Path(__file__).parents[2]}:$PYTHONPATH"])
@@ -98,10 +100,10 @@ def submit(
 
 
 class Job:
-    """What every task of the job runs: one rank of a run that goes on from its last checkpoint.
+    """One task of the job: one rank of a run, resumed from the last checkpoint.
 
-    Told that its time is up, the run first saves the step it is at, on all ranks; then rank 0 has
-    submitit requeue the job. A plain SIGTERM (``scancel``) saves as well and ends the job.
+    On the signal before the time limit or at preemption, all ranks save the current step, and rank
+    0 has submitit requeue the job. A plain SIGTERM (``scancel``) also saves, and ends the job.
     """
 
     def __init__(self, config: str, quiet: bool) -> None:
@@ -125,7 +127,7 @@ class Job:
         def stop(number: int, frame: FrameType | None) -> None:
             self.preempted = True
             if signal.getsignal(signal.SIGTERM) is idle:
-                requeue(number, frame)  # training has not begun: there is nothing to save
+                requeue(number, frame)  # training has not started: there is nothing to save
             else:
                 signal.raise_signal(signal.SIGTERM)
 
@@ -141,7 +143,7 @@ class Job:
             sys.exit(1)
 
     def checkpoint(self) -> Any:
-        """Called by submitit before it requeues: what the next start is to run."""
+        """Return the job that the next start runs; called by submitit before it requeues."""
         import submitit
 
         return submitit.helpers.DelayedSubmission(Job(self.config, self.quiet))
@@ -153,8 +155,8 @@ def _parse(settings: Sequence[str]) -> dict[str, Any]:
         key, equals, text = setting.partition("=")
         if not (key.isidentifier() and equals and text):
             raise UserError(
-                f"--slurm takes KEY=VALUE such as partition=gpu nodes=2 gpus_per_node=8 "
-                f"timeout_min=1440, and not '{setting}'."
+                f"--slurm takes KEY=VALUE settings such as partition=gpu nodes=2 gpus_per_node=8 "
+                f"timeout_min=1440, not '{setting}'."
             )
         try:
             chosen[key] = ast.literal_eval(text)

@@ -1,4 +1,4 @@
-"""One optimisation step: forward, backward, update, the same for every method."""
+"""One optimisation step, the same for every method: forward, backward, update."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.floa
 
 
 class TrainStep:
-    """Runs a method's steps; owns its optimiser.
+    """The optimisation step of a method; owns the optimiser and the gradient scaler.
 
     Args:
-        method: on its device and in its memory format.
-        optimizer: over the method's parameters that require gradients.
+        method: the method, already on its device and in its memory format.
+        optimizer: optimiser of the method's parameters that require gradients.
         total_steps: length of the run, for the method's own schedules.
-        precision: ``float32``, or ``bfloat16`` or ``float16`` for autocast inside the encoders,
-            those without gradient too; parameters, embeddings and losses stay float32. With
-            ``float16`` the loss is scaled so that small gradients do not vanish, and a step whose
-            gradients overflow leaves the parameters as they are.
-        compile: compile the encoders at their first step (minutes for a ResNet-50 on a CPU).
+        precision: ``float32``, or ``bfloat16`` or ``float16`` for autocast inside all encoders,
+            including those without gradients; parameters, embeddings and losses stay float32.
+            With ``float16``, the loss is scaled to keep small gradients from vanishing, and a step
+            with overflowing gradients leaves the parameters unchanged.
+        compile: compile the encoders at the first step (minutes for a ResNet-50 on a CPU).
 
     Raises:
-        UserError: an unknown precision, or one that this device or torch cannot compute in; no
-            compiler where one is needed.
+        UserError: the precision is unknown or not supported by this device or version of torch, or
+            a required compiler is missing.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class TrainStep:
     def __call__(
         self, views: Sequence[Tensor], index: Tensor, step: int, lr: float
     ) -> dict[str, Tensor]:
-        """Take one step at learning rate ``lr``; return the method's scalars, detached."""
+        """Take one step at learning rate ``lr``; return the method's detached scalars."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         outputs = self.parallel(views, step, index)
@@ -78,12 +78,12 @@ class TrainStep:
         return {name: value.detach() for name, value in outputs.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """``optimizer``, and ``scaler`` where there is one."""
+        """Return the state of the ``optimizer`` and, in float16, of the ``scaler``."""
         state = {"optimizer": self.optimizer.state_dict()}
         return state | {"scaler": self.scaler.state_dict()} if self.scaler.is_enabled() else state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`; a run that was not in float16 starts with a new scaler."""
+        """Restore a `state_dict`; without a ``scaler`` in it, a float16 run starts a new one."""
         self.optimizer.load_state_dict(state["optimizer"])
         if "scaler" in state:
             self.scaler.load_state_dict(state["scaler"])
@@ -96,12 +96,12 @@ def _autocast_dtype(precision: str, device: str) -> torch.dtype | None:
         )
     if precision == "float16" and device == "cpu" and not hasattr(torch.amp, "GradScaler"):
         raise UserError(
-            f"SOLVER.PRECISION float16 needs a GPU or torch 2.3, and this is torch "
+            f"SOLVER.PRECISION float16 needs a GPU or torch 2.3, but this is torch "
             f"{torch.__version__} on a CPU: choose bfloat16 or float32."
         )
     if precision == "bfloat16" and device == "cuda" and not torch.cuda.is_bf16_supported():
         raise UserError(
-            "SOLVER.PRECISION bfloat16 is more than this GPU can: choose float16 or float32."
+            "SOLVER.PRECISION bfloat16 is not supported by this GPU: choose float16 or float32."
         )
     return PRECISIONS[precision]
 
@@ -113,10 +113,10 @@ def _scaler(device: str, enabled: bool) -> Any:
 
 
 def _require_compiler(device: str) -> None:
-    # On a CPU torch.compile writes C++; its own error comes late and is a page long.
+    # On a CPU, torch.compile generates C++; its own error comes late and is a page long.
     choices = [os.environ.get("CXX"), "g++", "clang++"]
     if device == "cpu" and not any(name and shutil.which(name) for name in choices):
         raise UserError(
-            "SOLVER.COMPILE needs a C++ compiler on the CPU, and none was found: install g++, "
-            "name one in the environment variable CXX, or set SOLVER.COMPILE False."
+            "SOLVER.COMPILE needs a C++ compiler on a CPU, but none was found: install g++, set "
+            "the environment variable CXX to a compiler, or set SOLVER.COMPILE False."
         )

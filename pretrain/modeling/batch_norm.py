@@ -1,4 +1,4 @@
-"""Split batch normalization: the BN groups of several GPUs on one process."""
+"""Split batch normalisation: the per-GPU BN statistics of several GPUs in one process."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from torch import Tensor, nn
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
-    """Batch normalisation over ``groups`` equal slices of the batch, as if each were a GPU's.
+    """Batch normalisation over ``groups`` equal slices of the batch, as if each were on a GPU.
 
-    In training mode slice g of the batch, rows [g*N/G, (g+1)*N/G), is normalised with its own mean
-    and variance, exactly as an unsynchronised BatchNorm on G ranks would. The running statistics
-    move towards the *mean over the groups* of their statistics; in evaluation mode this is plain
-    batch normalisation. State-dict names and shapes are those of ``nn.BatchNorm2d``.
+    In training mode, slice g of the batch, rows [g*N/G, (g+1)*N/G), is normalised by its own mean
+    and variance, exactly as by an unsynchronised ``nn.BatchNorm2d`` on G ranks. The running
+    statistics are updated with the *mean over the groups* of their statistics. In evaluation mode,
+    this is plain batch normalisation. State-dict names and shapes are those of ``nn.BatchNorm2d``.
 
     Shape: (N, C, H, W) -> (N, C, H, W).
 
     Raises:
-        ValueError: in training mode, when N is not a multiple of ``groups``.
+        ValueError: in training mode, if N is not a multiple of ``groups``.
     """
 
     def __init__(self, num_features: int, groups: int = 1) -> None:
@@ -52,17 +52,20 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 
 
 class SplitBatchNorm1d(SplitBatchNorm2d):
-    """`SplitBatchNorm2d` for vectors. Shape: (N, C) -> (N, C)."""
+    """`SplitBatchNorm2d` for vectors.
+
+    Shape: (N, C) -> (N, C).
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x[:, :, None, None]).flatten(1)
 
 
 def bn_groups_per_rank(total: int, batch_per_rank: int, world_size: int, smallest: int = 4) -> int:
-    """Groups a rank splits its batch into, so that ``total`` groups exist over all ranks.
+    """Return the number of BN groups per rank for ``total`` groups over all ranks.
 
-    At most ``total / world_size`` (at least 1), each of at least ``smallest`` images, and a divisor
-    of the rank's batch: the largest such number.
+    It is the largest divisor of the rank's batch that is at most ``total / world_size`` and leaves
+    at least ``smallest`` images per group; at least 1.
     """
     most = max(1, min(total // world_size, batch_per_rank // smallest))
     return max(groups for groups in range(1, most + 1) if batch_per_rank % groups == 0)

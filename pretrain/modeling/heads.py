@@ -12,16 +12,17 @@ Head = Callable[[int], nn.Module]
 
 
 def linear_head(dim: int) -> Head:
-    """MoCo v1: features -> dim."""
+    """Return a builder of MoCo v1's head: features -> dim."""
     return lambda features: nn.Linear(features, dim)
 
 
 def mlp_head(dim: int, *, batch_norm: Callable[[int], nn.Module] | None = None) -> Head:
-    """MoCo v2: features -> features -> ReLU -> dim (2048-2048-128 for ResNet-50).
+    """Return a builder of MoCo v2's head: features -> features -> ReLU -> dim.
 
-    ``batch_norm`` adds a normalisation after each of the two layers. It is *not* in the paper of
-    v2 (v3's head has it): features behind a ReLU share a large mean, so without it all keys start
-    nearly parallel, and a small budget is spent on the plateau at log(K+1).
+    The layers are 2048-2048-128 for ResNet-50. ``batch_norm`` adds a normalisation layer after each
+    linear layer. It is *not* in the v2 paper (the v3 head has it): features after a ReLU have a
+    large common mean, so that without it all keys start nearly parallel, and a short run never
+    leaves the plateau at log(K+1).
     """
 
     def build(features: int) -> nn.Module:
@@ -40,7 +41,7 @@ def mlp_head(dim: int, *, batch_norm: Callable[[int], nn.Module] | None = None) 
 
 
 def mlp(features: int, hidden: int, dim: int, bn_groups: int = 1) -> nn.Sequential:
-    """features -> hidden -> BN -> ReLU -> dim: projectors of BYOL and SwAV, BYOL's predictor."""
+    """Return features -> hidden -> BN -> ReLU -> dim, as in the heads of BYOL and SwAV."""
     return nn.Sequential(
         nn.Linear(features, hidden),
         SplitBatchNorm1d(hidden, bn_groups),

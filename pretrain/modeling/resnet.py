@@ -1,9 +1,9 @@
-"""Encoders: uint8 photographs -> backbone features -> projection, in torchvision's names.
+"""ResNet encoders with a projection head: uint8 images -> features -> projection.
 
-The backbone's tensors carry torchvision's names (``conv1``, ``bn1``, ``layer1.0.conv1`` ...) and
-the projection head is ``fc``, as in the published MoCo checkpoints, so one converter reads both.
-A width multiplier scales every channel: 2 and 4 are the R50-w2x and R50-w4x of the MoCo paper
-(He et al. 2020, Table 1), 0.25 serves CPUs.
+The backbone's tensors have torchvision's names (``conv1``, ``bn1``, ``layer1.0.conv1`` ...) and the
+projection head is ``fc``, as in the published MoCo checkpoints, so that one converter reads both.
+A width multiplier scales all channel counts: 2 and 4 give the R50-w2x and R50-w4x of the MoCo paper
+(He et al. 2020, Table 1); 0.25 is meant for CPUs.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ Norm = Callable[[int], nn.Module]
 
 
 def normalize(images: Tensor) -> Tensor:
-    """Pixels on the 0-255 scale -> zero mean and unit variance per channel, on the same device.
+    """Scale pixels from [0, 255] to zero mean and unit variance per channel (ImageNet statistics).
 
     Args:
-        images: (N, 3, H, W), uint8, RGB, any memory format (which is kept).
+        images: (N, 3, H, W), uint8, RGB, any memory format, which is preserved.
 
     Returns:
-        float32 tensor of the same shape.
+        float32 tensor of the same shape, on the same device.
     """
     mean = torch.tensor(PIXEL_MEAN, device=images.device).view(1, 3, 1, 1)
     scale = torch.tensor(PIXEL_STD, device=images.device).reciprocal_().view(1, 3, 1, 1)
@@ -48,7 +48,7 @@ def normalize(images: Tensor) -> Tensor:
 def conv(
     in_channels: int, out_channels: int, size: int, stride: int = 1, groups: int = 1
 ) -> nn.Conv2d:
-    """A convolution without bias (BN follows), padded to keep the size at stride 1."""
+    """Return a convolution without bias (BN follows), padded to keep the size at stride 1."""
     return nn.Conv2d(
         in_channels,
         out_channels,
@@ -83,7 +83,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 that carries the stride, 1x1 (He et al. 2016, Fig. 5 right; stride as in v1.5)."""
+    """1x1, strided 3x3 and 1x1 convolutions and a shortcut (He et al. 2016, Fig. 5 right; v1.5)."""
 
     expansion = 4
 
@@ -114,26 +114,27 @@ def _shortcut(in_channels: int, out_channels: int, stride: int, norm: Norm) -> n
 
 
 class ResNet(nn.Module):
-    """A ResNet or ResNeXt whose tensors have torchvision's names, with a projection head as ``fc``.
+    """A ResNet or ResNeXt with torchvision's tensor names and a projection head, ``fc``.
 
     Args:
         depth: 18, 34, 50, 101 or 152.
-        width: multiplier of every channel, 0.25 to 4; channels are rounded to whole numbers.
+        width: multiplier of all channel counts, 1/16 to 8; products are rounded.
         groups: cardinality of the 3x3 convolutions (32 in ResNeXt-50 32x4d).
-        width_per_group: channels of a group in the first stage before ``width`` (64; 4 in 32x4d).
-        bn_groups: slices of the batch with BN statistics of their own, see `SplitBatchNorm2d`.
-        head: builds the projection head from the number of backbone features; None for none.
+        width_per_group: channels per group in the first stage, before ``width`` is applied (4 in
+            ResNeXt-50 32x4d).
+        bn_groups: number of slices of the batch with separate BN statistics, see
+            `SplitBatchNorm2d`.
+        head: builds the projection head, given the number of backbone features; None for no head.
 
-    Shape: images (N, 3, H, W), uint8 RGB, or float already normalised -> (N, features or head's).
+    Shape: images (N, 3, H, W), uint8 RGB or already normalised float -> (N, C), where C is the
+    output size of the head, or ``num_features`` without one.
     """
 
     layer1: nn.Sequential
     layer2: nn.Sequential
     layer3: nn.Sequential
     layer4: nn.Sequential
-    autocast_dtype: torch.dtype | None = (
-        None  # set by the step, see `pretrain.engine.train_step.TrainStep`
-    )
+    autocast_dtype: torch.dtype | None = None  # set by `pretrain.engine.train_step.TrainStep`
 
     def __init__(
         self,
@@ -151,8 +152,8 @@ class ResNet(nn.Module):
         block = BasicBlock if depth < 50 else Bottleneck
         if block is BasicBlock and (groups, width_per_group) != (1, 64):
             raise UserError(
-                f"MODEL.GROUPS and MODEL.WIDTH_PER_GROUP need a bottleneck ResNet: "
-                f"MODEL.DEPTH {depth} has none, choose 50, 101 or 152."
+                f"MODEL.GROUPS and MODEL.WIDTH_PER_GROUP need a ResNet with bottlenecks, but "
+                f"MODEL.DEPTH is {depth}: choose 50, 101 or 152."
             )
         if not 1 / 16 <= width <= 8:
             raise UserError(f"MODEL.WIDTH is {width}: choose a multiplier from 0.0625 to 8.")
@@ -176,7 +177,7 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Images -> global average of the last stage: (N, num_features)."""
+        """Return the global average of the last stage's output: (N, num_features)."""
         x = normalize(images) if images.dtype == torch.uint8 else images
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
@@ -185,8 +186,11 @@ class ResNet(nn.Module):
         return x.mean(dim=(2, 3))  # NxC
 
     def forward(self, images: Tensor) -> Tensor:
-        """As in the class, computed in ``autocast_dtype`` where one is set; float32 all the same,
-        so that losses and dictionaries never see less."""
+        """Return the head's output, or the features without a head.
+
+        With ``autocast_dtype`` set, the network runs in that dtype, but the output is still
+        float32, so that losses and dictionaries never see lower precision.
+        """
         if self.autocast_dtype is None:
             return self._embed(images)
         with torch.autocast(images.device.type, dtype=self.autocast_dtype):

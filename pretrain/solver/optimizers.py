@@ -1,4 +1,4 @@
-"""The optimiser that a recipe names."""
+"""Optimisers: SGD, and LARS for large batches."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ OPTIMIZERS = ("sgd", "lars")
 
 
 def build_optimizer(cfg: CfgNode, method: nn.Module) -> torch.optim.Optimizer:
-    """``SOLVER.OPTIMIZER`` over all parameters of ``method`` that are trained by gradient.
+    """Build ``SOLVER.OPTIMIZER`` for all parameters of ``method`` that require gradients.
 
-    With ``sgd`` all of them decay, as in MoCo. With ``lars`` BN parameters and biases (whatever has
-    one dimension) neither decay nor are scaled, as in SimCLR and BYOL.
+    With ``sgd``, weight decay applies to all of them, as in MoCo. With ``lars``, BN parameters and
+    biases (all one-dimensional parameters) are excluded from weight decay and from the layer-wise
+    scaling, as in SimCLR and BYOL.
 
     Raises:
-        UserError: an unknown optimiser.
+        UserError: the optimiser is unknown.
     """
     trained = [p for p in method.parameters() if p.requires_grad]
     lr, momentum, weight_decay = (
@@ -49,19 +50,20 @@ def build_optimizer(cfg: CfgNode, method: nn.Module) -> torch.optim.Optimizer:
 
 
 class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rate scaling (You et al. 2017, Algorithm 1), each tensor being a layer.
+    """Layer-wise adaptive rate scaling (You et al. 2017, Algorithm 1), with each tensor a layer.
 
-    With gradient g, weights w, weight decay b, momentum m, learning rate r, trust coefficient eta::
+    For gradient g, weights w, weight decay b, momentum m, learning rate r and trust coefficient
+    eta::
 
-        lambda = eta |w| / (|g| + b |w|)        (1 where |w| or |g| is 0, or not ``scaled``)
+        lambda = eta |w| / (|g| + b |w|)        (1 if |w| or |g| is 0, or if not ``scaled``)
         v <- m v + r lambda (g + b w)
         w <- w - v
 
-    The learning rate stands inside the momentum, as in the paper; ``torch.optim.SGD`` has it
-    outside, which differs while it changes.
+    As in the paper, the learning rate is applied before the momentum; ``torch.optim.SGD`` applies
+    it after, which differs whenever the learning rate changes.
 
     Args:
-        params: parameters or groups; a group may set ``scaled`` False to leave it at lambda = 1.
+        params: parameters or parameter groups; a group with ``scaled=False`` uses lambda = 1.
     """
 
     def __init__(
@@ -83,7 +85,7 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of all parameters that have a gradient."""
+        """Update all parameters that have a gradient, once."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

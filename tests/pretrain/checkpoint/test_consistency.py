@@ -94,8 +94,8 @@ def test_all_ranks_hear_what_differs_and_which_step_was_not_finite():
     assert others == [first, first]
     same, pointer, queue, means, infinite, texts = first
     assert same == ""
-    assert pointer.startswith("queue_ptr is another on rank 2 than on rank 0 after iteration 7")
-    assert queue.startswith("queue is another on rank 1 than on rank 0 after iteration 7")
+    assert pointer.startswith("queue_ptr differs between rank 2 and rank 0 after iteration 7")
+    assert queue.startswith("queue differs between rank 1 and rank 0 after iteration 7")
     # Means over steps and ranks: 0..3 (+ 1) and 11; spread 4 x 0.5 and 1.5.
     assert ast.literal_eval(means) == pytest.approx({"loss": (2.5 * 4 + 11) / 5, "spread": 0.7})
     assert infinite.startswith("The loss is inf at iteration 8:")

@@ -28,9 +28,9 @@ def test_a_key_is_told_with_default_recipes_reasons_and_sources():
     assert "MOCO.MOMENTUM: Section 3.2" in told
     assert "end-to-end" in told  # which reads MoCo's keys
     assert "byol" not in told  # which has no use for it
-    assert told.endswith("on --resume: must be the same")
+    assert told.endswith("on --resume: cannot be changed")
     assert "of --data" not in explain_key("SOLVER.EPOCHS")
-    assert "on --resume: may change, and is told" in explain_key("SOLVER.EPOCHS")
+    assert "on --resume: can be changed; the change is logged" in explain_key("SOLVER.EPOCHS")
     assert FIXED[0] in explain_key(FIXED[0])
     with pytest.raises(UserError, match=r"did you mean SOLVER\.BATCH_SIZE"):
         explain_key("SOLVER.BATCH_SZIE")

@@ -74,10 +74,10 @@ def test_the_script_asks_slurm_for_a_task_a_gpu_and_to_be_requeued(fake_slurm, c
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["partition"], "--slurm takes KEY=VALUE .* and not 'partition'"),
-        (["nodes=two"], "nodes=two: it must be a whole number"),
+        (["partition"], "--slurm takes KEY=VALUE .*, not 'partition'"),
+        (["nodes=two"], "nodes=two: give a whole number"),
         (["partion=gpu"], "Unknown argument 'partion'"),
-        (["nodes=3"], "BATCH_SIZE 256 cannot be shared by the 3 tasks"),
+        (["nodes=3"], "BATCH_SIZE 256 cannot be divided among the 3 tasks"),
     ],
 )
 def test_a_wrong_setting_is_one_sentence(fake_slurm, settings, message):
@@ -98,7 +98,7 @@ def test_a_refusal_and_a_missing_slurm_are_one_sentence(fake_slurm, monkeypatch)
     with pytest.raises(Exception, match="could not be submitted: .*srun"):
         submit(cfg, ["partition=gpu"])
     (fake_slurm / "run" / checkpoint.LAST).touch()
-    with pytest.raises(Exception, match="already holds a run: add --resume"):
+    with pytest.raises(Exception, match="already contains a run: pass --resume"):
         submit(cfg, ["partition=gpu"])
 
 

@@ -96,10 +96,10 @@ def test_iterations_alone_make_a_run(photographs, tmp_path):
         (["--data", "PHOTOS", "SOLVER.BATCH_SIZE", "7"], "cannot be shared by 2 ranks"),
         (["--data", "PHOTOS", "METHOD", "mocco"], "choose one of"),
         (["--data", "PHOTOS", "SOLVER.BASE_LR", "1e30"], "lower SOLVER.BASE_LR"),
-        (["--data", "PHOTOS", "SOLVER.EPOCHS", "0", "SOLVER.MAX_ITER", "0"], "must be above 0"),
+        (["--data", "PHOTOS", "SOLVER.EPOCHS", "0", "SOLVER.MAX_ITER", "0"], "one of them above 0"),
         (["--data", "PHOTOS", "SOLVER.ACCUMULATION_STEPS", "4"], "BN statistics"),
         (["--data", "PHOTOS", "CHECKPOINT.KEEP", "0"], "CHECKPOINT.KEEP is 0"),
-        (["--data", "PHOTOS", "SOLVER.SCHEDULE", "exponential"], "needs the iterations between"),
+        (["--data", "PHOTOS", "SOLVER.SCHEDULE", "exponential"], "number of iterations between"),
         (["--data", "PHOTOS", "--output-dir", "/dev/null/run"], "cannot be written"),
     ],
 )

@@ -69,7 +69,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     code, text = run("--resume", "--data", photographs, "--output-dir", folder, *LONG)
     assert code == 0, text
     assert f"{folder / LAST} is damaged" in text
-    assert "going on from checkpoint_00000006.pth" in text
+    assert "resuming from checkpoint_00000006.pth" in text
     assert_equal_checkpoints(folder / LAST, whole / "1" / LAST)
 
 
@@ -78,7 +78,7 @@ def test_a_run_without_a_whole_checkpoint_is_not_resumed(photographs, whole, tmp
     (folder / LAST).write_bytes(b"")
     code, text = run("--resume", "--data", photographs, "--output-dir", folder, *LONG)
     assert code == 1
-    assert "error: No checkpoint" in text
+    assert "error: All checkpoints" in text
     assert "Traceback" not in text
 
 
@@ -280,7 +280,7 @@ def test_ranks_that_have_drifted_apart_are_noticed_and_not_saved(photographs, tm
     words = ["--data", photographs, "--output-dir", folder, *LONG, "MOCO.QUEUE_SIZE", "1000"]
     drifting = Run(*words, ranks=2, function=perturbed)
     assert drifting.wait() == [1, 1]
-    assert "error: queue is another on rank 1 than on rank 0 after iteration 12" in drifting.text
+    assert "error: queue differs between rank 1 and rank 0 after iteration 12" in drifting.text
     assert "Traceback" not in drifting.text
     assert checkpoint.load(folder / LAST)["step"] == 6
 
@@ -294,8 +294,8 @@ def test_what_has_changed_since_the_checkpoint_is_said(photographs, whole, tmp_p
     )
     assert code == 0, text
     for said in (
-        "was written by 2 ranks and goes on with 1, from the same place in the data",
-        "the data hold 15 images and held 13",
+        "was written by 2 ranks and is resumed on 1, from the same position in the data",
+        "the data now have 15 images instead of 13",
         "SOLVER.MAX_ITER was 18 and is now 14",
         "SOLVER.BASE_LR was",
         "resumed at iteration 12",

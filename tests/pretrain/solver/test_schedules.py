@@ -74,5 +74,5 @@ def test_a_run_is_as_long_as_its_epochs_or_its_iterations(epochs, max_iter, expe
 
 @pytest.mark.parametrize(("epochs", "max_iter"), [(0, 0), (-1, 5), (5, -1)])
 def test_a_run_of_no_length_is_refused(epochs, max_iter):
-    with pytest.raises(UserError, match="must be above 0"):
+    with pytest.raises(UserError, match="set one of them above 0"):
         total_steps(100, batch_size=8, epochs=epochs, max_iter=max_iter)
