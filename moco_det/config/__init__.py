@@ -1,1 +1,1 @@
-"""Protocols: every key with its default and description, and the YAML files that set them."""
+"""Configuration: keys with their defaults and descriptions, and the protocols that set them."""

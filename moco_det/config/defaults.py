@@ -1,4 +1,4 @@
-"""The keys of a config: this project's own beside Detectron2's, and what may be set to what."""
+"""Config keys: this project's additions to Detectron2's, and validation of keys and values."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moco_common.errors import UserError
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
 
-# What a value is called that is not of the default's type.
+# Names of the types of default values, for messages.
 KINDS = {
     bool: "True or False",
     int: "a whole number",
@@ -31,47 +31,48 @@ def add_moco_det_config(cfg: CfgNode) -> None:
     """Add this project's keys to a Detectron2 config, in place."""
     # Name of the protocol that the run follows ("VOC", "COCO-FPN-1x-random"); set by load_config.
     cfg.PROTOCOL = ""
-    # Where a protocol comes from (paper, section), and what in it is not confirmed.
+    # Source of the protocol (paper, section), and settings that it does not confirm.
     cfg.SOURCE = ""
-    # Converted file whose architecture and pixel statistics the model takes, but not its weights:
-    # the way to compare random weights in the very network that given weights have.
+    # Converted file that gives the model its architecture and pixel statistics, but no weights: for
+    # a baseline of random weights in the same network.
     cfg.MODEL.ARCHITECTURE_FROM = ""
-    # Class names of own data, in the order of the classifier; empty for Detectron2's data sets.
+    # Class names of custom data, in the order of the classifier; empty for Detectron2's data sets.
     cfg.DATASETS.CLASSES = []
-    # Share of the training images that is used, in (0, 1]: stratified by class, the smaller inside
-    # the larger, and the same for every run's SEED.
+    # Share of the training images that is used, in (0, 1]. The subset is stratified by class, is
+    # contained in those of larger shares, and does not depend on SEED.
     cfg.DATASETS.LABEL_SHARE = 1.0
-    # Which of the possible subsets of that share.
+    # Seed of the subset of LABEL_SHARE.
     cfg.DATASETS.LABEL_SEED = 0
-    # Whether anything wrong in own data is an error instead of an entry in the report.
+    # Treat problems in custom data as errors instead of reporting them.
     cfg.DATASETS.STRICT = False
-    # Range of the random scale, relative to the image, before INPUT.CROP: semantic segmentation.
+    # Range of the random scale, relative to the image, before INPUT.CROP (semantic segmentation).
     cfg.INPUT.SCALE_TRAIN = []
-    # Channels of the 3x3 convolution behind a dilated res5 (build_resnet_dc5_backbone).
+    # Channels of the 3x3 convolution after a dilated res5 (build_resnet_dc5_backbone).
     cfg.MODEL.DC5_CHANNELS = 512
-    # FCNHead: 3x3 convolutions before the classifier, and their dilation.
+    # FCNHead: number of 3x3 convolutions before the classifier, and their dilation.
     cfg.MODEL.SEM_SEG_HEAD.NUM_CONV = 2
     cfg.MODEL.SEM_SEG_HEAD.DILATION = 6
-    # Forward and backward passes of one optimisation step: each sees IMS_PER_BATCH / (processes *
-    # ACCUMULATION_STEPS) images. Equal to as many more processes, but BN sees one pass only.
+    # Number of forward and backward passes per optimisation step, each with IMS_PER_BATCH /
+    # (processes * ACCUMULATION_STEPS) images. Equivalent to that many times more processes, except
+    # that BN sees one pass at a time.
     cfg.SOLVER.ACCUMULATION_STEPS = 1
-    # With SOLVER.AMP.ENABLED: "float16" (GPU only, Detectron2's) or "bfloat16".
+    # Precision with SOLVER.AMP.ENABLED: "float16" (Detectron2's, GPU only) or "bfloat16".
     cfg.SOLVER.AMP.PRECISION = "float16"
-    # Keep weights and activations channels last in memory: the same numbers, often faster.
+    # Use the channels-last memory format for weights and activations, which is often faster.
     cfg.SOLVER.CHANNELS_LAST = False
-    # Whether the worst batch is tried before training: "auto" (on a GPU), "always", "only" (then
-    # stop) or "never".
+    # Trial of the largest batch before training: "auto" (on a GPU), "always", "only" (then stop) or
+    # "never".
     cfg.PREFLIGHT = "auto"
-    # Iterations between two lines of progress (and two lines of metrics.json).
+    # Number of iterations between two progress lines (and two lines of metrics.json).
     cfg.LOG_PERIOD = 20
-    # Every run is repeatable: a negative seed (Detectron2's default) would draw one from the clock.
+    # Seed of the run. A negative one, Detectron2's default, would be replaced by the clock's.
     cfg.SEED = 1
-    # Data loading competes with the step where there are few cores.
+    # Number of data-loading workers per process; on few cores, they compete with the training.
     cfg.DATALOADER.NUM_WORKERS = 2
 
 
 def default_config() -> CfgNode:
-    """Detectron2's defaults and this project's own keys."""
+    """Return Detectron2's defaults with this project's keys added."""
     from detectron2.config import get_cfg  # takes seconds, and no key check needs it
 
     cfg = get_cfg()
@@ -81,7 +82,7 @@ def default_config() -> CfgNode:
 
 @cache
 def key_names() -> tuple[str, ...]:
-    """The names of all keys, read from Detectron2's source because importing it takes seconds."""
+    """Return the names of all keys, read from Detectron2's source: importing it takes seconds."""
     package = find_spec("detectron2")
     assert package is not None
     assert package.origin is not None
@@ -93,8 +94,11 @@ def key_names() -> tuple[str, ...]:
 
 
 def _assigned(source: str, root: str) -> Iterator[str]:
-    """The keys that a source sets: MODEL.DEVICE by ``_C.MODEL.DEVICE = "cuda"``, and SOLVER.AMP's
-    ENABLED by ``_C.SOLVER.AMP = CN({"ENABLED": False})``."""
+    """Yield the keys that source code assigns to a root.
+
+    ``_C.MODEL.DEVICE = "cuda"`` gives MODEL.DEVICE, and ``_C.SOLVER.AMP = CN({"ENABLED": False})``
+    gives SOLVER.AMP.ENABLED.
+    """
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Assign):
             continue
@@ -114,14 +118,14 @@ def check_pairs(overrides: Sequence[str]) -> None:
     """
     if len(overrides) % 2:
         raise UserError(
-            f"overrides come as KEY VALUE pairs, but {overrides[-1]!r} has no partner in "
-            f"'{' '.join(overrides)}'."
+            f"overrides are KEY VALUE pairs, but {overrides[-1]!r} has no partner: write pairs "
+            f"such as `SOLVER.IMS_PER_BATCH 8`."
         )
     check_keys(overrides[::2], where="the command line")
 
 
 def apply_overrides(cfg: CfgNode, overrides: Sequence[str]) -> list[str]:
-    """Apply ``[KEY, VALUE, KEY, VALUE, ...]`` in place; returns the keys.
+    """Apply ``[KEY, VALUE, KEY, VALUE, ...]`` in place; return the keys.
 
     Raises:
         UserError: a key without a value, an unknown key, or a value of the wrong type.
@@ -131,7 +135,7 @@ def apply_overrides(cfg: CfgNode, overrides: Sequence[str]) -> list[str]:
     for key, value in zip(keys, overrides[1::2], strict=True):
         was = flatten(cfg)[key]
         if isinstance(was, float) and value.lstrip("+-").isdigit():
-            value += ".0"  # yacs takes no int for a float: WEIGHT_DECAY 0
+            value += ".0"  # yacs accepts no int for a float: WEIGHT_DECAY 0
         try:
             cfg.merge_from_list([key, value])
         except (ValueError, AssertionError) as error:
@@ -140,7 +144,7 @@ def apply_overrides(cfg: CfgNode, overrides: Sequence[str]) -> list[str]:
 
 
 def flatten(cfg: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"SOLVER": {"BASE_LR": 0.02}}`` -> ``{"SOLVER.BASE_LR": 0.02}``."""
+    """Flatten ``{"SOLVER": {"BASE_LR": 0.02}}`` to ``{"SOLVER.BASE_LR": 0.02}``."""
     flat: dict[str, Any] = {}
     for key, value in cfg.items():
         if isinstance(value, Mapping):
@@ -151,7 +155,7 @@ def flatten(cfg: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def check_keys(keys: Iterable[str], where: str, lines: Mapping[str, int] | None = None) -> None:
-    """Refuse a key that no config has (``UserError``), naming the nearest, and the line."""
+    """Raise ``UserError`` for an unknown key, with the nearest known keys and its line."""
     known = key_names()
     for key in keys:
         if key not in known:
@@ -164,10 +168,10 @@ def check_keys(keys: Iterable[str], where: str, lines: Mapping[str, int] | None 
 
 
 def check_values(nested: dict[str, Any], where: str, lines: Mapping[str, int]) -> dict[str, Any]:
-    """The values, with whole numbers made floats where the key takes one (``BASE_LR: 1``).
+    """Check the types of values; return them with integers converted for float keys.
 
     Raises:
-        UserError: a value of the wrong type, with its line.
+        UserError: a value has the wrong type; the message gives its line.
     """
     default = flatten(default_config())
 
@@ -187,7 +191,7 @@ def check_values(nested: dict[str, Any], where: str, lines: Mapping[str, int]) -
 
 
 def _try(key: str, value: Any, was: Any, where: str) -> None:
-    """Yacs takes a value for a key, or `UserError`."""
+    """Raise `UserError` if yacs does not accept a value for a key."""
     from detectron2.config import CfgNode
 
     node = CfgNode({"KEY": was})
@@ -210,5 +214,5 @@ SEMANTIC = "SemanticSegmentor"
 
 
 def is_semantic_model(cfg: CfgNode) -> bool:
-    """Whether the model gives each pixel a class, instead of finding objects."""
+    """Return True if the model does semantic segmentation rather than detection."""
     return bool(cfg.MODEL.META_ARCHITECTURE == SEMANTIC)

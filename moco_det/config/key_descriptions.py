@@ -1,6 +1,6 @@
-"""What the keys of a config decide, and what it costs to change them: one sentence a group.
+"""Descriptions of groups of config keys, and of the effect of changing them.
 
-The same sentences stand in ``train_net --explain``, in ``results.json`` and in the report.
+``train_net --explain``, ``results.json`` and the report all use these sentences.
 """
 
 from dataclasses import dataclass
@@ -12,9 +12,13 @@ from moco_det.config.protocols import HOUSEKEEPING, deviations, get_protocol, sp
 
 @dataclass(frozen=True)
 class Meaning:
-    """What a group of keys decides, and what it means that a run has changed one of them.
+    """The description of a group of keys.
 
-    A key that ends in ``*`` stands for all that begin like it; the longest match counts.
+    Attributes:
+        keys: the keys of the group; one that ends in ``*`` stands for all keys with that prefix.
+            The longest match applies.
+        decides: what the keys determine.
+        changed: the effect of a value that differs from the protocol's.
     """
 
     keys: tuple[str, ...]
@@ -33,46 +37,50 @@ MEANINGS = (
             "INPUT.MASK_FORMAT",
             "TEST.KEYPOINT_OKS_SIGMAS",
         ),
-        "Which images are trained and tested on, and what is annotated in them.",
-        "Other data: comparable with other runs on these data, with no published number.",
+        "The images for training and testing, and what is annotated in them.",
+        "The data differ: results are comparable with other runs on these data, but not with "
+        "published numbers.",
     ),
     Meaning(
         ("DATASETS.LABEL_SHARE", "DATASETS.LABEL_SEED"),
-        "How many of the training images are used, drawn by class and the same in every run.",
-        "Another set of labels: fewer labels cost AP, and favour good weights over random ones.",
+        "The number of training images used, sampled by class and identical in every run.",
+        "The set of labels differs: fewer labels lower AP, and favour good weights over random "
+        "ones.",
     ),
     Meaning(
         ("SOLVER.IMS_PER_BATCH",),
-        "Images in one step, over all processes.",
-        "Another batch: with learning rate and length scaled along, as many images are seen, and "
-        "AP stays unless a process has fewer than two images, of which BN makes poor statistics.",
+        "The number of images per step, over all processes.",
+        "The batch size differs: with learning rate and length scaled accordingly, as many images "
+        "are seen, and AP stays the same unless a process has fewer than two images, which give "
+        "poor BN statistics.",
     ),
     Meaning(
         ("SOLVER.ACCUMULATION_STEPS",),
-        "How many forward passes a step is made of, where the batch does not fit at once.",
-        "The same gradients up to BN, which sees one pass at a time.",
+        "The number of forward passes per step, for a batch that does not fit into memory.",
+        "The gradients are the same, except that BN sees one pass at a time.",
     ),
     Meaning(
         ("SOLVER.BASE_LR", "SOLVER.WARMUP_ITERS", "SOLVER.WARMUP_FACTOR", "SOLVER.GAMMA"),
-        "The learning rate and how it begins and falls.",
-        "Another learning rate, which does not follow the batch: AP moves by points, and by more "
-        "for one kind of weights than for another.",
+        "The learning rate, its warm-up and its decay.",
+        "The learning rate differs, not in proportion to the batch: AP changes by whole points, "
+        "and by more for some kinds of weights than for others.",
     ),
     Meaning(
         ("SOLVER.MAX_ITER", "SOLVER.STEPS"),
-        "How long the run is, and when the learning rate falls.",
-        "Another length: a shorter run leaves a larger gap between good and random weights, a "
+        "The length of the run, and the iterations at which the learning rate falls.",
+        "The length differs: a shorter run widens the gap between good and random weights, a "
         "longer one closes it.",
     ),
     Meaning(
         ("SOLVER.*",),
-        "How the weights are optimised.",
-        "Another optimiser: only runs that share it can be compared.",
+        "The optimisation of the weights.",
+        "The optimiser differs: compare only with runs that share it.",
     ),
     Meaning(
         ("SOLVER.AMP.*",),
-        "Half precision in forward and backward.",
-        "Faster on a GPU, the same AP within its spread.",
+        "Half precision in the forward and backward passes.",
+        "The precision differs: half precision is faster on a GPU, and AP is the same within its "
+        "spread.",
     ),
     Meaning(
         (
@@ -82,8 +90,8 @@ MEANINGS = (
             "MODEL.RESNETS.STEM_OUT_CHANNELS",
             "MODEL.RESNETS.RES2_OUT_CHANNELS",
         ),
-        "The backbone's depth and width, taken from the weights file.",
-        "Another backbone than ResNet-50: compare it with runs of the same backbone.",
+        "The depth and width of the backbone, taken from the weights file.",
+        "The backbone is not a ResNet-50: compare with runs of the same backbone.",
     ),
     Meaning(
         (
@@ -92,9 +100,10 @@ MEANINGS = (
             "INPUT.FORMAT",
             "MODEL.RESNETS.STRIDE_IN_1X1",
         ),
-        "The layout that the weights were trained in: colour order, pixel scale, where the stride "
-        "is.",
-        "Taken from the weights file, as it must be: wrong statistics cost AP without an error.",
+        "The layout that the weights were trained in: colour order, pixel scale, position of the "
+        "stride.",
+        "The layout is taken from the weights file, as it must be: a wrong one lowers AP without "
+        "an error.",
     ),
     Meaning(
         (
@@ -104,70 +113,71 @@ MEANINGS = (
             "MODEL.ROI_MASK_HEAD.NORM",
             "MODEL.SEM_SEG_HEAD.NORM",
         ),
-        "Which layers are normalised, over which images.",
-        "Another normalisation: self-supervised weights depend on BN being tuned, synchronised "
-        "and recomputed before evaluation.",
+        "The normalisation layers, and the images they are computed over.",
+        "The normalisation differs: self-supervised weights depend on BN being trained, "
+        "synchronised and recomputed before evaluation.",
     ),
     Meaning(
         ("TEST.PRECISE_BN.*",),
-        "Over how many training images BN's statistics are taken anew before an evaluation: "
-        "NUM_ITER batches. With another batch NUM_ITER follows, so that the images stay as many.",
-        "Other images under BN's statistics: of fewer the statistics are noisier, and AP with "
-        "them; without any they lag behind the weights.",
+        "The recomputation of BN statistics before an evaluation, from NUM_ITER batches of "
+        "training images. NUM_ITER follows the batch size, so that the number of images stays "
+        "the same.",
+        "The BN statistics come from a different number of images: from fewer images they are "
+        "noisier, and AP with them; without any, they lag behind the weights.",
     ),
     Meaning(
         ("MODEL.BACKBONE.FREEZE_AT",),
-        "How much of the backbone is frozen.",
-        "Frozen layers favour supervised weights, for which freezing was found.",
+        "The part of the backbone that is frozen.",
+        "Frozen layers favour supervised weights, for which freezing was introduced.",
     ),
     Meaning(
         ("INPUT.*",),
         "The size of the images and their augmentation.",
-        "Other images: smaller ones cost AP, of small objects most.",
+        "The images differ: smaller ones lower AP, most of all that of small objects.",
     ),
     Meaning(
         ("MODEL.RPN.*", "MODEL.PROPOSAL_GENERATOR.*", "MODEL.ANCHOR_GENERATOR.*"),
-        "The proposals: anchors, how many are sampled and kept.",
-        "Other proposals: fewer are faster and cost recall.",
+        "The proposals: their anchors, and how many are sampled and kept.",
+        "The proposals differ: fewer are faster, but lower recall.",
     ),
     Meaning(
         ("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "MODEL.ROI_HEADS.POSITIVE_FRACTION"),
-        "Which regions the heads are trained on.",
-        "Fewer regions an image: faster, and noisier gradients.",
+        "The regions that the heads are trained on.",
+        "The regions differ: fewer per image are faster, but make the gradients noisier.",
     ),
     Meaning(
         ("MODEL.*",),
         "The network.",
-        "Another network: its heads alone move the AP of every kind of weights, so it needs its "
-        "own baselines.",
+        "The network differs: a change of the heads alone moves the AP of all kinds of weights, so "
+        "it needs its own baselines.",
     ),
     Meaning(
         ("DATALOADER.*",),
-        "Which images come how often.",
-        "Images come in other proportions; rare classes feel it most.",
+        "The sampling of the training images.",
+        "Images are sampled in different proportions, which affects rare classes most.",
     ),
     Meaning(
         ("TEST.*",),
-        "How the model is evaluated.",
-        "Another evaluation of the same model: not comparable with published numbers.",
+        "The evaluation of the model.",
+        "The evaluation differs: results are not comparable with published numbers.",
     ),
     Meaning(
         tuple(sorted(HOUSEKEEPING)),
-        "How and where a run is done, not what is measured.",
-        "Nothing of the protocol.",
+        "How and where a run is executed, not what it measures.",
+        "The protocol stays the same.",
     ),
 )
 STARTS = {
-    "moco": "self-supervised weights, from a converted file",
+    "moco": "self-supervised weights (a converted file)",
     "supervised": "weights trained on ImageNet's labels (Detectron's ResNet-50)",
-    "random": "random weights, in the same network",
+    "random": "random weights in the same network",
 }
 BATCH = "SOLVER.IMS_PER_BATCH"
-OTHER = Meaning(("*",), "A key of Detectron2.", "It is not as the protocol has it.")
+OTHER = Meaning(("*",), "A key of Detectron2.", "The value differs from the protocol's.")
 
 
 def meaning(key: str) -> Meaning:
-    """The group that a key belongs to: the one that names it most exactly."""
+    """Return the group of a key: the one with the longest match."""
 
     def exactness(pattern: str) -> int:
         if pattern == key:
@@ -179,9 +189,9 @@ def meaning(key: str) -> Meaning:
 
 
 def explanation(cfg: CfgNode) -> list[str]:
-    """A resolved run in sentences: protocol, start, source, then one for each kind of deviation.
+    """Describe a resolved config: protocol, initialisation, source, one line per kind of deviation.
 
-    Without a protocol there is nothing to explain: an empty list.
+    The list is empty for a config that follows no protocol.
     """
     if not cfg.PROTOCOL:
         return []
@@ -196,18 +206,18 @@ def explanation(cfg: CfgNode) -> list[str]:
         key = line.split(" ", 1)[0]
         groups.setdefault(meaning(BATCH if key in followers else key), []).append(line)
     if not groups:
-        return [*said, "It follows the protocol in everything."]
+        return [*said, "The run follows the protocol in every setting."]
     return [*said, *(f"{', '.join(lines)}: {group.changed}" for group, lines in groups.items())]
 
 
 def _follow_the_batch(cfg: CfgNode) -> set[str]:
-    """The keys of schedule and PreciseBN, where they are the protocol's scaled with the batch."""
+    """Return the keys of the schedule and PreciseBN whose values are scaled with the batch."""
     protocol = get_protocol(cfg.PROTOCOL)
     solver, reference = cfg.SOLVER, protocol.SOLVER
     ratio = solver.IMS_PER_BATCH / reference.IMS_PER_BATCH
 
     def scaled(new: float, old: float) -> bool:
-        return bool(abs(new * ratio - old) <= max(1.0, ratio))  # iterations are whole
+        return bool(abs(new * ratio - old) <= max(1.0, ratio))  # iterations are whole numbers
 
     fits = (
         abs(solver.BASE_LR - reference.BASE_LR * ratio) <= 1e-6 * reference.BASE_LR
@@ -219,10 +229,10 @@ def _follow_the_batch(cfg: CfgNode) -> set[str]:
     keys = {f"SOLVER.{key}" for key in ("BASE_LR", "MAX_ITER", "STEPS", "WARMUP_ITERS") if fits}
     images = cfg.TEST.PRECISE_BN.NUM_ITER * solver.IMS_PER_BATCH
     missing = protocol.TEST.PRECISE_BN.NUM_ITER * reference.IMS_PER_BATCH - images
-    whole = 0 <= -missing < solver.IMS_PER_BATCH  # batches, rounded up
+    whole = 0 <= -missing < solver.IMS_PER_BATCH  # the number of batches is rounded up
     return keys | ({"TEST.PRECISE_BN.NUM_ITER"} if whole else set())
 
 
 def end_sentence(text: str) -> str:
-    """The text with a full stop, unless it ends a sentence already."""
+    """Append a full stop unless the text already ends a sentence."""
     return text if text.endswith((".", "!", "?")) else text + "."

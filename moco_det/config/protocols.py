@@ -1,9 +1,9 @@
-"""Names -> Detectron2 configs. A protocol is a fixed thing; what a run changes in it is listed.
+"""Protocols: named Detectron2 configs, and the deviations of a run from them.
 
-``VOC``, ``COCO-C4-1x``, ... stand in ``configs/detection``; each has the siblings ``NAME-moco``
-(the same as ``NAME``), ``NAME-supervised`` and ``NAME-random``, which differ from it in nothing
-but what the layout of the weights requires. ``NAME-GN`` and its siblings have group norm wherever
-``NAME`` has batch norm.
+The protocols (``VOC``, ``COCO-C4-1x``, ...) are in ``configs/detection``. Each has the variants
+``NAME-moco`` (the same as ``NAME``), ``NAME-supervised`` and ``NAME-random``, which differ from it
+only in what the layout of the weights requires. ``NAME-GN`` and its variants have group norm
+wherever ``NAME`` has batch norm.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from detectron2.config import CfgNode
 
 INITIALISATIONS = ("moco", "supervised", "random")
-GROUP_NORM = "GN"  # the suffix of a protocol, and Detectron2's name of the norm
-# Keys that say how and where a run is done, not what is measured.
+GROUP_NORM = "GN"  # suffix of a protocol's name, and Detectron2's name for the norm
+# Keys for how and where a run is executed, which do not affect what it measures.
 HOUSEKEEPING = frozenset(
     {
         "VERSION",
@@ -56,25 +56,25 @@ HOUSEKEEPING = frozenset(
 
 
 def configs_dir() -> Path:
-    """Folder of the protocols: inside the installed package, else in the checkout beside it."""
+    """Return the folder of the protocols: in the installed package, or beside it in a checkout."""
     package = Path(__file__).resolve().parents[1]
     installed = package / "configs"
     return installed if installed.is_dir() else package.parent / "configs" / "detection"
 
 
 def protocol_names() -> list[str]:
-    """Names of the protocols, without their siblings. Parts of protocols begin with ``_``."""
+    """Return the names of the protocols, without variants or shared parts (``_*.yaml``)."""
     return sorted(p.stem for p in configs_dir().glob("*.yaml") if not p.stem.startswith("_"))
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """``"VOC-GN-random"`` -> ``("VOC-GN", "random")``; else the weights are ``"moco"``."""
+    """Split ``"VOC-GN-random"`` into ``("VOC-GN", "random")``; the default is ``"moco"``."""
     base, _, suffix = name.rpartition("-")
     return (base, suffix) if base and suffix in INITIALISATIONS else (name, "moco")
 
 
 def get_protocol(name: str) -> CfgNode:
-    """The config of a protocol or of one of its siblings (``UserError``: there is none)."""
+    """Return the config of a protocol or variant; raise ``UserError`` if there is none."""
     cfg = default_config()
     cfg.merge_from_other_cfg(type(cfg)(_read_protocol(name)))
     return cfg
@@ -99,13 +99,14 @@ def check_request(name_or_file: str | None, overrides: Sequence[str]) -> None:
 
 
 def load_config(name_or_file: str, overrides: Sequence[str] = ()) -> CfgNode:
-    """The config of a protocol or of a YAML file, with ``KEY VALUE`` overrides applied.
+    """Load the config of a protocol or a YAML file, and apply ``KEY VALUE`` overrides.
 
-    A file states its differences from the defaults, or from its ``_BASE_``: a file, a protocol's
-    name, or a list of them. Only plain YAML is read: a Python tag is refused, never evaluated.
+    A file states its differences from the defaults or from its ``_BASE_``, which is a file, the
+    name of a protocol, or a list of these. Only plain YAML is read: Python tags are rejected.
 
     Raises:
-        UserError: unknown name, key or base, unreadable file, or a value of the wrong type.
+        UserError: a name, key or base is unknown, a file is unreadable, or a value has the wrong
+            type.
     """
     path = Path(name_or_file).expanduser()
     if path.suffix in (".yaml", ".yml"):
@@ -117,13 +118,13 @@ def load_config(name_or_file: str, overrides: Sequence[str] = ()) -> CfgNode:
     if cfg.MODEL.LOAD_PROPOSALS:
         raise UserError(
             "MODEL.LOAD_PROPOSALS makes Detectron2 unpickle DATASETS.PROPOSAL_FILES_*, which can "
-            "run code: leave it out; the protocols make their own proposals."
+            "execute code: remove it; the models of all protocols generate their own proposals."
         )
     return cfg
 
 
 def stated_keys(name_or_file: str) -> list[str]:
-    """Keys that a YAML file and the files it is based on state themselves; none for a protocol."""
+    """Return the keys set in a YAML file and its base files; none for a protocol."""
     path = Path(name_or_file).expanduser()
     if path.suffix not in (".yaml", ".yml"):
         return []
@@ -137,7 +138,7 @@ def stated_keys(name_or_file: str) -> list[str]:
 
 
 def differences(old: CfgNode, new: CfgNode) -> list[str]:
-    """``KEY OLD -> NEW`` for every key whose value differs, in the order of the keys."""
+    """Return ``KEY OLD -> NEW`` for every key whose value differs, sorted by key."""
     before, after = flatten(old), flatten(new)
     return [
         f"{key} {_show(before.get(key))} -> {_show(after[key])}"
@@ -147,9 +148,9 @@ def differences(old: CfgNode, new: CfgNode) -> list[str]:
 
 
 def deviations(cfg: CfgNode) -> list[str]:
-    """What a resolved config changes in the protocol that it names; housekeeping left out.
+    """Return the deviations of a resolved config from its protocol, without housekeeping keys.
 
-    A config that follows no protocol has none to deviate from: an empty list.
+    The list is empty for a config that follows no protocol.
     """
     if not cfg.PROTOCOL:
         return []
@@ -171,9 +172,9 @@ def _file_name(name: str) -> str:
     if plain not in protocol_names():
         nearest = difflib.get_close_matches(plain, protocol_names(), n=1, cutoff=0.0)
         raise UserError(
-            f"no protocol is called {name!r}; did you mean {nearest[0] if nearest else '?'}? There "
-            f"are {', '.join(protocol_names())}, each also with -GN, and with -moco, -supervised "
-            "or -random, or give a .yaml file."
+            f"no protocol is called {name!r}; did you mean {nearest[0] if nearest else '?'}? "
+            f"Choose one of {', '.join(protocol_names())}, optionally with -GN and with -moco, "
+            "-supervised or -random, or give a .yaml file."
         )
     return plain
 
@@ -191,11 +192,11 @@ def _read_protocol(name: str) -> dict[str, Any]:
 
 
 def _to_group_norm(config: dict[str, Any], plain: str) -> None:
-    """Group norm (Wu and He 2018) where the protocol has batch norm, and only there, in place."""
+    """Replace batch norm by group norm (Wu and He 2018), in place."""
     for section in config["MODEL"].values():
         if isinstance(section, dict) and section.get("NORM"):
             section["NORM"] = GROUP_NORM
-    config["TEST"]["PRECISE_BN"]["ENABLED"] = False  # there are no statistics to take anew
+    config["TEST"]["PRECISE_BN"]["ENABLED"] = False  # group norm has no running statistics
     config["SOURCE"] = (
         f"a variant of this project's own, published nowhere: {plain} with group norm (Wu and He "
         "2018, arXiv:1803.08494) in the place of batch norm, for fewer than two images a process"
@@ -203,10 +204,10 @@ def _to_group_norm(config: dict[str, Any], plain: str) -> None:
 
 
 def _read_yaml(path: Path, inside: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Nested dict of a file over its ``_BASE_``, read with YAML's safe loader."""
+    """Read a file, merged into its ``_BASE_``, as a nested dict by YAML's safe loader."""
     path = path.resolve()
     if path in inside:
-        raise UserError(f"{path} is its own _BASE_ (through {inside[-1]}): break the circle.")
+        raise UserError(f"{path} is its own _BASE_ (through {inside[-1]}): break the cycle.")
     own, lines = read_yaml(path)
     bases = own.pop("_BASE_", [])
     check_keys(flatten(own), str(path), lines)
@@ -221,7 +222,7 @@ def _read_yaml(path: Path, inside: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def _update(base: dict[str, Any], other: Mapping[str, Any]) -> None:
-    """Merge nested ``other`` into ``base``, in place; ``other`` wins."""
+    """Merge nested ``other`` into ``base``, in place; ``other`` takes precedence."""
     for key, value in other.items():
         if isinstance(value, Mapping) and isinstance(base.get(key), dict):
             _update(base[key], value)

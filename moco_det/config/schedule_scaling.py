@@ -1,4 +1,4 @@
-"""One schedule for any batch: what changes when the protocol's batch does not fit."""
+"""Scaling of a protocol's schedule to a different batch size."""
 
 import math
 from collections.abc import Collection
@@ -9,39 +9,39 @@ from detectron2.engine import DefaultTrainer
 from moco_common.errors import UserError
 from moco_det.config.protocols import differences
 
-# Longest warm-up, as a part of a schedule that the user has cut short.
+# Longest warm-up, as a fraction of a schedule that the user has shortened.
 MAX_WARMUP_FRACTION = 0.1
 
 
 def scale_schedule(
     cfg: CfgNode, reference: CfgNode, explicit: Collection[str], num_workers: int
 ) -> tuple[CfgNode, list[str]]:
-    """Scale learning rate, length, steps and warm-up with the batch.
+    """Scale learning rate, length, steps and warm-up with the batch size.
 
-    Twice the batch takes twice the learning rate and half the iterations (Goyal et al. 2017,
-    "ImageNet in 1 Hour"); Detectron2's ``auto_scale_workers`` does the arithmetic. It is used
+    Twice the batch size means twice the learning rate and half the iterations (Goyal et al. 2017,
+    "ImageNet in 1 Hour"), as computed by Detectron2's ``auto_scale_workers``:
 
-    * as Detectron2 uses it, where ``SOLVER.REFERENCE_WORLD_SIZE`` is set: the config is meant for
-      that many processes, and everything scales with ``num_workers``;
-    * else where ``SOLVER.IMS_PER_BATCH`` differs from the reference's: everything scales with the
-      batch, except the keys that the user has set and the period of the checkpoints.
+    * If ``SOLVER.REFERENCE_WORLD_SIZE`` is set, the config is meant for that many processes, and
+      everything is scaled to ``num_workers``, as in Detectron2.
+    * Otherwise, if ``SOLVER.IMS_PER_BATCH`` differs from the reference, everything is scaled with
+      the batch size, except the keys set by the user and the checkpoint period.
 
-    PreciseBN sees as many images as in the reference, in more or fewer batches.
+    The number of PreciseBN batches is adapted to keep its number of images.
 
-    A ``MAX_ITER`` that the user has set moves ``STEPS`` along, at the same fractions, and keeps the
-    warm-up within a tenth of it.
+    If the user has set ``MAX_ITER``, ``STEPS`` move to the same fractions of it, and the warm-up is
+    limited to a tenth of it.
 
     Args:
         cfg: the config with the user's overrides applied.
-        reference: the config before them.
-        explicit: the keys that the user has set.
-        num_workers: how many processes train.
+        reference: the config without them.
+        explicit: the keys set by the user.
+        num_workers: number of training processes.
 
     Returns:
-        The scaled config (a copy), and one ``KEY OLD -> NEW`` for each key that was scaled here.
+        The scaled config (a copy), and ``KEY OLD -> NEW`` for each key scaled here.
 
     Raises:
-        UserError: an empty batch, or one that is no multiple of ``SOLVER.REFERENCE_WORLD_SIZE``.
+        UserError: the batch is empty, or no multiple of ``SOLVER.REFERENCE_WORLD_SIZE``.
     """
     scaled = cfg.clone()
     scaled.defrost()
@@ -51,8 +51,9 @@ def scale_schedule(
     if solver.REFERENCE_WORLD_SIZE > 0:
         if solver.IMS_PER_BATCH % solver.REFERENCE_WORLD_SIZE:
             raise UserError(
-                f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} cannot be shared by "
-                f"SOLVER.REFERENCE_WORLD_SIZE {solver.REFERENCE_WORLD_SIZE} processes."
+                f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} cannot be divided among "
+                f"SOLVER.REFERENCE_WORLD_SIZE {solver.REFERENCE_WORLD_SIZE} processes: choose a "
+                "multiple."
             )
         scaled = DefaultTrainer.auto_scale_workers(scaled, num_workers)
     elif solver.IMS_PER_BATCH != reference.SOLVER.IMS_PER_BATCH:

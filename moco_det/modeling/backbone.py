@@ -1,4 +1,4 @@
-"""The dilated C5 backbone. Importing this module registers it by name."""
+"""The dilated C5 backbone. Importing this module registers it."""
 
 from detectron2.config import CfgNode
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
@@ -9,16 +9,17 @@ from torch import Tensor, nn
 
 
 class DilatedC5(Backbone):
-    """A ResNet's res5, then one 3x3 convolution with normalisation and ReLU to fewer channels.
+    """A ResNet up to res5, followed by a 3x3 convolution to fewer channels, a norm and ReLU.
 
-    MoCo's R50-dilated-C5 (He et al. 2020, appendix on the detection backbone): res5 has dilation 2
-    and stride 1, so that everything happens at stride 16. Detectron2's DC5 has no such convolution;
-    its heads see res5's 2,048 channels.
+    This is MoCo's R50-dilated-C5 (He et al. 2020, appendix on the detection backbone): res5 has
+    dilation 2 and stride 1, so that the output has stride 16. Detectron2's DC5 lacks the extra
+    convolution; its heads see the 2,048 channels of res5.
 
     Args:
-        bottom_up: a backbone with the one feature ``res5``.
-        channels: of the feature ``dc5``, this backbone's only one.
-        norm: of the convolution, as ``detectron2.layers.get_norm`` takes it.
+        bottom_up: a backbone with the single output feature ``res5``.
+        channels: number of channels of ``dc5``, the only output feature.
+        norm: normalisation after the convolution, in the notation of
+            ``detectron2.layers.get_norm``.
     """
 
     def __init__(self, bottom_up: Backbone, channels: int, norm: str) -> None:
@@ -38,16 +39,16 @@ class DilatedC5(Backbone):
         self.shape = ShapeSpec(channels=channels, stride=res5.stride)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """``images`` (N, 3, H, W) float -> ``{"dc5": (N, channels, H / 16, W / 16)}``."""
+        """Compute ``{"dc5": (N, channels, H / 16, W / 16)}`` from images (N, 3, H, W) float."""
         return {"dc5": self.conv(self.bottom_up(images)["res5"])}
 
     def output_shape(self) -> dict[str, ShapeSpec]:
-        """Channels and stride of ``dc5``."""
+        """Return the channels and the stride of ``dc5``."""
         return {"dc5": self.shape}
 
 
 @BACKBONE_REGISTRY.register()
 def build_resnet_dc5_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> DilatedC5:
-    """:class:`DilatedC5` of ``MODEL.RESNETS`` with ``MODEL.DC5_CHANNELS``."""
+    """Build :class:`DilatedC5` from ``MODEL.RESNETS`` and ``MODEL.DC5_CHANNELS``."""
     bottom_up = build_resnet_backbone(cfg, input_shape)
     return DilatedC5(bottom_up, cfg.MODEL.DC5_CHANNELS, cfg.MODEL.RESNETS.NORM)

@@ -1,4 +1,4 @@
-"""The detector of a protocol: built for this machine, filled from a file, nothing in it frozen."""
+"""Construction of a protocol's detector for this machine, with no layer frozen."""
 
 import logging
 
@@ -17,38 +17,39 @@ SYNCHRONISED = ("SyncBN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
 
 
 def assert_all_trained(model: nn.Module, freeze_at: int) -> None:
-    """Refuse a model in which any layer or batch norm is frozen.
+    """Check that no layer or batch norm of a model is frozen.
 
     Raises:
-        UserError: naming the config key that froze it.
+        UserError: a layer is frozen; the message names the config key that froze it.
     """
     if freeze_at != 0:
         raise UserError(
-            f"MODEL.BACKBONE.FREEZE_AT is {freeze_at}, but a transfer trains every layer: set it "
-            "to 0."
+            f"MODEL.BACKBONE.FREEZE_AT is {freeze_at}, but fine-tuning here trains every layer: "
+            "set it to 0."
         )
     for name, module in model.named_modules():
         if isinstance(module, FrozenBatchNorm2d):
             key = "FPN" if ".fpn_" in name else "RESNETS"
             raise UserError(
-                f"MODEL.{key}.NORM is FrozenBN (in {name}), but a transfer trains every BN: use "
-                "SyncBN, naiveSyncBN or BN."
+                f"MODEL.{key}.NORM is FrozenBN (in {name}), but fine-tuning here trains every BN: "
+                "use SyncBN, naiveSyncBN or BN."
             )
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     if frozen:
         raise UserError(
-            f"{counted(len(frozen), 'parameter')} would not be trained, the first is {frozen[0]}."
+            f"{counted(len(frozen), 'parameter')} would not be trained, first {frozen[0]}: choose "
+            "modules that train all their parameters."
         )
 
 
 def fit_norms(cfg: CfgNode, world_size: int) -> tuple[CfgNode, str | None]:
-    """Replace synchronised BN by plain BN where one process sees the whole batch.
+    """Replace synchronised BN by plain BN if a single process sees the whole batch.
 
-    The protocol's config stays as it is. (Several processes on CPUs, where torch's SyncBN does not
-    run, get this project's own when the trainer is built: :func:`batch_norm.replace_sync_bn`.)
+    The given config is not modified. (For several processes on CPUs, where torch's SyncBN does not
+    run, the trainer later installs this project's own: :func:`batch_norm.replace_sync_bn`.)
 
     Returns:
-        A copy of the config for building the model, and a sentence saying what was replaced.
+        A copy of the config for building the model, and a note on what was replaced, or None.
     """
     fitted = cfg.clone()
     fitted.defrost()
@@ -63,10 +64,10 @@ def fit_norms(cfg: CfgNode, world_size: int) -> tuple[CfgNode, str | None]:
 
 
 def build_detector(cfg: CfgNode) -> nn.Module:
-    """The protocol's model, on ``MODEL.DEVICE``, with random weights.
+    """Build the protocol's model on ``MODEL.DEVICE``, with random weights.
 
     Raises:
-        UserError: group norm over channels that do not part into its 32 groups.
+        UserError: a number of channels is not divisible by the 32 groups of group norm.
     """
     fitted, said = fit_norms(cfg, comm.get_world_size())
     if said:
@@ -77,7 +78,7 @@ def build_detector(cfg: CfgNode) -> nn.Module:
         if "divisible by num_groups" not in str(error):
             raise
         raise UserError(
-            f"{cfg.PROTOCOL or 'this config'} has group norm, whose 32 groups do not part the "
-            "channels of so narrow a network: take one of twice the width or more, or batch norm."
+            f"{cfg.PROTOCOL or 'this config'} has group norm, whose 32 groups do not divide the "
+            "channels of so narrow a network: use one of at least twice the width, or batch norm."
         ) from error
     return model

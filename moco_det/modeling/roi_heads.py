@@ -1,4 +1,4 @@
-"""Region heads that Detectron2 lacks. Importing this module registers them by name."""
+"""ROI heads beyond Detectron2's. Importing this module registers them."""
 
 from typing import Any
 
@@ -9,20 +9,21 @@ from detectron2.modeling.backbone.resnet import BasicBlock, ResNet
 from detectron2.modeling.roi_heads import Res5ROIHeads
 from torch import nn
 
-BASIC_BLOCKS = {18: 2, 34: 3}  # depth -> BasicBlocks of res5
+BASIC_BLOCKS = {18: 2, 34: 3}  # depth -> number of BasicBlocks in res5
 
 
 @ROI_HEADS_REGISTRY.register()
 class Res5ROIHeadsAnyDepth(Res5ROIHeads):
-    """Detectron2's C4 head, whose res5 also fits ResNet-18 and -34.
+    """Detectron2's C4 head, with a res5 that also matches ResNet-18 and ResNet-34.
 
-    Detectron2's own res5 is always three Bottlenecks. Weights of a ResNet-18 or -34, whose res5
-    is two or three BasicBlocks, cannot fill it, and the detector loses some 7 AP to a random res5.
+    Detectron2's own res5 always consists of three Bottlenecks. The weights of a ResNet-18 or -34,
+    whose res5 consists of two or three BasicBlocks, do not fit it, and a random res5 costs the
+    detector about 7 AP.
     """
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
-        """Arguments of ``Res5ROIHeads``, with the res5 of ``MODEL.RESNETS.DEPTH``."""
+        """Return the arguments of ``Res5ROIHeads``, with the res5 of ``MODEL.RESNETS.DEPTH``."""
         arguments: dict[str, Any] = super().from_config(cfg, input_shape)
         resnet = cfg.MODEL.RESNETS
         if resnet.DEPTH in BASIC_BLOCKS:
@@ -42,17 +43,17 @@ class Res5ROIHeadsAnyDepth(Res5ROIHeads):
 
 @ROI_HEADS_REGISTRY.register()
 class Res5ROIHeadsExtraNorm(Res5ROIHeadsAnyDepth):
-    """The C4 box (and mask) head of MoCo: res5, then one more normalisation layer.
+    """MoCo's C4 box (and mask) head: res5, followed by an extra normalisation layer.
 
-    An ImageNet classifier's res5 ends in features whose scale its last BN has set for it; trained
-    from self-supervised weights the head needs that scale adjusted, hence a BN of its own (He et
-    al. 2019, "Momentum Contrast", appendix A.1). The layer is ``roi_heads.res5.norm`` in the state
-    dict, of ``MODEL.RESNETS.NORM``, and both the box and the mask branch see its output.
+    The last BN of an ImageNet classifier's res5 sets the scale of its features. With
+    self-supervised weights, that scale has to be adjusted, which the extra BN does (He et al. 2019,
+    "Momentum Contrast", appendix A.1). The layer is ``roi_heads.res5.norm`` in the state dict and
+    of type ``MODEL.RESNETS.NORM``; both the box and the mask branch receive its output.
     """
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
-        """Arguments of ``Res5ROIHeads``, with res5 ended by a normalisation layer."""
+        """Return the arguments of ``Res5ROIHeads``, with a normalisation layer after res5."""
         arguments = super().from_config(cfg, input_shape)
         norm = get_norm(cfg.MODEL.RESNETS.NORM, res5_channels(cfg))
         if norm is not None:
@@ -61,5 +62,5 @@ class Res5ROIHeadsExtraNorm(Res5ROIHeadsAnyDepth):
 
 
 def res5_channels(cfg: CfgNode) -> int:
-    """Channels that res5 puts out: res3, res4 and res5 each double them."""
+    """Return the number of output channels of res5; res3, res4 and res5 each double it."""
     return int(cfg.MODEL.RESNETS.RES2_OUT_CHANNELS * 8)

@@ -15,14 +15,14 @@ class FCNHead(nn.Module):
     """Dilated 3x3 convolutions with normalisation and ReLU, then a 1x1 classifier.
 
     Args:
-        input_shape: of the one feature that the head sees.
-        num_classes: classes, without the ignored value.
-        channels: of each convolution.
-        num_conv: how many there are before the classifier.
-        dilation: of each of them.
-        norm: of each, as ``detectron2.layers.get_norm`` takes it.
-        ignore_value: label that is not trained on.
-        loss_weight: factor of the loss.
+        input_shape: shape of the head's single input feature.
+        num_classes: number of classes, without the ignored label.
+        channels: number of output channels of each 3x3 convolution.
+        num_conv: number of 3x3 convolutions.
+        dilation: dilation of each 3x3 convolution.
+        norm: normalisation after each, in the notation of ``detectron2.layers.get_norm``.
+        ignore_value: label of pixels that are excluded from the loss.
+        loss_weight: factor applied to the loss.
     """
 
     @configurable
@@ -66,7 +66,7 @@ class FCNHead(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
-        """The head of ``MODEL.SEM_SEG_HEAD``, on its one input feature."""
+        """Return the arguments of the head from ``MODEL.SEM_SEG_HEAD``."""
         head = cfg.MODEL.SEM_SEG_HEAD
         (feature,) = head.IN_FEATURES
         return {
@@ -83,16 +83,16 @@ class FCNHead(nn.Module):
     def forward(
         self, features: dict[str, Tensor], targets: Tensor | None = None
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """Logits, or the loss while training.
+        """Compute the logits, or the loss in training mode.
 
         Args:
-            features: one feature (N, C, h, w).
-            targets: (N, H, W) int64 labels at the image's size, in [0, num_classes) or
-                ``ignore_value``; needed while training.
+            features: a single feature (N, C, h, w).
+            targets: (N, H, W) int64 labels at the size of the image, in [0, num_classes) or
+                ``ignore_value``; required in training mode.
 
         Returns:
-            ``(None, {"loss_sem_seg": scalar})`` while training; else ``(logits, {})`` with logits
-            (N, num_classes, h * stride, w * stride), which cover the image and may exceed it.
+            ``(None, {"loss_sem_seg": scalar})`` in training mode; otherwise ``(logits, {})`` with
+            logits (N, num_classes, h * stride, w * stride), which may exceed the image.
         """
         (x,) = features.values()
         logits = upsample_aligned(self.predictor(self.convs(x)).float(), self.stride)
@@ -103,15 +103,15 @@ class FCNHead(nn.Module):
         loss = F.cross_entropy(
             logits[:, :, :height, :width], targets, ignore_index=self.ignore_value, reduction="sum"
         )
-        counted = (targets != self.ignore_value).sum().clamp(min=1)  # a crop may hold none
+        counted = (targets != self.ignore_value).sum().clamp(min=1)  # a crop may have none
         return None, {"loss_sem_seg": self.loss_weight * loss / counted}
 
 
 def upsample_aligned(x: Tensor, stride: int) -> Tensor:
-    """Bilinear upsampling that leaves each value at the pixel where its convolutions are centred.
+    """Upsample bilinearly, with each value at the pixel where its receptive field is centred.
 
-    Strided convolutions with symmetric padding put value ``i`` at pixel ``i * stride``. Between
-    them the result is linear, behind the last one constant.
+    Strided convolutions with symmetric padding place value ``i`` at pixel ``i * stride``. The
+    result is linear between these pixels and constant after the last one.
 
     Shape:
         (N, C, h, w) -> (N, C, h * stride, w * stride)

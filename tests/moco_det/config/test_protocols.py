@@ -214,7 +214,7 @@ def test_the_table_names_every_protocol_but_the_demos():
 
 
 def test_precomputed_proposals_are_refused_because_detectron2_unpickles_them():
-    with pytest.raises(UserError, match=r"MODEL\.LOAD_PROPOSALS.*can run code"):
+    with pytest.raises(UserError, match=r"MODEL\.LOAD_PROPOSALS.*can execute code"):
         load_config("VOC", ["MODEL.LOAD_PROPOSALS", "True"])
 
 

@@ -64,7 +64,7 @@ def test_precise_bn_keeps_what_the_user_sets_and_that_is_a_deviation():
     assert cfg.TEST.PRECISE_BN.NUM_ITER == 50
     assert not any("PRECISE_BN" in line for line in lines)
     (told,) = [line for line in explanation(cfg)[2:] if "PRECISE_BN" in line]
-    assert told.startswith("TEST.PRECISE_BN.NUM_ITER 200 -> 50: Other images under BN's")
+    assert told.startswith("TEST.PRECISE_BN.NUM_ITER 200 -> 50: The BN statistics come from")
 
 
 @pytest.mark.parametrize("batch", ["0", "-4"])
@@ -103,7 +103,7 @@ def test_reference_world_size_is_detectron2s_own_rule():
     cfg, _ = scaled("SOLVER.REFERENCE_WORLD_SIZE", "8", workers=2)
     assert solver(cfg) == (4, 0.005, 96_000, (72_000, 88_000), 400)
     assert cfg.TEST.PRECISE_BN.NUM_ITER == 800
-    with pytest.raises(UserError, match="16 cannot be shared by SOLVER.REFERENCE_WORLD_SIZE 3"):
+    with pytest.raises(UserError, match="16 cannot be divided among SOLVER.REFERENCE_WORLD_SIZE 3"):
         scaled("SOLVER.REFERENCE_WORLD_SIZE", "3", workers=2)
 
 

@@ -22,7 +22,7 @@ def test_a_run_that_follows_its_protocol_says_so_and_names_its_source():
     said = explanation(get_protocol("VOC-supervised"))
     assert said[0].startswith("Protocol VOC, from weights trained on ImageNet's labels")
     assert "arXiv:1911.05722" in said[1]
-    assert said[2:] == ["It follows the protocol in everything."]
+    assert said[2:] == ["The run follows the protocol in every setting."]
 
 
 def test_every_deviation_stands_in_exactly_one_sentence():
