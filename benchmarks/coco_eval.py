@@ -1,8 +1,8 @@
-"""COCO evaluation beside pycocotools: the size of COCO val2017, generated, identical statistics.
+"""COCO evaluation compared with pycocotools, on generated data of the size of COCO val2017.
 
 Boxes, masks and keypoints: 5,000 images, 80 classes (keypoints: 1), 36,750 objects, 100,000
-detections. Both start from the same annotations and detections in memory; rounds alternate, and the
-median of the ratios is printed.
+detections. Both start from the same annotations and detections in memory and must produce identical
+statistics. They alternate in each round; the median of the ratios is printed.
 """
 
 import argparse
@@ -27,14 +27,14 @@ from pycocotools.cocoeval import COCOeval
 from moco_det.evaluation.coco_metrics import TASKS, coco_metrics
 
 WIDTH, HEIGHT = 640, 480
-OBJECTS_PER_IMAGE = 7.35  # val2017: 36,781 in 5,000 images
+OBJECTS_PER_IMAGE = 7.35  # as in val2017: 36,781 in 5,000 images
 CROWDS = 0.012
 
 
 def generate(
     task: str, images: int, detections: int, classes: int = 80, seed: int = 0
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Ground truth and results of a made-up detector: 40 % jittered objects, 60 % noise."""
+    """Generate ground truth and the results of a detector: 40 % jittered objects, 60 % noise."""
     rng = np.random.default_rng(seed)
     classes = 1 if task == "keypoints" else classes
     class_ids = np.sort(rng.permutation(classes + classes // 8)[:classes]) + 1
@@ -77,7 +77,7 @@ def generate(
         }
         for k in np.argsort(where, kind="stable")
     ]
-    if task == "keypoints":  # as in COCO, a person's keypoints lie within the box
+    if task == "keypoints":  # as in COCO, the keypoints of a person lie within the box
         for item in truth["annotations"]:
             item["num_keypoints"] = 17
     return truth, results
@@ -92,7 +92,7 @@ def _shape(task: str, box: np.ndarray, rng: np.random.Generator) -> dict[str, An
         code = coco_mask.merge(coco_mask.frPyObjects([ring.ravel().tolist()], HEIGHT, WIDTH))
         shape = {"segmentation": {"size": [HEIGHT, WIDTH], "counts": code["counts"].decode()}}
     elif task == "keypoints":
-        grid = np.stack(np.divmod(np.arange(17), 5), axis=1) / 5  # the same place in every object
+        grid = np.stack(np.divmod(np.arange(17), 5), axis=1) / 5  # same layout in every object
         points = [x, y] + grid * [w, h] + rng.normal(0, 0.03, (17, 2)) * [w, h]
         labelled = np.full((17, 1), 2.0)
         shape["keypoints"] = np.concatenate([points, labelled], axis=1).ravel().round(2).tolist()
@@ -100,7 +100,7 @@ def _shape(task: str, box: np.ndarray, rng: np.random.Generator) -> dict[str, An
 
 
 def by_pycocotools(truth: dict[str, Any], results: list[dict[str, Any]], task: str) -> np.ndarray:
-    """``COCOeval.stats`` of the reference implementation, which writes into what it is given."""
+    """Compute ``COCOeval.stats`` with the reference implementation, which modifies its inputs."""
     with contextlib.redirect_stdout(io.StringIO()):
         dataset = COCO()
         dataset.dataset = truth
@@ -113,12 +113,12 @@ def by_pycocotools(truth: dict[str, Any], results: list[dict[str, Any]], task: s
 
 
 def by_hotcoco(truth: dict[str, Any], results: list[dict[str, Any]], task: str) -> np.ndarray:
-    """The same statistics, as the evaluator of this project gets them."""
+    """Compute the same statistics as this project's evaluator does."""
     return coco_metrics(truth, results, [task], library="hotcoco")[task].stats()
 
 
 def timed(evaluate: Callable[..., np.ndarray], *content: Any) -> tuple[float, np.ndarray]:
-    """Seconds and statistics, on a copy made outside of the time."""
+    """Return the seconds taken and the statistics; copying the inputs is not timed."""
     own = copy.deepcopy(content)
     start = time.perf_counter()
     stats = evaluate(*own)
@@ -127,20 +127,24 @@ def timed(evaluate: Callable[..., np.ndarray], *content: Any) -> tuple[float, np
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--images", type=int, default=5000)
-    parser.add_argument("--detections", type=int, default=100_000, help="500000 is 100 an image")
-    parser.add_argument("--task", choices=TASKS, nargs="+", default=TASKS, help="all of them")
+    parser.add_argument("--rounds", type=int, default=3, help="timed rounds (3)")
+    parser.add_argument("--images", type=int, default=5000, help="generated images (5000)")
+    parser.add_argument(
+        "--detections", type=int, default=100_000, help="generated detections (100000)"
+    )
+    parser.add_argument(
+        "--task", choices=TASKS, nargs="+", default=TASKS, help="tasks to time (default: all)"
+    )
     args = parser.parse_args(argv)
     for task in args.task:
         compare(task, args.images, args.detections, args.rounds)
 
 
 def compare(task: str, images: int, detections: int, rounds: int) -> None:
-    """Time both in turn, ``rounds`` times, on data of this size; print the median of the ratios.
+    """Time both alternately for ``rounds`` rounds; print the median of the ratios.
 
     Raises:
-        AssertionError: a statistic differs in its last bit.
+        AssertionError: a statistic differs in any bit.
     """
     content = (*generate(task, images, detections), task)
     ratios = []

@@ -1,12 +1,12 @@
-"""Memory of the loader's processes together: a million listed images, a hundred million in shards.
+"""Memory of all loader processes, for a million listed images and a hundred million in shards.
 
     python benchmarks/loader.py [--images 1000000] [--workers 0 2 8]
 
-Each case runs in a fresh interpreter: the source is opened, the workers are started, and after
-some batches, and again after five times as many from epochs far apart, the proportional set sizes
-(Pss) of all its processes are added up. Counted is what is above the same run on a few images, so
-what torch and the interpreters cost is left out. The peer is the usual Python list of paths, which
-every worker comes to copy as it touches the reference counts. Linux only.
+Each case runs in a fresh interpreter: it opens the source, starts the workers, and sums the
+proportional set sizes (Pss) of all its processes, once after some batches and again after five
+times as many from a distant epoch. The figure reported is the difference from the same run on a few
+images, which excludes the cost of torch and the interpreters. The peer is the usual Python list of
+paths, which each worker gradually copies by touching the reference counts. Linux only.
 """
 
 import argparse
@@ -33,12 +33,12 @@ from pretrain.data.sources import open_source
 from pretrain.data.transforms.recipes import view_recipes
 
 FILES = 16
-SHARD = 1000  # images in a shard
-DETOUR = b"./" * 12  # so that paths are as long as ImageNet's
+SHARD = 1000  # images per shard
+DETOUR = b"./" * 12  # pads the paths to the length of ImageNet's
 
 
 class ListOfPaths(Source):
-    """The peer: as torchvision's ImageFolder keeps them."""
+    """The peer: a list of paths, as in torchvision's ImageFolder."""
 
     def __init__(self, paths: Sequence[str]) -> None:
         self.samples = [(path, number % 1000) for number, path in enumerate(paths)]
@@ -55,7 +55,7 @@ class ListOfPaths(Source):
 
 
 class SimulatedShards(ShardSource):
-    """Shards that are all one: the order and the counts are real."""
+    """Shards that all contain the same image; their order and counts are real."""
 
     def __init__(self, shards: int, image: bytes) -> None:
         urls = [f"/data/pretrain/{number:06}.tar" for number in range(shards)]
@@ -85,7 +85,7 @@ def run_case(
     case: tuple[str, int, int],
     folder: Path,
 ) -> None:
-    """Sends the bytes held after some batches, and after many more."""
+    """Send the bytes in use after some batches, and after many more."""
     kind, images, workers = case
     warnings.filterwarnings("ignore", message="This DataLoader will create")  # on few cores
     torch.set_num_threads(1)
@@ -114,7 +114,7 @@ def proportional_set_size(pid: int | None) -> int:
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
         if line.startswith("Pss:"):
             return int(line.split()[1]) * 1024
-    raise OSError(f"process {pid} tells no Pss")
+    raise OSError(f"/proc/{pid}/smaps_rollup has no Pss")
 
 
 def measure(case: tuple[str, int, int], folder: Path) -> list[int]:
@@ -130,8 +130,10 @@ def measure(case: tuple[str, int, int], folder: Path) -> list[int]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=10**6)
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2, 8])
+    parser.add_argument("--images", type=int, default=10**6, help="listed images (1000000)")
+    parser.add_argument(
+        "--workers", type=int, nargs="+", default=[0, 2, 8], help="numbers of workers (0 2 8)"
+    )
     args = parser.parse_args(argv)
     most = max(args.workers)
     cases = [("list file", args.images, workers) for workers in args.workers]
@@ -143,14 +145,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             Image.new("RGB", (16, 16), (i, i, i)).save(stream, "PNG")
             (folder / f"{i}.png").write_bytes(stream.getvalue())
         bare = {workers: measure(("list file", FILES, workers), folder) for workers in args.workers}
-        print("MB above the same processes with 16 images, after 40 batches and after 200 more:")
+        print("MB more than the same run on 16 images, after 40 batches and after 200 more:")
         result = 0.0
         for kind, images, workers in cases:
             held = measure((kind, images, workers), folder)
             first, then = (a - b for a, b in zip(held, bare[workers], strict=True))
             print(
                 f"{kind:12s} {images:11,d} images, {workers} workers: {first / 1e6:7.1f}"
-                f" {then / 1e6:7.1f}  ({max(first, then) / images:.2f} bytes an image;"
+                f" {then / 1e6:7.1f}  ({max(first, then) / images:.2f} bytes per image;"
                 f" all processes {held[1] / 1e6:.0f} MB)",
                 flush=True,
             )

@@ -1,13 +1,14 @@
-"""How well a preview ranks checkpoints: the order of a short fine-tuning beside a full one's.
+"""Rank correlation between previews (short fine-tunings) and the full schedule.
 
-    python benchmarks/preview.py                                   # the demo's images, MoCo on them
+    python benchmarks/preview.py                                   # MoCo on the demo's images
     python benchmarks/preview.py --weights a.pkl b.pkl random --data voc:DIR:train voc:DIR:test
 
-Without --weights one pre-training is walked on the demo's generated images, and its checkpoints
-after --steps iterations (0: random weights) are the backbones. Each is fine-tuned by the full
-schedule and by each preview, with the same seeds. Agreement is Kendall's tau-b and Spearman's rho
-of the backbones' mean AP, with n backbones and the share of all orders that agree as well. The
-fine-tunings run side by side, one single-threaded process each; what has finished is not run again.
+Without --weights, one pre-training is run on the demo's generated images, and its checkpoints after
+--steps iterations (0: random weights) are the backbones. Each backbone is fine-tuned with the full
+schedule and with each preview, with the same seeds. Agreement is measured by Kendall's tau-b and
+Spearman's rho of the mean AP of n backbones, and by the share of all orders that agree at least as
+well. The fine-tunings run in parallel, each in a single-threaded process; finished ones are not
+repeated.
 """
 
 from __future__ import annotations
@@ -32,16 +33,16 @@ from moco_common.files import replace_text
 from moco_det.demo.scene_dataset import write_scenes
 
 FULL = "full"
-# Share of the labels, and of the full schedule's length: COCO's 12k is a preview by length alone,
-# VOC-10pct and VOC-1pct by both.
+# Shares of the labels and of the full schedule's length. COCO-FPN-12k reduces the length only;
+# VOC-10pct and VOC-1pct reduce both.
 PREVIEWS = {"short": (1.0, 0.1), "10pct": (0.1, 0.1), "1pct": (0.01, 0.1)}
 METRICS = ("AP", "AP50")
-MOST_EXACT = 8  # objects whose orders are all counted; of more, as many are drawn
-DRAWN = 40_000
+MOST_EXACT = 8  # largest number of backbones for which all orders are counted
+DRAWN = 40_000  # number of random orders drawn otherwise
 
 
 def kendall_tau(a: Sequence[float], b: Sequence[float]) -> float:
-    """Kendall's tau-b of two rankings of the same n >= 2 things; NaN where one is all ties.
+    """Compute Kendall's tau-b of two rankings of n >= 2 items; NaN if all items of one are tied.
 
     Source: M. G. Kendall, "The treatment of ties in ranking problems", Biometrika 33, 1945.
     """
@@ -51,7 +52,7 @@ def kendall_tau(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def spearman_rho(a: Sequence[float], b: Sequence[float]) -> float:
-    """Spearman's rank correlation, ties at their mean rank; NaN where one is all ties."""
+    """Compute Spearman's rank correlation with mean ranks for ties; NaN if all are tied."""
     ranks = []
     for values in (np.asarray(a, dtype=float), np.asarray(b, dtype=float)):
         below = (values[:, None] > values).sum(1)
@@ -63,7 +64,7 @@ def spearman_rho(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def chance(a: Sequence[float], b: Sequence[float]) -> float:
-    """How large a share of all orders of ``b`` has a tau of at least theirs, in (0, 1]."""
+    """Return the share of all orders of ``b`` whose tau is at least that of a and b, in (0, 1]."""
     observed = kendall_tau(a, b) - 1e-12
     if len(b) <= MOST_EXACT:
         orders: Any = itertools.permutations(b)
@@ -77,10 +78,10 @@ def chance(a: Sequence[float], b: Sequence[float]) -> float:
 def agreement(
     scores: dict[str, dict[str, list[float]]], preview: str
 ) -> dict[str, float | int | None]:
-    """tau, rho, p and n over the backbones that have both fine-tunings.
+    """Compute tau, rho, p and n over the backbones that have both fine-tunings.
 
     Args:
-        scores: backbone -> variant -> a score for each seed.
+        scores: backbone -> variant -> scores of the seeds.
     """
     both = [s for s in scores.values() if s.get(FULL) and s.get(preview)]
     if len(both) < 2:
@@ -95,17 +96,27 @@ def agreement(
 
 
 def backbones(args: argparse.Namespace) -> tuple[dict[str, Path | None], tuple[str, str], Path]:
-    """Name -> converted file (None: random weights), training and test data, and a file whose
-    network random weights take."""
+    """Return the backbones, the training and test data, and a file with the network.
+
+    The backbones map names to converted files (None for random weights, which take the network of
+    that file). Without ``--weights``, they are pre-trained here.
+    """
     if args.weights:
         if not args.data:
-            raise UserError("--weights need --data TRAIN TEST, such as voc:DIR:train voc:DIR:test.")
+            raise UserError(
+                "--weights needs data: pass --data TRAIN TEST, such as voc:DIR:train voc:DIR:test."
+            )
         files = [Path(name) for name in args.weights if name != "random"]
         if not files:
-            raise UserError("give at least one converted file: random weights take its network.")
+            raise UserError(
+                "--weights lists random weights only: add a converted file, whose network they use."
+            )
         named: dict[str, Path | None] = {file.stem: file.resolve() for file in files}
         if len(named) < len(files):
-            raise UserError("two of --weights have one name, by which their results are kept.")
+            raise UserError(
+                "two files of --weights have the same name, which identifies their results: rename "
+                "one of them."
+            )
         if "random" in args.weights:
             named["random"] = None
         return named, tuple(args.data), files[0].resolve()
@@ -115,7 +126,7 @@ def backbones(args: argparse.Namespace) -> tuple[dict[str, Path | None], tuple[s
         pass
     steps = sorted(set(args.steps) - {0})
     if not steps:
-        raise UserError("--steps needs a number above 0.")
+        raise UserError("--steps has no number above 0: add one.")
     period = math.gcd(*steps)
     run.mkdir(parents=True, exist_ok=True)
     train = [sys.executable, str(ROOT / "tools" / "pretrain.py"), "--config", "scenes", "--resume"]
@@ -149,7 +160,7 @@ def fine_tunings(
     data: tuple[str, str],
     like: Path,
 ) -> dict[tuple[str, str, int], Job]:
-    """(backbone, variant, seed) -> its fine-tuning; the previews, which are quick, come first."""
+    """Return the fine-tuning job of each (backbone, variant, seed), quick previews first."""
     jobs = {}
     variants = {**{k: PREVIEWS[k] for k in args.previews}, FULL: (1.0, 1.0)}
     for seed, (variant, (share, part)), (name, file) in itertools.product(
@@ -170,7 +181,7 @@ def fine_tunings(
 
 
 def collect(jobs: dict[tuple[str, str, int], Job], metric: str) -> dict[str, Any]:
-    """backbone -> variant -> a score for each finished seed, in percent."""
+    """Return backbone -> variant -> scores of the finished seeds, in percent."""
     scores: dict[str, Any] = {}
     for (name, variant, _), job in jobs.items():
         if job.done.is_file():
@@ -180,7 +191,7 @@ def collect(jobs: dict[tuple[str, str, int], Job], metric: str) -> dict[str, Any
 
 
 def document(scores: dict[str, dict[str, Any]], previews: Sequence[str]) -> str:
-    """Agreement, then every backbone's scores, in Markdown."""
+    """Format the agreement, and the scores of every backbone, as Markdown."""
     lines = ["| metric | preview | n | Kendall's tau | Spearman's rho | orders as good |",
              "|---|---|---|---|---|---|"]  # fmt: skip
     for metric, preview in itertools.product(scores, previews):
@@ -202,30 +213,38 @@ def document(scores: dict[str, dict[str, Any]], previews: Sequence[str]) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     result = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = result.add_argument
-    add("--weights", nargs="+", metavar="FILE", help="converted backbones, and the word random")
-    add("--data", nargs=2, metavar="SPEC", help="training and test data, with --weights")
+    add(
+        "--weights",
+        nargs="+",
+        metavar="FILE",
+        help="converted backbones; 'random' adds random weights",
+    )
+    add("--data", nargs=2, metavar="SPEC", help="training and test data for --weights")
     add("--images", nargs=3, type=int, default=[4000, 300, 200], metavar="N",
-        help="unlabelled, to train on, to test on (4000 300 200)")  # fmt: skip
-    add("--steps", nargs="+", type=int, default=[0, 200, 400, 800, 1600], metavar="N")
-    add("--previews", nargs="+", choices=PREVIEWS, default=list(PREVIEWS), metavar="NAME")
+        help="numbers of unlabelled, training and test images (4000 300 200)")  # fmt: skip
+    add("--steps", nargs="+", type=int, default=[0, 200, 400, 800, 1600], metavar="N",
+        help="pre-training steps of the backbones (0 200 400 800 1600)")  # fmt: skip
+    add("--previews", nargs="+", choices=PREVIEWS, default=list(PREVIEWS), metavar="NAME",
+        help=f"previews to measure ({' '.join(PREVIEWS)})")  # fmt: skip
     add("--config", default="scenes", metavar="NAME", help="protocol of all fine-tunings (scenes)")
-    add("--iterations", type=int, default=600, metavar="N", help="of the full schedule (600)")
-    add("--seeds", type=int, default=2, metavar="N", help="of fine-tuning (2)")
-    add("--seed", type=int, default=0, metavar="N", help="of images and pre-training (0)")
-    add("--parallel", type=int, default=2, metavar="N", help="fine-tunings at a time (2)")
-    add("--pretraining", nargs="+", default=[], metavar="KEY VALUE", help="overrides")
-    add("--fine-tuning", nargs="+", default=[], metavar="KEY VALUE", help="overrides")
-    add("--output", type=Path, default=Path("runs/preview"), metavar="DIR", help="runs/preview")
+    add("--iterations", type=int, default=600, metavar="N", help="full schedule's length (600)")
+    add("--seeds", type=int, default=2, metavar="N", help="number of fine-tuning seeds (2)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of images and pre-training (0)")
+    add("--parallel", type=int, default=2, metavar="N", help="number of parallel jobs (2)")
+    add("--pretraining", nargs="+", default=[], metavar="KEY VALUE", help="pre-training overrides")
+    add("--fine-tuning", nargs="+", default=[], metavar="KEY VALUE", help="fine-tuning overrides")
+    add("--output", type=Path, default=Path("runs/preview"), metavar="DIR",
+        help="output folder (runs/preview)")  # fmt: skip
     return result
 
 
 def measure(args: argparse.Namespace) -> int:
-    """Run what is missing, then write and print what all finished runs say."""
+    """Run what is missing, then write and print the results of all finished runs."""
     args.output = args.output.resolve()
     args.output.mkdir(parents=True, exist_ok=True)
     named, data, like = backbones(args)
@@ -242,9 +261,9 @@ def measure(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The measurement, or one clear sentence."""
+    """Run the measurement; return the exit status."""
     args = parser().parse_args(argv)
-    return run_tool(lambda: measure(args), "stopped: the same command goes on from here")
+    return run_tool(lambda: measure(args), "stopped: run the same command again to continue")
 
 
 if __name__ == "__main__":

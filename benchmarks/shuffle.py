@@ -1,12 +1,12 @@
-"""Shuffling BN: what each rank receives, ours beside the all-gather of whole float batches.
+"""Communication of shuffling BN: bytes and time, compared with an all-gather of float batches.
 
     python benchmarks/shuffle.py [--batch 32] [--size 224] [--repeats 9]
 
-Both permute the images of all ranks by the same random order, on gloo processes of this machine.
-Ours sends each rank the bytes of the images it is to encode; the peer, as the shuffle is usually
-written, gathers every rank's normalised float images on every rank and picks from them. Results
-are compared first. Bytes are counted on the way, from the tensors and split sizes that reach the
-collectives, and set beside the formulas.
+Both permute the images of all ranks by the same random order, over gloo on this machine. Ours sends
+each rank the uint8 images it is to encode. The peer, as the shuffle is usually written, gathers the
+normalised float images of all ranks on every rank and selects from them. The results are compared
+first. The bytes are counted from the tensors and split sizes passed to the collectives, and printed
+with the values of the formulas.
 """
 
 import argparse
@@ -32,11 +32,11 @@ from pretrain.distributed import permute_batch
 from pretrain.modeling.resnet import normalize
 
 WORLDS, TIMED = (2, 4, 8), (2, 4)
-PERMUTATIONS = 5  # that bytes are counted over; how many images stay at home differs
+PERMUTATIONS = 5  # averaged over, as the number of images that change ranks varies
 
 
 class ReceivedBytes(TorchDispatchMode):
-    """Counts what collectives bring to this rank from the others."""
+    """A dispatch mode that counts the bytes this rank receives from the others."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class ReceivedBytes(TorchDispatchMode):
 
 
 def gather_and_pick(images: Tensor, permutation: Tensor) -> Tensor:
-    """The peer: (n, 3, H, W) float -> the same rows of the permuted global batch."""
+    """Return this rank's rows of the permuted global batch, (n, 3, H, W) float: the peer."""
     parts = [torch.empty_like(images) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, images)
     mine = permutation.view(dist.get_world_size(), -1)[dist.get_rank()]
@@ -70,7 +70,7 @@ def gather_and_pick(images: Tensor, permutation: Tensor) -> Tensor:
 
 
 def work(folder: str, batch: int, size: int, repeats: int) -> None:
-    """On each rank: compare, count and time; each writes what it found."""
+    """Compare, count and time on one rank; write the results to a file."""
     rank, world = dist.get_rank(), dist.get_world_size()
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(rank)
@@ -102,12 +102,12 @@ def work(folder: str, batch: int, size: int, repeats: int) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, default=32, help="images a rank")
-    parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--batch", type=int, default=32, help="images per rank (32)")
+    parser.add_argument("--size", type=int, default=224, help="image side in pixels (224)")
+    parser.add_argument("--repeats", type=int, default=9, help="timed repetitions (9)")
     args = parser.parse_args(argv)
     one = args.batch * 3 * args.size**2  # bytes of one rank's uint8 batch
-    print(f"{args.batch} images of {args.size} px a rank: {one / 1e6:.2f} MB as bytes")
+    print(f"{args.batch} images of {args.size} px per rank: {one / 1e6:.2f} MB as uint8")
     ratios = {}
     for world in WORLDS:
         with tempfile.TemporaryDirectory() as folder:
@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for name in ("ours", "all-gather")
         )
         print(
-            f"{world} ranks, received by each: ours {ours / 1e6:8.2f} MB "
+            f"{world} ranks, received per rank: ours {ours / 1e6:8.2f} MB "
             f"({ours / one:.3f} batches; (W-1)/W = {(world - 1) / world:.3f}), "
             f"all-gather {theirs / 1e6:8.2f} MB "
             f"({theirs / one / 4:.3f} float batches; W-1 = {world - 1})"

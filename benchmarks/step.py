@@ -1,8 +1,8 @@
-"""One step of MoCo v2, its momentum update and its loss: ours beside a straightforward one.
+"""Time of a MoCo v2 step, its loss and its momentum update, compared with a straightforward one.
 
     python benchmarks/step.py [--quick] [--no-compile] [--batch 16] [--size 224]
 
-The peer is written here as the paper's pseudo-code is usually translated: contiguous tensors, a
+The peer in this file is the usual translation of the paper's pseudo-code: contiguous tensors, a
 Python loop over the parameters for the momentum update, a cloned queue, concatenated logits, a
 materialised softmax. Both start from the same weights and see the same images; losses, keys and
 parameters are compared first. They take turns within each round; medians are reported.
@@ -35,7 +35,7 @@ KEYS, DIM, TEMPERATURE, MOMENTUM = 65536, 128, 0.2, 0.999
 
 
 def plain_info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> tuple[Tensor, ...]:
-    """Loss and which queries find their key, from a CxK queue and all logits."""
+    """Return the loss and the queries that find their key, from a CxK queue and all logits."""
     positive = torch.einsum("nc,nc->n", [q, k]).unsqueeze(-1)  # Nx1
     negative = torch.einsum("nc,ck->nk", [q, queue.clone().detach()])  # NxK
     logits = torch.cat([positive, negative], dim=1) / temperature  # Nx(1+K)
@@ -50,8 +50,7 @@ def plain_momentum_update(key: nn.Module, query: nn.Module, momentum: float) -> 
 
 
 class PlainStep:
-    """The whole step without any of our machinery but the network's layers and the shuffle's
-    permutation."""
+    """A whole step that uses nothing of this project but the network and the permutation."""
 
     def __init__(self, method: MoCo, lr: float) -> None:
         self.encoder_q = copy.deepcopy(method.encoder_q).to(memory_format=torch.contiguous_format)
@@ -80,7 +79,7 @@ def sgd(module: nn.Module, lr: float) -> torch.optim.SGD:
 
 
 def medians(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Milliseconds of each call: median over the rounds, in which they take turns."""
+    """Return the median milliseconds of each call; the calls take turns in each round."""
     times = take_turns(calls, rounds)
     for name, values in times.items():
         print(
@@ -166,14 +165,14 @@ def bench_step(rounds: int, batch: int, size: int, compile: bool) -> dict[str, f
     with StageClock() as clock:
         calls["ours"]()
     print(clock.table(1))
-    print(f"  outside the encoders' passes: {1 - clock.share('encoders'):.2%} of the step")
+    print(f"  outside the encoders: {1 - clock.share('encoders'):.2%} of the step")
     return {name: times["straightforward"] / value for name, value in times.items()}
 
 
 def assert_same_maths(lr: float = 0.03) -> None:
-    """Two steps of both in float64 end alike: losses, keys and every parameter, to 1e-5.
+    """Check that two steps in float64 give the same losses, keys and parameters, to 1e-5.
 
-    In float32 fifty layers of BN turn the rounding of another memory format into more than that.
+    In float32, fifty layers of BN amplify the different rounding of the memory formats beyond that.
     """
     generator = torch.Generator().manual_seed(2)
     views = torch.randn(2, 4, 3, 64, 64, generator=generator, dtype=torch.float64).unbind()
@@ -194,10 +193,10 @@ def assert_same_maths(lr: float = 0.03) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two rounds of the step, not seven")
-    parser.add_argument("--no-compile", action="store_true", help="leave out the compiled step")
-    parser.add_argument("--no-step", action="store_true", help="only the loss and the update")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--no-compile", action="store_true", help="skip the compiled step")
+    parser.add_argument("--no-step", action="store_true", help="time only the loss and the update")
+    parser.add_argument("--batch", type=int, default=16, help="images per step (16)")
+    parser.add_argument("--size", type=int, default=224, help="image side in pixels (224)")
     args = parser.parse_args(argv)
     few, many = (2, 7) if args.quick else (7, 31)
 

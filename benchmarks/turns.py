@@ -1,4 +1,4 @@
-"""Timing of things that take turns, so that a noisy machine is noisy for all of them."""
+"""Timing of calls that take turns, so that noise on the machine affects all of them alike."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -9,7 +9,7 @@ def take_turns(
     rounds: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Milliseconds of each call, one value a round, by the given clock; a first round warms up."""
+    """Time each call in milliseconds by ``clock``, one value per round, after a warm-up round."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(-1, rounds):
         for name, call in calls.items():

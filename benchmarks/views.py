@@ -1,13 +1,13 @@
-"""Two views of a JPEG on one core: ours against the usual pipeline on Pillow.
+"""Two views of a JPEG on one core, compared with the usual pipeline on Pillow.
 
     python benchmarks/views.py [FOLDER] [--images 32] [--repeats 15]
 
-The peer decodes once with Pillow, as torchvision's ImageFolder does, and passes the picture twice
-through torchvision's transforms to a normalised float tensor. Ours is the loader, up to batches of
-two uint8 views, which are normalised on the device, in the step; "device" leaves colour and blur
-to the device, and counts the CPU's part. The pipelines take turns within each repeat; CPU time is
-counted, and the median over the repeats reported. Without FOLDER the images are made here: 500x375
-and about 90 kB, as in PASCAL VOC, with the falling spectrum of photographs.
+The peer decodes once with Pillow, as torchvision's ImageFolder does, and applies torchvision's
+transforms twice to get normalised float tensors. Ours is the loader, up to batches of two uint8
+views, which the training step normalises on the device. "device" leaves colour and blur to the
+device; only the CPU's part is timed. The pipelines take turns in each repetition, and the median
+CPU time is reported. Without FOLDER, images are generated: 500x375 and about 90 kB, as in PASCAL
+VOC, with the falling spectrum of photographs.
 """
 
 import argparse
@@ -33,11 +33,11 @@ from pretrain.data.source_base import Source
 from pretrain.data.sources import open_source
 from pretrain.data.transforms.recipes import ViewRecipe, view_recipes
 
-Pipeline = Callable[[], object]  # makes the views of all images, anew at each call
+Pipeline = Callable[[], object]  # makes the views of all images at each call
 
 
 class InMemory(Source):
-    """Encoded images that need not be read from a disk."""
+    """Encoded images in memory."""
 
     def __init__(self, images: Sequence[bytes]) -> None:
         self.images = images
@@ -53,7 +53,7 @@ class InMemory(Source):
 
 
 def make_photograph(rng: np.random.Generator, height: int = 375, width: int = 500) -> bytes:
-    """A JPEG of correlated colours whose amplitude falls as 1 / frequency, as in photographs."""
+    """Make a JPEG of correlated colours with amplitudes of 1 / frequency, as in photographs."""
     y, x = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]
     amplitude = 1 / np.maximum(np.hypot(y, x), 1 / width)
     noise = np.fft.rfft2(rng.normal(size=(3, height, width)))
@@ -67,7 +67,7 @@ def make_photograph(rng: np.random.Generator, height: int = 375, width: int = 50
 
 
 def torchvision_pipeline(images: Sequence[bytes], recipe: ViewRecipe) -> Pipeline:
-    """The recipe as it is usually written with torchvision's transforms."""
+    """Return the recipe as usually written with torchvision's transforms."""
     jitter = transforms.ColorJitter(
         recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue
     )
@@ -107,16 +107,16 @@ def our_pipeline(images: Sequence[bytes], recipes: Sequence[ViewRecipe]) -> Pipe
 
 
 def measure(pipelines: dict[str, Pipeline], images: int, repeats: int) -> dict[str, np.ndarray]:
-    """Milliseconds of CPU time an image of each pipeline, one value a repeat."""
+    """Measure the CPU milliseconds per image of each pipeline, one value per repetition."""
     times = take_turns(pipelines, repeats, time.thread_time)
     return {name: np.array(values) / images for name, values in times.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", nargs="?", help="photographs to measure with")
-    parser.add_argument("--images", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("folder", nargs="?", help="folder of photographs (default: generated)")
+    parser.add_argument("--images", type=int, default=32, help="number of images (32)")
+    parser.add_argument("--repeats", type=int, default=15, help="timed repetitions (15)")
     args = parser.parse_args(argv)
 
     cv2.setNumThreads(1)
@@ -138,12 +138,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     size = np.mean([len(data) for data in images]) / 1e3
     print(
-        f"two views of {len(images)} images, {size:.0f} kB each, {args.repeats} repeats, one core"
+        f"two views of {len(images)} images of {size:.0f} kB, {args.repeats} repetitions, one core"
     )
     for name, values in times.items():
         middle, low, high = np.percentile(values, (50, 25, 75))
         print(
-            f"{name:16s} {middle:6.2f} ms an image ({low:.2f} to {high:.2f}) {1e3 / middle:6.0f}"
+            f"{name:16s} {middle:6.2f} ms per image ({low:.2f} to {high:.2f}) {1e3 / middle:6.0f}"
             f" images/s {np.median(values / times['decode only']):6.2f} x decode only"
         )
     for claim in ("v1", "v2", "v2_device"):

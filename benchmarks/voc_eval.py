@@ -1,7 +1,8 @@
-"""VOC evaluation beside Detectron2's: the size of VOC 2007 test, generated, identical metrics.
+"""VOC evaluation compared with Detectron2's, on generated data of the size of VOC 2007 test.
 
-4,952 images, 20 classes, 247,600 detections. Both evaluators get the same predictions and read
-the same XML files anew each round; rounds alternate, and the median of the ratios is printed.
+4,952 images, 20 classes, 247,600 detections. Both evaluators receive the same predictions, read the
+same XML files again in each round, and must produce identical metrics. They alternate; the median
+of the ratios is printed.
 """
 
 import argparse
@@ -18,7 +19,7 @@ if __name__ == "__main__":  # run as a file: import from the checkout, not from 
 import numpy as np
 import torch
 
-import moco_det  # noqa: F401  (before Detectron2: it silences what that prints)
+import moco_det  # noqa: F401  (before Detectron2, whose output it silences)
 
 # isort: split
 from detectron2.data.datasets.pascal_voc import CLASS_NAMES, register_pascal_voc
@@ -36,14 +37,14 @@ OBJECT = (
 
 
 def random_boxes(rng: np.random.Generator, count: int) -> np.ndarray:
-    """(count, 4) whole corners in a 500 x 375 image, counted from 1."""
+    """Draw boxes in a 500 x 375 image: (count, 4) integer corners, counted from 1."""
     low = rng.integers(1, (400, 300), size=(count, 2))
     high = np.minimum(low + rng.integers(10, 200, size=(count, 2)), (500, 375))
     return np.concatenate([low, high], axis=1)
 
 
 def write_data(folder: Path, images: int, per_image: int, seed: int = 0) -> list[tuple]:
-    """Write a VOC folder with a split ``test``; return (inputs, outputs) of a made-up detector."""
+    """Write a VOC folder with a split ``test``; return simulated (inputs, outputs)."""
     rng = np.random.default_rng(seed)
     for name in ("Annotations", "ImageSets/Main", "JPEGImages"):
         (folder / name).mkdir(parents=True)
@@ -61,7 +62,7 @@ def write_data(folder: Path, images: int, per_image: int, seed: int = 0) -> list
         text = f"<annotation>{size}{''.join(objects)}</annotation>"
         (folder / "Annotations" / f"{image_id}.xml").write_text(text)
 
-        # Half of the detections are jittered objects, some of them of another class.
+        # Half of the detections are jittered objects, some of them with a wrong class.
         found = random_boxes(rng, per_image).astype(np.float32)
         classes = rng.integers(0, len(CLASS_NAMES), per_image)
         source = rng.integers(0, count, per_image // 2)
@@ -78,7 +79,7 @@ def write_data(folder: Path, images: int, per_image: int, seed: int = 0) -> list
 
 
 def timed(evaluator, pairs: list[tuple]) -> tuple[float, dict[str, float]]:
-    """Seconds from the first prediction to the metrics, and the metrics."""
+    """Return the seconds from the first prediction to the metrics, and the metrics."""
     start = time.perf_counter()
     evaluator.reset()
     for inputs, outputs in pairs:
@@ -89,9 +90,9 @@ def timed(evaluator, pairs: list[tuple]) -> tuple[float, dict[str, float]]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--images", type=int, default=4952)
-    parser.add_argument("--per-image", type=int, default=50)
+    parser.add_argument("--rounds", type=int, default=3, help="timed rounds (3)")
+    parser.add_argument("--images", type=int, default=4952, help="generated images (4952)")
+    parser.add_argument("--per-image", type=int, default=50, help="detections per image (50)")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         pairs = write_data(Path(folder, "VOC"), args.images, args.per_image)
@@ -111,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         start = time.perf_counter()
         timed(VOCEvaluator("benchmark_voc", output_dir=f"{folder}/out"), pairs)
-        print(f"ours with the predictions written: {time.perf_counter() - start:.2f} s")
+        print(f"ours, including writing the predictions: {time.perf_counter() - start:.2f} s")
     print(f"ratio voc_eval {statistics.median(ratios):.1f}")
 
 

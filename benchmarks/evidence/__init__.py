@@ -1,1 +1,1 @@
-"""TODO."""
+"""The papers' comparisons, repeated at a small size and reported in docs/evidence.md."""

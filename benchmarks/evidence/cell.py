@@ -1,6 +1,6 @@
-"""One cell of the evidence in a process of its own: pre-train, then probe, then write its result.
+"""One cell of the evidence, in a separate process: pre-train, probe, write the result.
 
-python benchmarks/evidence/cell.py FOLDER     # that holds spec.json; writes result.json
+python benchmarks/evidence/cell.py FOLDER     # reads FOLDER/spec.json, writes FOLDER/result.json
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ RESULT, SPEC = "result.json", "spec.json"
 
 
 def config(overrides: dict[str, Any], seed: int) -> CfgNode:
-    """The cell's configuration; overrides are checked as those of a command line."""
+    """Return the config of a cell; its overrides are checked like those of a command line."""
     pairs = [str(word) for pair in overrides.items() for word in pair]
     return load_config(str(RECIPE), [*pairs, "SEED", str(seed)])
 
 
 def run(folder: Path) -> dict[str, Any]:
-    """Run the cell that ``folder``/spec.json describes."""
+    """Run the cell described by ``folder``/spec.json."""
     spec = json.loads((folder / SPEC).read_text())
     cfg = config(spec["overrides"], spec["seed"])
     began = time.monotonic()
@@ -84,7 +84,7 @@ def _probe(checkpoint: Path, spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def _last_fifth(path: Path) -> dict[str, float]:
-    """Means of the scalars over the last fifth of a run, in percent where they are shares."""
+    """Return the means of the scalars over the last fifth of a run; shares are in percent."""
     records = [json.loads(line) for line in path.read_text().splitlines()]
     last = records[-1]["iteration"]
     tail = [record for record in records if record["iteration"] > 0.8 * last]
@@ -97,13 +97,13 @@ def _last_fifth(path: Path) -> dict[str, float]:
 
 
 def peak_memory() -> float:
-    """Peak of the resident set of this process so far, in MB."""
+    """Return the peak resident set size of this process so far, in MB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def run_as_a_process(run: Callable[[Path], dict[str, Any]]) -> None:
-    """Of the folder that the command line names: run the cell on one thread, write its result."""
+    """Run the cell in the folder given on the command line, on one thread; write its result."""
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     folder = Path(sys.argv[1])

@@ -1,4 +1,4 @@
-"""The evidence's detectors: convert what a cell has trained, fine-tune it, read its AP."""
+"""Detectors of the evidence: convert the weights of a cell, fine-tune them, read the AP."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.evidence.cell import RESULT
 from benchmarks.evidence.jobs import ROOT, Job
 from benchmarks.evidence.terms import Figure
 
-# Fine-tuning at the size of docs/results.md: smaller images still, and few proposals.
+# Settings for fine-tuning at the size of docs/results.md: smaller images and few proposals.
 SMALL = (
     "SOLVER.IMS_PER_BATCH 4 SOLVER.BASE_LR 0.01 TEST.PRECISE_BN.NUM_ITER 20 "
     "INPUT.MIN_SIZE_TRAIN (128,144,160) INPUT.MAX_SIZE_TRAIN 240 "
@@ -27,14 +27,15 @@ SMALL = (
 
 @dataclass(frozen=True)
 class Detectors:
-    """How the cells of a figure are fine-tuned and tested.
+    """Settings for fine-tuning and testing the cells of a figure.
 
     Attributes:
-        protocol: from weights; its ``-random`` sibling is for untrained ones.
-        train, test: data, as `tools/train_net.py` takes them.
-        iterations, share: length, and share of the labelled images, from 0 to 1.
-        settings: KEY VALUE pairs that make it small.
-        seeds: how many of the cells' seeds are fine-tuned.
+        protocol: protocol for trained weights; its ``-random`` variant is used for untrained ones.
+        train, test: data specs, as for `tools/train_net.py`.
+        iterations: length of a fine-tuning.
+        share: share of the labelled images, in (0, 1].
+        settings: KEY VALUE pairs that reduce the size.
+        seeds: number of seeds of each cell that are fine-tuned.
     """
 
     protocol: str
@@ -47,11 +48,11 @@ class Detectors:
 
     @property
     def name(self) -> str:
-        """Of the folder of a cell's detector."""
+        """Name of the detector's folder within the folder of a cell."""
         return f"detection-{self.iterations}-share-{self.share:g}"
 
     def results(self, folder: Path) -> dict[str, float]:
-        """AP and AP50 of a cell's detector; nothing where there is none yet."""
+        """Return AP and AP50 of a cell's detector; empty if it has not finished."""
         path = folder / self.name / "results.json"
         if not path.exists():
             return {}
@@ -59,8 +60,10 @@ class Detectors:
         return {"AP": boxes["AP"], "AP50": boxes["AP50"]}
 
     def jobs(self, figure: Figure, folders: Mapping[tuple[str, int], Path]) -> list[Job]:
-        """Convert and fine-tune every cell that has finished; untrained weights in the very network
-        of the others."""
+        """Return the jobs that convert and fine-tune every finished cell.
+
+        Untrained weights use the network of the converted file of their own cell.
+        """
         trained = {cell.label: cell.trained for cell in figure.cells}
         return [
             self._job(label, seed, folder, trained[label])

@@ -1,6 +1,6 @@
-"""docs/evidence.md: tables, plots and sentences, all of them made from the results.
+"""The page docs/evidence.md: tables, plots and sentences generated from the results.
 
-What a person writes between the two marks of a section survives: see `REMARKS`.
+Text written by hand between the two marks of a section is kept, see `REMARKS`.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ REMARKS = ("<!-- remarks: {name} (yours to write; they survive) -->", "<!-- end 
 LOWER_IS_BETTER = {"rss", "loss"}
 INTRODUCTION = """# Evidence
 
-The papers' comparisons, at a size that two cores carry: what can be seen of them there, and what
-cannot. `benchmarks/evidence/run.py` writes this page, its plots and every sentence outside the
-remarks from the results. Numbers are mean ± sample standard deviation over seeds (of weights,
-order, views and permutations). A difference is called one only if Welch's 95 % interval excludes
-zero; with a few seeds that takes a large one, and of twenty such comparisons one is expected to
-err.
+The papers' comparisons at a size that two cores can run: what they show there, and what they cannot
+show. `benchmarks/evidence/run.py` generates this page, its plots and all sentences outside the
+remarks from the results. Numbers are the mean ± sample standard deviation over seeds (of weights,
+order, views and permutations). A difference is called significant only if Welch's 95 % confidence
+interval excludes zero. With a few seeds, only large differences are, and one in twenty comparisons
+of equal cells is expected to be so by chance.
 """
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A figure, and for each label one dictionary of results a finished seed."""
+    """A figure with its results: for each label, one dictionary per finished seed."""
 
     figure: Figure
     results: Mapping[str, Sequence[Mapping[str, float]]]
 
     def values(self, label: str, metric: str) -> list[float]:
-        """Of the seeds that have the metric."""
+        """Return the metric's values over the seeds that have it."""
         return [r[metric] for r in self.results.get(label, ()) if r.get(metric) is not None]
 
     def means(self, labels: Sequence[str], metric: str) -> list[float]:
-        """Of each seed that has the metric of all these cells, their mean."""
+        """Return the mean over several cells, for each seed that has the metric of all of them."""
         found = [
             {
                 r.get("seed", i): r[metric]
@@ -60,16 +60,16 @@ class Measured:
         return [sum(of[seed] for of in found) / len(found) for seed in seeds]
 
     def labels(self, metric: str) -> list[str]:
-        """Of the cells that have the metric, in the figure's order."""
+        """Return the labels of the cells that have the metric, in the figure's order."""
         return [c.label for c in self.figure.cells if self.values(c.label, metric)]
 
 
 def write_document(measured: Sequence[Measured], path: Path, facts: Mapping[str, str]) -> None:
-    """Write the page and, in a folder of its name beside it, its plots.
+    """Write the page, and its plots to a folder of the same name beside it.
 
     Args:
-        measured: sections in order; one without a result is left out.
-        facts: about the runs, for the table at the top.
+        measured: the sections in order; sections without results are omitted.
+        facts: facts about the runs, for the table at the top.
     """
     old = path.read_text(encoding="utf-8") if path.exists() else ""
     rows = [f"| {name} | {value} |" for name, value in {**facts, **_machine()}.items()]
@@ -93,7 +93,7 @@ def _section(part: Measured, picture: str, old: str) -> str:
 
 
 def table(part: Measured) -> str:
-    """One row a cell, one column a metric that has been measured."""
+    """Format the results: one row per cell, one column per measured metric."""
     metrics = [m for m in part.figure.metrics if part.labels(m)]
     lines = ["| | n | " + " | ".join(METRICS[m] for m in metrics) + " |"]
     lines.append("|---" * (2 + len(metrics)) + "|")
@@ -106,7 +106,7 @@ def table(part: Measured) -> str:
 
 
 def number(values: Sequence[float], metric: str = "knn") -> str:
-    """Mean ± standard deviation; an empty cell where there is no value."""
+    """Format values as mean ± standard deviation; empty if there are none."""
     if not values:
         return ""
     digits = {"rss": 0, "loss": 3, "spread": 2}.get(metric, 1)
@@ -117,20 +117,24 @@ def number(values: Sequence[float], metric: str = "knn") -> str:
 
 
 def verdict(a: Sequence[float], b: Sequence[float]) -> tuple[str, str]:
-    """Whether a is above b: ("yes" | "no, the reverse" | "not told apart" | "n too small"), and the
-    difference with its interval in words."""
+    """Compare a with b.
+
+    Returns:
+        "yes" (a is above b), "no, the opposite", "not significant" or "no interval (reason)"; and
+        the difference with its interval.
+    """
     difference = welch_difference(a, b)
     if difference.interval is None:
         equal = difference.why_no_interval == "no spread" and difference.mean == 0
-        word = "not told apart" if equal else f"no interval ({difference.why_no_interval})"
+        word = "not significant" if equal else f"no interval ({difference.why_no_interval})"
         return word, f"{difference.mean:+.1f}"
     low, high = difference.interval
-    word = "yes" if low > 0 else "no, the reverse" if high < 0 else "not told apart"
+    word = "yes" if low > 0 else "no, the opposite" if high < 0 else "not significant"
     return word, f"{difference.mean:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 def best_sentence(part: Measured, metric: str) -> str:
-    """Which cell has the best mean of each series, and which of the others it beats."""
+    """Name the cell with the highest mean of each series, and the cells it significantly beats."""
     sentences = []
     series = dict.fromkeys(c.series for c in part.figure.cells)
     for name in series:
@@ -148,18 +152,18 @@ def best_sentence(part: Measured, metric: str) -> str:
         }
         beaten = [label for label, word in words.items() if word == "yes"]
         level = [label for label in words if label not in beaten]
-        text = f"The best mean{f' of {name}' if name else ''} is that of {best} "
+        text = f"The highest mean{f' of {name}' if name else ''} is that of {best} "
         text += f"({number(values[best], metric)})"
-        text += f"; it is above {_list(beaten)} by the interval" if beaten else ""
-        text += f"; not told apart from {_list(level)}" if level else ""
+        text += f"; it is significantly above {_list(beaten)}" if beaten else ""
+        text += f"; it is not significantly above {_list(level)}" if level else ""
         sentences.append(text + ".")
     return " ".join(sentences)
 
 
 def expectation_table(part: Measured) -> str:
-    """What the papers lead one to expect, and whether it is seen here."""
+    """Format the papers' expectations, and whether they are observed here."""
     lines = [
-        "| expected | measured by | difference [95 % interval] | seen here |",
+        "| expected | metric | difference [95 % interval] | observed |",
         "|---|---|---|---|",
     ]
     for e in part.figure.expectations:
@@ -182,14 +186,14 @@ def _list(words: Sequence[str]) -> str:
 
 
 def _remarks(name: str, old: str) -> str:
-    """The marks, with what stood between them in the old document."""
+    """Return the marks with the text between them in the old document."""
     start, end = REMARKS[0].format(name=name), REMARKS[1]
     found = re.search(re.escape(start) + "(.*?)" + re.escape(end), old, re.DOTALL)
     return f"{start}{found[1] if found else chr(10)}{end}"
 
 
 def plot(part: Measured) -> FigureCanvasAgg:
-    """A curve over the run; or one panel a metric: lines where cells have an x, else points."""
+    """Plot a curve over the run, or one panel per metric: lines if cells have an x, else points."""
     if part.figure.curve:
         return _plot_curves(part)
     metrics = [m for m in part.figure.metrics if part.labels(m)][:3]
@@ -267,7 +271,7 @@ def _machine() -> dict[str, str]:
         cwd=Path(__file__).parent,
     )
     return {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread a cell, torch "
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread per cell, torch "
         f"{torch.__version__}",
         "commit": git.stdout.strip() or "unknown",
     }

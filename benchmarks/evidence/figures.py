@@ -1,4 +1,4 @@
-"""What the evidence consists of: figures, their cells, and what the papers lead one to expect."""
+"""The figures of the evidence, their cells, and the expectations raised by the papers."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 from benchmarks.evidence.methods import methods, scenes
 from benchmarks.evidence.terms import Cell, Expectation, Figure
 
-STEPS, BATCH, WARMUP = 400, 64, 50  # of evidence.yaml
+STEPS, BATCH, WARMUP = 400, 64, 50  # as in evidence.yaml
 LEAK_STEPS = 2000
 NEGATIVES, BATCHES = (64, 512, 2048), (32, 64, 256)
 
 
 def figures(steps: int = STEPS) -> list[Figure]:
-    """All figures, for cells of ``steps`` steps of `BATCH` images."""
+    """Return all figures, for cells of ``steps`` steps of `BATCH` images."""
     scale = steps / STEPS
     base: dict[str, Any] = {}
     if steps != STEPS:
@@ -43,7 +43,7 @@ def _mechanisms(base: dict[str, Any], steps: int) -> Figure:
         )
         for k in NEGATIVES
     ]
-    for batch in BATCHES:  # the batch is the dictionary; as many images in all
+    for batch in BATCHES:  # the batch is the dictionary; the total number of images is the same
         shorter = {
             "SOLVER.BATCH_SIZE": batch,
             "SOLVER.MAX_ITER": steps * BATCH // batch,
@@ -61,11 +61,11 @@ def _mechanisms(base: dict[str, Any], steps: int) -> Figure:
     return Figure(
         "mechanisms",
         "Three mechanisms against the number of negatives",
-        "He et al. 2020, Figure 3: one pretext task, three ways to keep a dictionary. The"
-        " dictionary of the end-to-end mechanism is its batch, so it ends where memory "
-        "ends; batches of other sizes see as many images, in fewer or more steps, at a "
-        "learning rate scaled linearly. The memory is the peak of the resident set of the"
-        " process during its training, less what it was before (interpreter, libraries).",
+        "He et al. 2020, Figure 3: one pretext task, three ways to maintain a dictionary. In the "
+        "end-to-end mechanism, the dictionary is the batch, so its size is limited by memory; "
+        "other batch sizes see the same number of images in fewer or more steps, at a linearly "
+        "scaled learning rate. Memory is the peak resident set size of the process during "
+        "training, minus that before training (interpreter, libraries).",
         cells,
         ("knn", "linear", "rss"),
         (
@@ -80,7 +80,7 @@ def _mechanisms(base: dict[str, Any], steps: int) -> Figure:
                 tuple(f"memory bank, K {k}" for k in NEGATIVES),
             ),
             Expectation(
-                "a queue goes where a batch cannot", "MoCo, K 2048", "end-to-end, batch 64"
+                "a queue can be larger than a batch", "MoCo, K 2048", "end-to-end, batch 64"
             ),
             Expectation(
                 "end-to-end pays for negatives in memory",
@@ -102,10 +102,10 @@ def _momentum(base: dict[str, Any]) -> Figure:
     return Figure(
         "momentum",
         "The momentum of the key encoder",
-        "He et al. 2020, Section 4.1, with K 4096 on ImageNet: m 0 fails, 0.9 gives 55.2,"
-        " 0.99 57.8, 0.999 59.0, 0.9999 58.9 %. There a run is hundreds of thousands of "
-        "steps long; here 0.999 averages over more steps than the run has, so its key "
-        "encoder remains mostly the untrained one.",
+        "He et al. 2020, Section 4.1, with K 4096 on ImageNet: m 0 fails, 0.9 gives 55.2, 0.99 "
+        "57.8, 0.999 59.0 and 0.9999 58.9 %. Those runs have hundreds of thousands of steps. "
+        "Here, 0.999 averages over more steps than the run has, so that the key encoder remains "
+        "close to its initialisation.",
         cells,
         ("knn", "linear", "loss", "accuracy"),
         (
@@ -113,7 +113,7 @@ def _momentum(base: dict[str, Any]) -> Figure:
             Expectation("slow beats fast", "m 0.99", "m 0.9"),
             Expectation("slower is better still", "m 0.999", "m 0.99"),
             Expectation(
-                "a run can be too short for it", ("m 0.98", "m 0.99"), ("m 0.999", "m 0.9999")
+                "a run can be too short for a high m", ("m 0.98", "m 0.99"), ("m 0.999", "m 0.9999")
             ),
         ),
         x_label="momentum",
@@ -136,11 +136,11 @@ def _shuffling(base: dict[str, Any]) -> Figure:
     return Figure(
         "shuffling",
         "Shuffling BN",
-        "He et al. 2020, Section 3.3 and Figure 5: if a query and its key are normalised "
-        "in the same company, their BN statistics tell which belong together. The "
-        "contrastive accuracy then rises and the features get worse. A BN group stands "
-        "for a GPU: the batch of 64 is split into 2 or 8. The accuracy is the mean over "
-        "the last fifth of the run.",
+        "He et al. 2020, Section 3.3 and Figure 5: if a query and its key are normalised together "
+        "with the same images, the BN statistics reveal which query belongs to which key. The "
+        "contrastive accuracy then rises, and the features get worse. A BN group stands for a GPU: "
+        "the batch of 64 is split into 2 or 8 groups. The accuracy is the mean over the last fifth "
+        "of the run.",
         cells,
         ("accuracy", "loss", "knn", "linear"),
         (
@@ -148,7 +148,7 @@ def _shuffling(base: dict[str, Any]) -> Figure:
                 "without it the task is easier", sides["without"], sides["with"], "accuracy"
             ),
             Expectation("with it the features are better", sides["with"], sides["without"]),
-            Expectation("and linearly", sides["with"], sides["without"], "linear"),
+            Expectation("also under a linear probe", sides["with"], sides["without"], "linear"),
         ),
         best=False,
     )
@@ -173,11 +173,12 @@ def _leak(steps: int) -> Figure:
     return Figure(
         "leak",
         "The leak by itself",
-        "A task that only a cheat can solve: the key of an image is made from *another* image, one"
-        " of the 8 in its BN group. What query and key then have in common is their company. "
-        f"ResNet-18 at a quarter of the width, {steps:,} steps of 64 images in 8 groups, no "
-        "augmentation. Of the batch's 63 keys of other images, the nearest is by chance from the "
-        "query's own group in 11.1 % of cases; the mean over the last tenth of the run.",
+        "A task that can only be solved by cheating: the key of an image is computed from "
+        "*another* image, one of the 8 in its BN group, the query's company. All that query and "
+        f"key then have in common is this company. ResNet-18 at a quarter of the width, {steps:,} "
+        "steps of 64 images in 8 groups, no augmentation. Among the batch's 63 keys of other "
+        "images, the nearest is from the query's own group in 11.1 % of cases by chance. Values "
+        "are means over the last tenth of the run.",
         cells,
         ("company", "accuracy", "loss"),
         (Expectation("the company is learnt", cells[1].label, cells[0].label, "company"),),
@@ -208,8 +209,8 @@ def _steps_to_v2(base: dict[str, Any]) -> Figure:
     return Figure(
         "v2",
         "From v1 to v2",
-        "Chen et al. 2020, Table 1: an MLP head (T 0.2), stronger augmentation with blur,"
-        " a cosine. The published head has no BN; the later rows give it one.",
+        "Chen et al. 2020, Table 1: an MLP head (T 0.2), stronger augmentation with blur, a cosine "
+        "schedule. The published head has no BN; the later rows add it.",
         cells,
         ("knn", "linear", "loss", "spread"),
         (
@@ -246,10 +247,11 @@ def _plateau(base: dict[str, Any]) -> Figure:
     return Figure(
         "plateau",
         "What moves v2's head off the plateau",
-        "v2's recipe as published: an MLP head without BN, T 0.2, m 0.999, v2's views, no warm-up, "
-        "a learning rate of 0.03 for 256 images. With few images and few steps its embeddings stay "
-        "close together and the loss near log(K+1). The spread says it whatever K and T are (0: "
-        "one point, 1: all over the sphere). Each row changes one thing of the first.",
+        "The v2 recipe as published: an MLP head without BN, T 0.2, m 0.999, v2's views, no "
+        "warm-up, a learning rate of 0.03 for 256 images. With few images and few steps, its "
+        "embeddings stay close together and the loss near log(K+1). The spread measures this for "
+        "any K and T (0: a single point, 1: the whole sphere). Each row changes one setting of "
+        "the first.",
         cells,
         ("spread", "knn", "linear", "loss"),
         tuple(

@@ -1,4 +1,4 @@
-"""Command lines in processes of their own, several at a time, none that has finished twice."""
+"""Command lines run in parallel processes, skipping those that have already finished."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Job:
-    """Commands to run one after the other, in a folder; done once ``done`` is there."""
+    """Commands to run in sequence, with a log in ``folder``; finished once ``done`` exists."""
 
     name: str
     folder: Path
@@ -26,13 +26,13 @@ class Job:
     done: Path
 
     def run(self) -> float:
-        """Run the commands with one thread each, all they say going to log.txt.
+        """Run the commands on one thread each, with their output in log.txt.
 
         Returns:
-            seconds.
+            The seconds taken.
 
         Raises:
-            UserError: a command failed; its last lines.
+            UserError: a command failed; the message has its last lines.
         """
         began = time.monotonic()
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -49,9 +49,9 @@ class Job:
 
 
 def run_jobs(jobs: Sequence[Job], parallel: int, what: str) -> list[str]:
-    """Run what is not done, ``parallel`` at a time; return the failures, one sentence each."""
+    """Run the unfinished jobs, ``parallel`` at a time; return the failures, one sentence each."""
     todo = [job for job in jobs if not job.done.exists()]
-    print(f"{what}: {len(jobs)} in all, {len(jobs) - len(todo)} of them done", flush=True)
+    print(f"{what}: {len(jobs)} in total, {len(jobs) - len(todo)} already done", flush=True)
     failures: list[str] = []
     began = time.monotonic()
     with ThreadPoolExecutor(parallel) as pool:
@@ -72,6 +72,6 @@ def run_jobs(jobs: Sequence[Job], parallel: int, what: str) -> list[str]:
                         flush=True,
                     )
         except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)  # children got the same signal
+            pool.shutdown(wait=False, cancel_futures=True)  # the children get the same signal
             raise
     return failures

@@ -1,6 +1,6 @@
-"""One cell of the evidence: MoCo with keys of other images, so that only BN statistics can match.
+"""One cell of the evidence: MoCo with keys of other images, which only BN statistics can match.
 
-python benchmarks/evidence/leak.py FOLDER     # that holds spec.json; writes result.json
+python benchmarks/evidence/leak.py FOLDER     # reads FOLDER/spec.json, writes FOLDER/result.json
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ MEASURED_EVERY = 5  # steps
 
 
 def partners(images: Tensor, groups: int) -> Tensor:
-    """For each image the one before it in its group, the last before the first: (N, ...)."""
+    """Replace each image by the previous one in its group, cyclically: (N, ...) -> (N, ...)."""
     return images.unflatten(0, (groups, -1)).roll(1, 1).flatten(0, 1)
 
 
 def from_company(q: Tensor, k: Tensor, groups: int) -> float:
-    """Share of the queries whose nearest key, their own image's left out, is of their group.
+    """Return the share of queries whose nearest key, except their own image's, is of their group.
 
     Args:
-        q, k: (N, C) of length 1; key i is made from the partner of image i.
+        q, k: (N, C), unit vectors; key i is computed from the partner of image i.
     """
     rows = torch.arange(len(q))
     similarity = q @ k.T  # NxN
@@ -49,7 +49,7 @@ def from_company(q: Tensor, k: Tensor, groups: int) -> float:
 
 
 def run(folder: Path) -> dict[str, Any]:
-    """Run the cell that ``folder``/spec.json describes."""
+    """Run the cell described by ``folder``/spec.json."""
     spec = json.loads((folder / SPEC).read_text())
     cfg = config(spec["overrides"], spec["seed"])
     torch.manual_seed(cfg.SEED)
@@ -60,7 +60,7 @@ def run(folder: Path) -> dict[str, Any]:
 
 
 def cheat(method: MoCo, images: Tensor, cfg: CfgNode) -> dict[str, Any]:
-    """Train by SGD after a linear warm-up; means of the last tenth, and the curve by tenths."""
+    """Train on the task; return the means over the last tenth of the run, and a curve of tenths."""
     groups, solver, steps = cfg.MODEL.BN_GROUPS, cfg.SOLVER, cfg.SOLVER.MAX_ITER
     take_step = TrainStep(method, build_optimizer(cfg, method), total_steps=steps)
     generator = torch.Generator().manual_seed(cfg.SEED)
@@ -85,7 +85,7 @@ def cheat(method: MoCo, images: Tensor, cfg: CfgNode) -> dict[str, Any]:
 
 
 def read_images(names: list[str], size: int) -> Tensor:
-    """All of them in memory, (N, 3, size, size), standardised."""
+    """Read all images into memory: (N, 3, size, size), standardised."""
     pixels = np.stack(
         [cv2.resize(cv2.imread(n), (size, size), interpolation=cv2.INTER_AREA) for n in names]
     )

@@ -1,4 +1,4 @@
-"""The figures that hold all methods beside each other."""
+"""The figures that compare all methods."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ SCENES_STEPS, SCENES_WARMUP = 600, 80
 
 
 def methods(base: dict[str, Any]) -> Figure:
-    """On the images of --data, and as detectors on those of --detection."""
+    """Return the comparison on the images of --data, and as detectors on those of --detection."""
     cells = _each_method(base)
     return Figure(
         "methods",
         "All methods at the same number of images seen",
-        "One data set, encoder, optimiser (SGD), learning rate, views and number of images; each"
-        " method has its own head and loss. This is no contest of methods, whose recipes were "
-        "made for batches of thousands, hundreds of epochs and views of their own (SwAV: "
-        "multi-crop), but a test whether each of them learns on one harness. Random weights have "
-        "their BN statistics fitted to the images. Where there is an AP, the weights were "
-        "converted and fine-tuned as a detector, every layer trained, each seed from a "
-        "pre-training of its own; detectors from random weights start as Detectron2 starts them.",
+        "All methods share the data set, encoder, optimiser (SGD), learning rate, views and "
+        "number of images; each has its own head and loss. This is not a contest: the methods' "
+        "recipes were made for batches of thousands, hundreds of epochs and their own views "
+        "(SwAV: multi-crop). It tests whether each method learns under the same conditions. "
+        "Random weights have BN statistics fitted to the images. For AP, the weights were "
+        "converted and fine-tuned as a detector with every layer trained, each seed from its own "
+        "pre-training; detectors from random weights use Detectron2's initialisation.",
         cells,
         ("knn", "linear", "AP", "AP50"),
         _above_random(cells, ("knn", "linear", "AP")),
@@ -32,7 +32,7 @@ def methods(base: dict[str, Any]) -> Figure:
 
 
 def scenes(scale: float) -> Figure:
-    """On the demo's images, unlabelled ones and labelled ones of one kind."""
+    """Return the comparison on the demo's images, where unlabelled and labelled ones are alike."""
     steps, warmup = round(SCENES_STEPS * scale), max(1, round(SCENES_WARMUP * scale))
     cells = _each_method(
         {
@@ -45,10 +45,10 @@ def scenes(scale: float) -> Figure:
     )
     return Figure(
         "scenes",
-        "All methods where the pool is of the task",
-        "The demo's generated scenes: 4,000 without labels to pre-train on, 300 labelled ones for "
-        "the detector (150 iterations of 4), 200 to test it on. Encoder, heads and losses are those"
-        f" above; {steps:,} steps of 64 crops of 64 px, at a learning rate of 0.05.",
+        "All methods pre-trained on images of the task",
+        "The demo's generated scenes: 4,000 unlabelled for pre-training, 300 labelled for the "
+        "detector (150 iterations of 4 images), 200 for testing. Encoder, heads and losses are as "
+        f"above; {steps:,} steps of 64 crops of 64 px, at a learning rate of 0.05.",
         cells,
         ("AP", "AP50"),
         _above_random(cells, ("AP", "AP50")),
@@ -58,9 +58,9 @@ def scenes(scale: float) -> Figure:
 
 
 def _each_method(base: dict[str, Any]) -> list[Cell]:
-    # Statistics over the whole batch, as the last three papers have them.
+    # BN statistics over the whole batch, as in the papers of the last three methods.
     synchronised = {**base, "MODEL.SYNC_BN": True}
-    # Of SwAV the better of three settings tried on one seed: few prototypes need no queue.
+    # The best of three settings of SwAV tried on one seed: few prototypes need no queue.
     few = {"SWAV.PROTOTYPES": 32, "SWAV.QUEUE_SIZE": 0, "SWAV.EPSILON": 0.05}
     return [
         Cell(RANDOM, base, trained=False),
@@ -75,7 +75,7 @@ def _each_method(base: dict[str, Any]) -> list[Cell]:
 
 def _above_random(cells: Sequence[Cell], metrics: Sequence[str]) -> tuple[Expectation, ...]:
     return tuple(
-        Expectation("it has learnt something", cell.label, RANDOM, metric)
+        Expectation("pre-training helps", cell.label, RANDOM, metric)
         for metric in metrics
         for cell in cells
         if cell.trained

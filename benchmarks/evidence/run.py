@@ -1,11 +1,11 @@
-"""The papers' figures, at a size that two cores carry, as docs/evidence.md.
+"""The papers' comparisons at a size that two cores can run, as docs/evidence.md.
 
     python benchmarks/evidence/run.py --data DIR [--test DIR]       # folders of class folders
     python benchmarks/evidence/run.py --data DIR --only momentum --seeds 5
-    python benchmarks/evidence/run.py --document-only               # from what has been run so far
+    python benchmarks/evidence/run.py --data DIR --document-only    # from the finished cells
 
-Cells (one training, one seed) run side by side, one single-threaded process each. Each has a folder
-under --output; one that has finished is not run again, so the same command goes on after a stop.
+Cells (one training with one seed) run in parallel, each in a single-threaded process with a folder
+under --output. Finished cells are not repeated, so the same command continues after a stop.
 """
 
 from __future__ import annotations
@@ -37,8 +37,11 @@ from pretrain.probe.datasets import LabelledImages, open_train_and_test, stratif
 
 
 def write_pool(images: LabelledImages, size: int, output: Path) -> str:
-    """List the images to pre-train on, as many of each class: ``size`` of the training images, the
-    same for every seed; all of them if there are no more. No test image is among them."""
+    """Write a list of images to pre-train on; return its path.
+
+    It has ``size`` of the training images (or all of them, if there are no more), stratified by
+    class and the same for every seed. There are no test images among them.
+    """
     rows = np.arange(len(images))
     if size < len(images):
         _, rows = stratified_split(images.labels, size / len(images), seed=0)
@@ -49,7 +52,7 @@ def write_pool(images: LabelledImages, size: int, output: Path) -> str:
 
 
 def cell_folder(output: Path, cell: Cell, seed: int, how: dict[str, Any]) -> Path:
-    """A folder for what is trained and measured, whatever figure and label it comes under."""
+    """Return the folder of a cell, which depends on its settings but not on figure or label."""
     cfg = config(dict(cell.overrides), seed)
     key = json.dumps([cfg.dump(), cell.trained, cell.script, how], sort_keys=True)
     digest = hashlib.sha256(key.encode()).hexdigest()[:10]
@@ -57,7 +60,7 @@ def cell_folder(output: Path, cell: Cell, seed: int, how: dict[str, Any]) -> Pat
 
 
 def cell_job(folder: Path, cell: Cell, seed: int, how: dict[str, Any], write: bool = True) -> Job:
-    """The job of one cell, whose specification is written now if it is to be run."""
+    """Return the job of one cell; with ``write``, also write its specification."""
     spec = {"overrides": dict(cell.overrides), "seed": seed, "trained": cell.trained, **how}
     if write:
         folder.mkdir(parents=True, exist_ok=True)
@@ -69,7 +72,7 @@ def cell_job(folder: Path, cell: Cell, seed: int, how: dict[str, Any], write: bo
 def measurements(
     cells: Mapping[tuple[str, int], Path], detectors: Detectors | None
 ) -> dict[str, list[dict[str, float]]]:
-    """Results of each label, one dictionary a finished seed."""
+    """Return the results of each label, one dictionary per finished seed."""
     found: dict[str, list[dict[str, float]]] = {}
     for (label, seed), folder in cells.items():
         if (folder / RESULT).exists():
@@ -80,7 +83,7 @@ def measurements(
 
 
 def detectors_of(figure: Figure, args: argparse.Namespace, scenes: Path) -> Detectors | None:
-    """How a figure's cells are fine-tuned; None if they are not."""
+    """Return the fine-tuning settings of a figure's cells; None if they are not fine-tuned."""
     if figure.detection and figure.data == "scenes":
         splits = (f"voc:{scenes / 'voc'}:{split}" for split in ("train", "test"))
         return Detectors("scenes", *splits, iterations=150, seeds=args.detection_seeds)
@@ -97,39 +100,43 @@ def detectors_of(figure: Figure, args: argparse.Namespace, scenes: Path) -> Dete
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     names = [figure.name for figure in figures()]
     result = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = result.add_argument
-    add("--data", metavar="DIR", required=True, help="class folders to train on, without labels")
-    add("--test", metavar="DIR", help="class folders to test on (default: hold out a fifth)")
+    add("--data", metavar="DIR", required=True, help="class folders to pre-train and probe on")
+    add("--test", metavar="DIR", help="class folders to test on (default: a held-out fifth)")
     add("--detection", nargs=2, metavar="SPEC", help="training and test data of the detectors")
-    add("--only", nargs="+", choices=names, default=names, metavar="FIGURE", help=", ".join(names))
-    add("--seeds", type=int, default=3, metavar="N", help="3")
-    add("--budget", type=int, default=STEPS, metavar="STEPS", help=f"of a cell ({STEPS})")
-    add("--detection-seeds", type=int, default=3, metavar="N", help="fine-tuned (3)")
-    add("--detection-iterations", type=int, default=300, metavar="N", help="300")
-    add("--detection-share", type=float, default=1.0, metavar="S", help="of the labels (1)")
+    add("--only", nargs="+", choices=names, default=names, metavar="FIGURE",
+        help=f"figures to run: {', '.join(names)} (default: all)")  # fmt: skip
+    add("--seeds", type=int, default=3, metavar="N", help="number of seeds (3)")
+    add("--budget", type=int, default=STEPS, metavar="STEPS", help=f"steps per cell ({STEPS})")
+    add("--detection-seeds", type=int, default=3, metavar="N", help="number of detector seeds (3)")
+    add("--detection-iterations", type=int, default=300, metavar="N",
+        help="iterations per detector (300)")  # fmt: skip
+    add("--detection-share", type=float, default=1.0, metavar="S", help="share of the labels (1)")
     add("--pool", type=int, default=4000, metavar="N", help="images to pre-train on (4000)")
-    add("--probe-size", type=int, default=64, metavar="PX", help="images are probed at (64)")
-    add("--parallel", type=int, default=2, metavar="N", help="cells at a time (2)")
-    add("--output", type=Path, default=Path("runs/evidence"), metavar="DIR", help="runs/evidence")
-    add("--document", type=Path, default=ROOT / "docs" / "evidence.md", metavar="FILE")
-    add("--document-only", action="store_true", help="run nothing")
-    add("--plan", action="store_true", help="say what would be run, and stop")
+    add("--probe-size", type=int, default=64, metavar="PX", help="image side for the probe (64)")
+    add("--parallel", type=int, default=2, metavar="N", help="number of parallel cells (2)")
+    add("--output", type=Path, default=Path("runs/evidence"), metavar="DIR",
+        help="folder of the cells (runs/evidence)")  # fmt: skip
+    add("--document", type=Path, default=ROOT / "docs" / "evidence.md", metavar="FILE",
+        help="page to write (docs/evidence.md)")  # fmt: skip
+    add("--document-only", action="store_true", help="write the page without running any cell")
+    add("--plan", action="store_true", help="list the cells to run, and stop")
     return result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what is missing, then write the document from all that is there."""
+    """Run the unfinished cells, then write the page from all finished ones."""
     args = parser().parse_args(argv)
-    return run_tool(lambda: evidence(args), "stopped: the same command goes on from here")
+    return run_tool(lambda: evidence(args), "stopped: run the same command again to continue")
 
 
 def evidence(args: argparse.Namespace) -> int:
-    """`main` without the words about how it ended."""
+    """Run the evidence for parsed arguments; return the exit status."""
     train, test = open_train_and_test(args.data, args.test)
     output = args.output.resolve()
     scenes = output / "scenes"
@@ -154,7 +161,7 @@ def evidence(args: argparse.Namespace) -> int:
     wanted = [figure for figure in everything if figure.name in args.only]
     only_look = args.plan or args.document_only
     jobs: dict[Path, Job] = {}
-    for seed in range(args.seeds):  # a first seed of everything comes before any second one
+    for seed in range(args.seeds):  # the first seed of all cells comes before the second of any
         for figure in wanted:
             for cell in figure.cells:
                 folder = folders[figure.name][cell.label, seed]
@@ -181,17 +188,17 @@ def evidence(args: argparse.Namespace) -> int:
         for figure in everything
     ]
     facts = {
-        "images to pre-train on": Path(given["pool"]).stem.partition("-")[2],
-        "images to probe with": f"{len(train):,} for training, {len(test):,} for testing",
+        "images for pre-training": Path(given["pool"]).stem.partition("-")[2],
+        "images for the probe": f"{len(train):,} for training, {len(test):,} for testing",
         "classes": str(len(train.classes)),
         "seeds": str(args.seeds),
-        "steps a cell": f"{args.budget} of 64 images",
+        "steps per cell": f"{args.budget} of 64 images",
         "probe": f"kNN (k 200, T 0.07) and logistic regression at {args.probe_size} px",
     }
     if args.detection:
         facts["detection"] = (
             f"Faster R-CNN C4, {args.detection_iterations} iterations of 4 images, "
-            f"{100 * args.detection_share:g} % of the labelled images, one fine-tuning a "
+            f"{100 * args.detection_share:g} % of the labelled images, one fine-tuning per "
             f"pre-training"
         )
     write_document(measured, args.document, facts)

@@ -1,4 +1,4 @@
-"""What the evidence is made of: a cell, an expectation, a figure, and the names of the metrics."""
+"""The building blocks of the evidence: cells, expectations, figures, and names of metrics."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Cell:
-    """One training, or none, and its probe; run once a seed.
+    """A training (or untrained weights) and its probe, run once per seed.
 
     Attributes:
-        label: its row in the table; equal cells of several figures are run once.
-        overrides: KEY -> value on top of evidence.yaml.
-        x: place on the horizontal axis; None for one place a row.
-        series: which line of the plot it belongs to.
+        label: row name in the table; identical cells of several figures are run once.
+        overrides: KEY -> value, applied to evidence.yaml.
+        x: position on the horizontal axis; None to plot one row per cell.
+        series: name of the line of the plot it belongs to.
         trained: False for untrained weights, whose BN statistics are fitted to the images.
-        script: beside this file; runs the cell.
+        script: file in this folder that runs the cell.
     """
 
     label: str
@@ -30,11 +30,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Expectation:
-    """``better`` is above ``worse`` in ``metric``.
+    """The expectation that ``better`` is above ``worse`` in ``metric``.
 
     Attributes:
-        better, worse: label of one of the figure's cells; or several, of which the mean is taken
-            within each seed.
+        text: the expectation in words.
+        better, worse: label of a cell of the figure; or several, averaged within each seed.
+        metric: name of the metric, a key of `METRICS`.
     """
 
     text: str
@@ -44,7 +45,7 @@ class Expectation:
 
     @property
     def sides(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Labels of either side."""
+        """Labels of the two sides."""
         better, worse = (
             (side,) if isinstance(side, str) else side for side in (self.better, self.worse)
         )
@@ -56,11 +57,11 @@ class Figure:
     """A section of the document.
 
     Attributes:
-        metrics: in the order of the table's columns; the plots show the first three.
-        best: whether to say which cell is best, and what it beats.
-        detection: whether its cells are fine-tuned as detectors, too.
-        data: "given", the folders of the command line, or "scenes", the demo's images.
-        curve: metric that the plot shows over the run, by the tenths in the results' ``curve``.
+        metrics: metrics in the order of the table's columns; plots show the first three.
+        best: name the best cell and those it significantly beats.
+        detection: also fine-tune the cells as detectors.
+        data: "given" for the folders of the command line, "scenes" for the demo's images.
+        curve: metric to plot over the run, from the tenths in the results' ``curve``.
     """
 
     name: str

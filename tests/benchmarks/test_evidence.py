@@ -40,21 +40,21 @@ def measured(**values):
 def test_a_difference_is_called_one_only_by_its_interval():
     low, high = [50.0, 50.2, 49.8], [52.0, 52.2, 51.8]
     assert verdict(high, low) == ("yes", "+2.0 [+1.5, +2.5]")  # 2.776 * sqrt(2 * 0.04 / 3)
-    assert verdict(low, high)[0] == "no, the reverse"
-    assert verdict([50.0, 54.0, 46.0], low)[0] == "not told apart"
+    assert verdict(low, high)[0] == "no, the opposite"
+    assert verdict([50.0, 54.0, 46.0], low)[0] == "not significant"
     assert verdict([50.0], [1.0]) == ("no interval (n = 1)", "+49.0")
-    assert verdict([50.0, 50.0], [50.0, 50.0])[0] == "not told apart"
+    assert verdict([50.0, 50.0], [50.0, 50.0])[0] == "not significant"
 
 
 def test_the_sentence_about_the_best_cell_follows_the_data():
     part = measured(a=[50.0, 50.2, 49.8], b=[52.0, 52.2, 51.8], c=[51.0, 53.0, 50.9])
     assert best_sentence(part, "knn") == (
-        "The best mean is that of b (52.0 ± 0.2); it is above a by the interval; "
-        "not told apart from c."
+        "The highest mean is that of b (52.0 ± 0.2); it is significantly above a; "
+        "it is not significantly above c."
     )
     part = measured(a=[53.0, 53.2, 52.8], b=[52.0, 52.2, 51.8])
     assert best_sentence(part, "knn") == (
-        "The best mean is that of a (53.0 ± 0.2); it is above b by the interval."
+        "The highest mean is that of a (53.0 ± 0.2); it is significantly above b."
     )
     assert best_sentence(measured(a=[1.0]), "knn") == ""
 
@@ -173,8 +173,8 @@ def test_finished_jobs_are_not_repeated_and_failures_are_named_without_stopping_
         assert "out of luck" in " ".join(failures)
     assert (tmp_path / "good" / "result.json").read_text() == "0"
     said = capsys.readouterr().out
-    assert "cells: 3 in all, 0 of them done" in said
-    assert "cells: 3 in all, 1 of them done" in said
+    assert "cells: 3 in total, 0 already done" in said
+    assert "cells: 3 in total, 1 already done" in said
     assert "3/3" in said
 
 

@@ -82,9 +82,9 @@ def test_every_backbone_is_fine_tuned_alike_but_for_labels_and_length(tmp_path):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["--weights", "a.pkl"], "--weights need --data"),
-        (["--weights", "random", "--data", "x", "y"], "at least one converted file"),
-        (["--weights", "x/a.pkl", "y/a.pkl", "--data", "x", "y"], "have one name"),
+        (["--weights", "a.pkl"], "--weights needs data: pass --data"),
+        (["--weights", "random", "--data", "x", "y"], "add a converted file"),
+        (["--weights", "x/a.pkl", "y/a.pkl", "--data", "x", "y"], "have the same name"),
     ],
 )
 def test_what_cannot_be_ranked_is_said(given, said, tmp_path):
