@@ -1,8 +1,10 @@
-"""What is said of files that cannot be read: one exception, and a sentence for each kind."""
+"""The exceptions of the reader, and one sentence for each kind of file that cannot be read."""
 
 from __future__ import annotations
 
+import errno
 import os
+import pickle
 from pathlib import Path
 
 from moco_common.errors import UserError
@@ -27,9 +29,10 @@ class CheckpointError(UserError):
     """A checkpoint that cannot be read or converted; the message is one sentence.
 
     Attributes:
-        kind: what is wrong, for programs: "missing_file", "empty", "truncated", "damaged",
-            "hostile", "zip_bomb", "html", "lfs_pointer", "unknown_format", "unsupported",
-            "unrecognised", "missing_tensor", "unknown_tensor", "shape", "proof", "option".
+        kind: category for programs: "missing_file", "unreadable", "empty", "truncated",
+            "damaged", "hostile", "zip_bomb", "html", "lfs_pointer", "unknown_format",
+            "unsupported", "unrecognised", "missing_tensor", "unknown_tensor", "shape", "proof",
+            "option".
         path: the file.
         key: the tensor or name at fault, if it is a single one.
         candidates: names that could have been meant.
@@ -50,49 +53,107 @@ class CheckpointError(UserError):
         self.kind, self.key, self.candidates, self.details = kind, key, candidates, details
         self.path = None if path is None else Path(path)
 
-
-def refusal(path: Path, kind: str, what: str) -> CheckpointError:
-    """``PATH WHAT.``"""
-    return CheckpointError(f"{path} {what}.", kind=kind, path=path)
-
-
-def truncated(path: Path, size: int) -> CheckpointError:
-    """The error for a file that was cut off after ``size`` bytes."""
-    return refusal(
-        path, "truncated", f"is truncated: it ends after {size} bytes; download it again"
-    )
+    def at(self, path: Path) -> CheckpointError:
+        """The same error, with the file named if it was raised without one."""
+        if self.path is not None:
+            return self
+        return CheckpointError(
+            f"{path}: {self}", kind=self.kind, path=path, key=self.key,
+            candidates=self.candidates, details=self.details,
+        )  # fmt: skip
 
 
-def damaged(path: Path, error: Exception, head: bytes) -> CheckpointError:
-    """What a parser stumbled over; of a text it is said that it is one."""
-    if head.isascii() and head.decode().replace("\n", "").replace("\t", "").isprintable():
-        return refusal(path, "unknown_format", "is a text, not a checkpoint")
+class RefusedError(Exception):
+    """Raised by the readers of single formats, which do not know the path: ``PATH WHAT.``"""
+
+    def __init__(self, kind: str, what: str) -> None:
+        super().__init__(what)
+        self.kind = kind
+
+
+class TruncatedError(Exception):
+    """The file ends before its content does."""
+
+
+class MalformedError(pickle.UnpicklingError):
+    """The content contradicts itself, such as a tensor that reaches beyond its data."""
+
+
+class UnsafePickleError(Exception):
+    """The file asks for something that could run code; ``str()`` of it is that name."""
+
+
+# What the readers raise for bad files. Any other exception is a bug of this project.
+FILE_ERRORS = (
+    RefusedError,
+    TruncatedError,
+    UnsafePickleError,
+    pickle.UnpicklingError,
+    EOFError,
+    RecursionError,
+    OSError,
+)
+
+
+def explain(error: Exception, path: Path, size: int, head: bytes) -> CheckpointError:
+    """Turn one of `FILE_ERRORS` into a sentence.
+
+    Args:
+        size: length of the file in bytes.
+        head: its first bytes.
+    """
+
+    def refusal(kind: str, what: str, key: str | None = None) -> CheckpointError:
+        return CheckpointError(f"{path} {what}.", kind=kind, path=path, key=key)
+
     cause = " ".join(str(error).split())[:160]
-    if not cause or isinstance(error, KeyError):  # an instruction that no pickle has
-        cause = "its content makes no sense"
-    return refusal(path, "damaged", f"is damaged or no checkpoint ({cause}); download it again")
+    if isinstance(error, RefusedError):
+        return refusal(error.kind, cause)
+    if isinstance(error, UnsafePickleError):
+        return refusal(
+            "hostile", f"asks for {error} to be called or changed while it is read, which no "
+            "checkpoint has a reason to do: nothing was executed and the file is refused; do not "
+            "load it with other tools", str(error)
+        )  # fmt: skip
+    if isinstance(error, FileNotFoundError):
+        return refusal("missing_file", "does not exist; check the path")
+    if isinstance(error, IsADirectoryError):
+        return refusal("missing_file", "is a directory; name a file in it")
+    if isinstance(error, OSError) and error.errno != errno.EINVAL:  # that: an offset below zero
+        return refusal("unreadable", f"cannot be read ({error.strerror}); check file and disk")
+    if isinstance(error, TruncatedError | EOFError) or "truncated" in cause or "exhausted" in cause:
+        return refusal("truncated", f"is truncated: it ends after {size} bytes; download it again")
+    if isinstance(error, RecursionError):
+        return refusal("damaged", "is nested too deeply to be a checkpoint")
+    if head.isascii() and head.decode().replace("\n", "").replace("\t", "").isprintable():
+        return refusal("unknown_format", "is a text, not a checkpoint")
+    return refusal("damaged", f"is damaged or no checkpoint ({cause}); download it again")
 
 
-def refuse_other_formats(path: Path, head: bytes) -> None:
-    """Refuse what is no checkpoint by its first bytes (512 of them tell)."""
+def refuse_other_formats(head: bytes) -> None:
+    """Refuse what is no checkpoint by its first 512 bytes.
+
+    Raises:
+        RefusedError: the name of the format, and what to do.
+    """
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<error")):
-        raise refusal(
-            path, "html", "is a web page (HTML or XML), not a checkpoint: the download failed; "
-            "open its address in a browser to see why"
+        raise RefusedError(
+            "html", "is a web page (HTML or XML), not a checkpoint: the download failed; open its "
+            "address in a browser to see why"
         )  # fmt: skip
     if head.startswith(b"version https://git-lfs"):
-        raise refusal(
-            path, "lfs_pointer", "is a Git LFS pointer, not the file itself; run `git lfs pull` "
-            "in its repository"
+        raise RefusedError(
+            "lfs_pointer", "is a Git LFS pointer, not the file itself; run `git lfs pull` in its "
+            "repository"
         )  # fmt: skip
     if head[257:262] == b"ustar":
-        raise refusal(
-            path, "unsupported", "is a tar archive: unpack it, or, if PyTorch before 0.1.10 wrote "
-            "it, load and save it with a PyTorch of that time"
+        raise RefusedError(
+            "unsupported", "is a tar archive: unpack it, or, if PyTorch before 0.1.10 wrote it, "
+            "load and save it with a PyTorch of that time"
         )  # fmt: skip
     for magic, what in _OTHER_FORMATS:
         if head.startswith(magic):
-            raise refusal(path, "unknown_format", f"is {what}")
+            raise RefusedError("unknown_format", f"is {what}")
     if text.startswith((b'{"', b"{'", b"[{")):
-        raise refusal(path, "unknown_format", "is a JSON text, not a checkpoint")
+        raise RefusedError("unknown_format", "is a JSON text, not a checkpoint")

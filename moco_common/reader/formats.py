@@ -1,19 +1,17 @@
-"""Reading checkpoint files as data: PyTorch (zip and legacy), pickle, safetensors.
+"""Checkpoint files as data: PyTorch (zip and legacy), pickle, safetensors.
 
-Nothing that a file says is executed, no class that it names is imported (see reader_pickle.py).
-Tensors of zip and safetensors files are mapped, not read: only what is used costs memory.
+Nothing that a file asks for is executed, and no class that it names is imported (see unpickler.py).
 """
 
 from __future__ import annotations
 
 import io
-import json
-import math
 import os
-import pickle
 import struct
 import zipfile
 import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,236 +19,252 @@ import torch
 from torch import Tensor
 
 from moco_common.reader.errors import (
+    FILE_ERRORS,
     CheckpointError,
-    damaged,
-    refusal,
+    MalformedError,
+    RefusedError,
+    TruncatedError,
+    explain,
     refuse_other_formats,
-    truncated,
 )
 from moco_common.reader.unpickler import (
+    Allowance,
+    BoundedFile,
     DataUnpickler,
     Discarded,
     Storage,
-    UnsafePickleError,
     resolve,
 )
 
 __all__ = ["CheckpointError", "Discarded", "read_checkpoint"]
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of a file of torch.save before 1.6
-_SAFETENSORS = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> Any:
+@dataclass(frozen=True)
+class _Source:
+    """An open file and how its tensors are to be read."""
+
+    path: Path
+    file: BinaryIO
+    size: int
+    copy: bool
+    checksums: bool
+
+
+def read_checkpoint(
+    path: str | os.PathLike[str], *, copy: bool = False, checksums: bool = True
+) -> Any:
     """Read any checkpoint file as nested dictionaries and lists of tensors and plain values.
 
     Args:
         path: a file of ``torch.save`` (any version, whole pickled modules too), a pickle
             (Detectron2's .pkl), or safetensors. Recognised by content, not by name.
+        copy: read tensors into memory. By default those of zip and safetensors files are mapped:
+            only what is used costs memory, and what outlives the file must be cloned. The mapping
+            is private: changing a tensor does not change the file.
+        checksums: verify the CRC of every tensor of a zip file, which PyTorch's own reader does
+            not do. Turn it off where the whole file has been verified already.
 
     Returns:
-        The file's own structure. NumPy arrays come as tensors, modules as dictionaries of their
-        tensors, any other object as :class:`Discarded`. Tensors may be mapped from the file
-        (privately: changing them does not change it): clone what outlives it. The string
-        metadata of a safetensors file is under the key "__metadata__".
+        The file's own structure. NumPy arrays become tensors, modules become dictionaries of their
+        tensors, sets become lists, and any other object becomes `Discarded`. The string metadata
+        of a safetensors file is under the key "__metadata__".
 
     Raises:
         CheckpointError: missing, empty, truncated, damaged, hostile, or no checkpoint at all.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise refusal(path, "missing_file", "is a directory; name a file in it")
-    if not path.is_file():
-        raise refusal(path, "missing_file", "does not exist; check the path")
-    size = path.stat().st_size
-    if size == 0:
-        raise refusal(path, "empty", "is empty (0 bytes); download or save it again")
-    with path.open("rb") as file:
-        head = file.read(512)
-        refuse_other_formats(path, head)
-        file.seek(0)
-        try:
-            if head.startswith(b"PK"):
-                return _read_zip(path, file, size)
-            if len(head) > 9 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] < 1 << 32:
-                return _read_safetensors(path, file, size)
-            return _read_pickle(path, file, size)
-        except UnsafePickleError as error:
-            raise CheckpointError(
-                f"{path} asks for {error} to be called while it is read, which no checkpoint has "
-                "a reason to do: nothing was executed and the file is refused; do not load it "
-                "with other tools.",
-                kind="hostile",
-                path=path,
-                key=str(error),
-            ) from None
-        except EOFError:
-            raise truncated(path, size) from None
-        except pickle.UnpicklingError as error:
-            if "truncated" in str(error) or "exhausted" in str(error):
-                raise truncated(path, size) from None
-            raise damaged(path, error, head) from None
-        except RecursionError:
-            raise refusal(path, "damaged", "is nested too deeply to be a checkpoint") from None
-        except (
-            ValueError,
-            TypeError,
-            KeyError,
-            IndexError,
-            AttributeError,
-            AssertionError,
-            RuntimeError,
-            OSError,
-            OverflowError,
-            MemoryError,
-            NotImplementedError,
-            ImportError,
-            struct.error,
-            zipfile.BadZipFile,
-        ) as error:
-            raise damaged(path, error, head) from None
-
-
-def _map(path: Path, size: int) -> Tensor:
-    """The file as a private (copy-on-write) 1-D uint8 tensor; pages are read when touched."""
-    storage = torch.UntypedStorage.from_file(str(path), False, size)
-    return torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[arg-type]
-
-
-def _read_zip(path: Path, file: BinaryIO, size: int) -> Any:
+    path, size, head = Path(path), 0, b""
     try:
-        archive = zipfile.ZipFile(file)
-    except zipfile.BadZipFile:
-        raise truncated(path, size) from None
-    entries = {info.filename: info for info in archive.infolist()}
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size == 0:
+                raise RefusedError("empty", "is empty (0 bytes); download or save it again")
+            head = file.read(512)
+            file.seek(0)
+            return _format_of(head)(_Source(path, file, size, copy, checksums))
+    except FILE_ERRORS as error:
+        raise explain(error, path, size, head) from None
+
+
+def _format_of(head: bytes) -> Callable[[_Source], Any]:
+    """The reader for a file that begins with these bytes."""
+    refuse_other_formats(head)
+    if head.startswith(b"PK"):
+        return _read_zip
+    if len(head) > 9 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] < 1 << 32:
+        return _read_safetensors
+    return _read_pickle
+
+
+def _read_zip(source: _Source) -> Any:
+    entries = _entries(source)
     root = next((n[: -len("data.pkl")] for n in entries if n.endswith("data.pkl")), None)
-    if f"{root}constants.pkl" in entries:
-        raise refusal(
-            path, "unsupported", "is a TorchScript program, not a checkpoint: load it with "
+    if f"{root}constants.pkl" in entries or any(n.startswith(f"{root}code/") for n in entries):
+        raise RefusedError(
+            "unsupported", "is a TorchScript program, not a checkpoint: load it with "
             "torch.jit.load and save its state_dict() with torch.save"
         )  # fmt: skip
-    if any(e.compress_type != zipfile.ZIP_STORED or e.file_size > size for e in entries.values()):
-        total = sum(e.file_size for e in entries.values())
-        raise refusal(
-            path, "zip_bomb", f"is a compressed zip of {size} bytes that claims {total}, which "
-            "torch.save never writes (a zip bomb?): it was not unpacked; save it with torch.save"
+    total = sum(entry.file_size for entry in entries.values())
+    if total > source.size or any(e.compress_type != zipfile.ZIP_STORED for e in entries.values()):
+        raise RefusedError(
+            "zip_bomb", f"is a zip of {source.size} bytes, compressed or overlapping, that claims "
+            f"{total}, which torch.save never writes (a zip bomb?): it was not unpacked; save it "
+            "with torch.save"
         )  # fmt: skip
     if root is None:
         kind = "a NumPy archive (.npz)" if any(n.endswith(".npy") for n in entries) else "a zip"
-        raise refusal(path, "unknown_format", f"is {kind} without data.pkl, not a checkpoint")
+        raise RefusedError("unknown_format", f"is {kind} without data.pkl, not a checkpoint")
 
-    def begin(entry: zipfile.ZipInfo) -> int:
-        file.seek(entry.header_offset + 26)  # local header: lengths of name and extra field
-        name_length, extra_length = struct.unpack("<HH", file.read(4))
-        return int(entry.header_offset + 30 + name_length + extra_length)
+    def start(name: str) -> int:
+        """Offset of an entry's bytes, which are verified."""
+        if name not in entries:
+            raise MalformedError(f"it has no entry {name}")
+        entry = entries[name]
+        source.file.seek(entry.header_offset + 26)  # local header: lengths of name and extra field
+        lengths = source.file.read(4)
+        if len(lengths) < 4:
+            raise MalformedError(f"{entry.filename} lies outside the file")
+        begin = int(entry.header_offset + 30 + sum(struct.unpack("<HH", lengths)))
+        if source.checksums:
+            _verify(source.file, entry, begin)
+        return begin
 
     def content(name: str) -> bytes:
-        entry = entries[name]
-        file.seek(_checked(file, entry, begin(entry)))
-        return file.read(entry.file_size)
+        source.file.seek(start(name))
+        return source.file.read(entries[name].file_size)
 
     if f"{root}byteorder" in entries and content(f"{root}byteorder") != b"little":
-        raise refusal(path, "unsupported", "was saved on a big-endian machine; save it on this one")
-    data = _map(path, size)
+        raise RefusedError("unsupported", "was saved on a big-endian machine; save it on this one")
+    data = None if source.copy else _map(source)
     storages: dict[str, Storage] = {}
 
-    def storage(identifier: tuple[Any, ...]) -> Storage:
-        _, dtype, key, _, numel = identifier[:5]
+    def storage(dtype: torch.dtype, key: str, numel: int) -> Storage:
         if key not in storages:
-            entry = entries[f"{root}data/{key}"]
-            start = _checked(file, entry, begin(entry))
-            storages[key] = Storage(dtype, numel, data[start : start + entry.file_size])
+            name = f"{root}data/{key}"
+            begin = start(name)
+            end = begin + entries[name].file_size
+            if end > source.size:
+                raise MalformedError(f"{name} lies outside the file")
+            if data is None:
+                source.file.seek(begin)
+                content = read_tensor(source.file, end - begin)
+            else:
+                content = data[begin:end]
+            storages[key] = Storage(dtype, numel, content)
         return storages[key]
 
-    return resolve(DataUnpickler(io.BytesIO(content(f"{root}data.pkl")), storage).load())
+    allowance = Allowance(source.size)
+    pickled = content(f"{root}data.pkl")
+    pickled_file = BoundedFile(io.BytesIO(pickled), len(pickled))
+    return resolve(DataUnpickler(pickled_file, allowance, storage=storage).load())
 
 
-def _checked(file: BinaryIO, entry: zipfile.ZipInfo, start: int) -> int:
-    """``start``, if the bytes from there on are those that were written.
+def _entries(source: _Source) -> dict[str, zipfile.ZipInfo]:
+    try:
+        archive = zipfile.ZipFile(source.file)
+    except zipfile.BadZipFile:
+        raise TruncatedError from None
+    except (ValueError, NotImplementedError, struct.error) as error:
+        raise MalformedError(f"its list of contents makes no sense: {error}") from None
+    return {info.filename: info for info in archive.infolist()}
 
-    PyTorch's own reader does not look. Read in pieces, not through the map: what is only checked
-    costs no memory. A sum of 0 was not computed (torch.serialization.set_crc32_options).
+
+def _verify(file: BinaryIO, entry: zipfile.ZipInfo, start: int) -> None:
+    """Compare the bytes from ``start`` on with the CRC that was written.
+
+    They are read in pieces, not through the map: what is only verified costs no memory. A CRC of 0
+    was not computed (torch.serialization.set_crc32_options).
     """
     file.seek(start)
     left, crc = entry.file_size if entry.CRC else 0, 0
     while left and (piece := file.read(min(left, 1 << 20))):
         left, crc = left - len(piece), zlib.crc32(piece, crc)
     if crc != entry.CRC:
-        raise ValueError(f"the bytes of {entry.filename} are not those that were written (CRC)")
-    return start
+        raise MalformedError(f"the bytes of {entry.filename} are not those that were written (CRC)")
 
 
-def _read_safetensors(path: Path, file: BinaryIO, size: int) -> dict[str, Any]:
-    (length,) = struct.unpack("<Q", file.read(8))
-    if 8 + length > size:
-        raise truncated(path, size)
-    header = json.loads(file.read(length))
-    data = _map(path, size)[8 + length :]
-    tree: dict[str, Any] = {"__metadata__": header.pop("__metadata__", {})}
-    for name, entry in header.items():
-        start, end = entry["data_offsets"]
-        if end > data.numel():
-            raise truncated(path, size)
-        dtype = _SAFETENSORS.get(entry["dtype"])
-        if dtype is None:
-            tree[name] = Discarded(f"tensor of {entry['dtype']}")
-            continue
-        shape = entry["shape"]
-        if math.prod(shape) * dtype.itemsize != end - start or start < 0:
-            raise ValueError(f"{name} does not fill its shape")
-        tree[name] = Storage(dtype, math.prod(shape), data[start:end]).view(dtype).view(shape)
+def _map(source: _Source) -> Tensor:
+    """The file as a private (copy-on-write) 1-D uint8 tensor; pages are read when touched."""
+    storage = torch.UntypedStorage.from_file(str(source.path), False, source.size)
+    return torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[arg-type]
+
+
+def read_tensor(file: BinaryIO, size: int) -> Tensor:
+    """Read ``size`` bytes into a new 1-D uint8 tensor; the caller knows that they are there."""
+    data = torch.empty(size, dtype=torch.uint8)
+    view, done = memoryview(data.numpy().data), 0
+    while done < size:
+        count = file.readinto(view[done:])  # type: ignore[attr-defined]
+        if not count:
+            raise TruncatedError
+        done += count
+    return data
+
+
+def _read_safetensors(source: _Source) -> dict[str, Any]:
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError:
+        raise RefusedError(
+            "unsupported", "is in the format safetensors, which needs its library: "
+            "pip install 'moco-det[safetensors]'"
+        ) from None  # fmt: skip
+    (length,) = struct.unpack("<Q", source.file.read(8))
+    if 8 + length > source.size:
+        raise TruncatedError
+    tree: dict[str, Any] = {}
+    try:
+        with safe_open(source.path, framework="pt") as archive:
+            tree["__metadata__"] = archive.metadata() or {}
+            for name in archive.keys():  # noqa: SIM118 (it is no mapping)
+                tensor = archive.get_tensor(name)
+                tree[name] = tensor.clone() if source.copy else tensor
+    except SafetensorError as error:
+        if "incomplete" in str(error).lower():
+            raise RefusedError(
+                "truncated", "is truncated, or longer than its header says; download it again"
+            ) from None  # fmt: skip
+        raise MalformedError(str(error)) from None
     return tree
 
 
-def _read_pickle(path: Path, file: BinaryIO, size: int) -> Any:
+def _read_pickle(source: _Source) -> Any:
     """A plain pickle, or PyTorch's legacy format: four pickles, then the storages' bytes."""
-    first = DataUnpickler(file, nested=_nested).load()
-    if first != _LEGACY_MAGIC or isinstance(first, bool):
-        if isinstance(first, (int, float, str, bytes)) or first is None:
-            raise refusal(path, "unknown_format", "is no checkpoint: it holds no tensors")
-        return resolve(first)
-    return resolve(_load_legacy(file, size))
+    file, allowance = BoundedFile(source.file, source.size), Allowance(source.size)
+    first = DataUnpickler(file, allowance, nested=_read_nested).load()
+    if first == _LEGACY_MAGIC and isinstance(first, int):
+        return resolve(_read_legacy(file, allowance))
+    if first is None or isinstance(first, (int, float, str, bytes)):
+        raise RefusedError("unknown_format", "is no checkpoint: it holds no tensors")
+    return resolve(first)
 
 
-def _nested(content: bytes) -> Any:
+def _read_nested(content: bytes, allowance: Allowance) -> Any:
     """A tensor that was pickled with ``pickle.dump`` carries a whole legacy file in bytes."""
-    file = io.BytesIO(content)
-    if DataUnpickler(file).load() != _LEGACY_MAGIC:
-        raise ValueError("a pickled tensor without PyTorch's mark")
-    return _load_legacy(file, len(content))
+    file = BoundedFile(io.BytesIO(content), len(content))
+    if DataUnpickler(file, allowance).load() != _LEGACY_MAGIC:
+        raise MalformedError("a pickled tensor without PyTorch's mark")
+    return _read_legacy(file, allowance)
 
 
-def _load_legacy(file: BinaryIO, size: int) -> Any:
+def _read_legacy(file: BoundedFile, allowance: Allowance) -> Any:
     for _ in ("protocol version", "system"):
-        DataUnpickler(file).load()
+        DataUnpickler(file, allowance).load()
     storages: dict[str, Storage] = {}
 
-    def storage(identifier: tuple[Any, ...]) -> Storage:
-        _, dtype, key, _, numel = identifier[:5]
-        if identifier[5:] and identifier[5] is not None:
-            raise ValueError("views of storages, written by PyTorch before 0.4")
-        return storages.setdefault(str(key), Storage(dtype, numel))
+    def storage(dtype: torch.dtype, key: str, numel: int) -> Storage:
+        return storages.setdefault(key, Storage(dtype, numel))
 
-    tree = DataUnpickler(file, storage).load()
-    for key in DataUnpickler(file).load():
-        known = storages[str(key)]
+    tree = DataUnpickler(file, allowance, storage=storage).load()
+    keys = DataUnpickler(file, allowance).load()
+    if not isinstance(keys, list) or not set(map(type, keys)) <= {str, int}:
+        raise MalformedError("the list of storages is none")
+    for key in keys:
+        known = storages.get(str(key))
+        if known is None:
+            raise MalformedError("a storage that no tensor uses")
         (numel,) = struct.unpack("<q", file.read(8))
         if numel != known.numel:
-            raise ValueError(f"a storage of {numel} elements, {known.numel} expected")
-        if known.nbytes > size - file.tell():
-            raise EOFError
-        content = bytearray(file.read(known.nbytes))
-        known.data = (
-            torch.frombuffer(content, dtype=torch.uint8) if content else torch.empty(0).byte()
-        )
+            raise MalformedError(f"a storage of {numel} elements, {known.numel} expected")
+        known.data = read_tensor(file.file, file.check(known.nbytes))
     return tree

@@ -1,9 +1,10 @@
 """Unpickling as data: tensors, arrays and plain values are rebuilt, everything else is a name.
 
-No class or function that a file names is ever imported or called: a name is looked up in
-:data:`_SAFE` (constructors of the plain records in reader_values.py), and any other name becomes a
-stand-in that swallows its arguments. A name of the standard library that no checkpoint has a reason
-to hold (``os.system``, ``builtins.eval``, ...) refuses the whole file.
+No class or function that a file names is ever imported or called: a name is looked up in `SAFE`
+(our own functions, which make plain records), and any other name becomes a stand-in that swallows
+its arguments. A name of the standard library that no checkpoint has a reason to hold
+(``os.system``, ``builtins.eval``, ...) refuses the whole file. A file can change only what it has
+made itself, and the memory that reading it takes is bounded by its size.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import builtins
 import math
 import pickle
+import struct
 import sys
 from collections.abc import Callable
 from typing import Any, BinaryIO
@@ -18,6 +20,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from torch import Tensor
+
+from moco_common.reader.errors import MalformedError, UnsafePickleError
 
 
 class Discarded:
@@ -38,35 +42,34 @@ class StandIn:
     path = "object"
     state: Any = None
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> StandIn:
-        return object.__new__(cls)
+    def __init__(self, *args: Any) -> None: ...
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-
-    def __call__(self, *args: Any, **kwargs: Any) -> StandIn:
+    def __call__(self, *args: Any) -> StandIn:
         return StandIn()
 
-    def __setstate__(self, state: Any) -> None:
+    def set_state(self, state: Any) -> None:
+        """Keep the attributes, without those that are slots."""
         self.state = state[0] if isinstance(state, tuple) and len(state) == 2 else state
-
-    def __setitem__(self, key: Any, value: Any) -> None: ...
-
-    def append(self, item: Any) -> None: ...
-
-    def extend(self, items: Any) -> None: ...
-
-    def add(self, item: Any) -> None: ...
 
 
 class Mapping(dict[Any, Any]):
-    """Ordered and default dictionaries: a plain one. Attributes are kept only as ``_metadata``."""
+    """Every kind of dictionary: a plain one. Attributes are kept only as ``metadata``."""
 
     metadata: Any = None
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*(a for a in args if isinstance(a, (dict, list))))  # no default_factory
+    def put(self, items: list[Any]) -> None:
+        """Add ``[key, value, key, value, ...]``.
 
-    def __setstate__(self, state: Any) -> None:
+        Keys that are no plain values are replaced by the name of their type: a nested tuple may
+        take for ever to hash.
+        """
+        for key, value in zip(items[::2], items[1::2], strict=False):
+            plain = key is None or isinstance(key, (str, int, float, bytes))
+            text = key.decode("latin1") if isinstance(key, bytes) else key
+            self[text if plain else repr(type(key).__name__)] = value
+
+    def set_state(self, state: Any) -> None:
+        """Keep ``_metadata``, which state dicts have."""
         if isinstance(state, dict):
             self.metadata = state.get("_metadata")
 
@@ -75,65 +78,69 @@ class Storage:
     """The bytes behind tensors, as a 1-D uint8 tensor that may be filled in later."""
 
     def __init__(self, dtype: torch.dtype, numel: int, data: Tensor | None = None) -> None:
-        self.dtype, self.numel, self.data = dtype, int(numel), data
+        self.dtype, self.numel, self.data = dtype, numel, data
 
     @property
     def nbytes(self) -> int:
-        """Bytes that its numbers take."""
+        """Number of bytes of its elements."""
         return self.numel * self.dtype.itemsize
 
     def view(self, dtype: torch.dtype) -> Tensor:
-        """Its numbers, flat, not copied where they are aligned (`ValueError`: too few bytes)."""
+        """Its elements, flat; copied, once, only where they are not aligned in the file."""
         if self.data is None or self.data.numel() < self.nbytes:
-            raise ValueError("a tensor's data is shorter than its declared size")
-        data = self.data[: self.nbytes]
-        if data.storage_offset() % dtype.itemsize:  # legacy files do not align
-            data = data.clone()
-        return data.view(dtype)
+            raise MalformedError("a tensor's data is shorter than its declared size")
+        if self.data.storage_offset() % max(16, dtype.itemsize):
+            self.data = self.data.clone()
+        return self.data[: self.nbytes // dtype.itemsize * dtype.itemsize].view(dtype)
 
 
 class TensorRecipe:
     """A tensor that is still a recipe: its storage may follow later in the file."""
 
-    def __init__(
-        self, storage: Any, offset: Any, size: Any, stride: Any, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, storage: Any, offset: Any, size: Any, stride: Any) -> None:
         self.storage, self.offset, self.size, self.stride = storage, offset, size, stride
-        self.dtype = dtype
+        self.dtype: torch.dtype | None = None
 
-    def __setstate__(self, state: Any) -> None:  # attributes of tensors are not data
-        pass
+    def set_state(self, state: Any) -> None:
+        """Drop the attributes of a tensor, which are not data."""
 
     def build(self) -> Tensor | Discarded:
-        """The tensor, a view of its storage (`ValueError`: it reaches beyond it)."""
+        """The tensor, a view of its storage."""
         if not isinstance(self.storage, Storage):
-            raise ValueError("a tensor without a storage")
-        size, stride = tuple(map(int, self.size)), tuple(map(int, self.stride))
+            raise MalformedError("a tensor without a storage")
+        size, stride, (offset,) = _ints(self.size), _ints(self.stride), _ints((self.offset,))
+        if len(size) != len(stride):
+            raise MalformedError("a tensor with more sizes than strides, or fewer")
         if math.prod(size) > self.storage.numel:  # expanded: a few bytes may claim terabytes
             return Discarded("expanded tensor")
-        offset = int(self.offset)
-        flat = self.storage.view(self.dtype or self.storage.dtype)
-        last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-        if offset < 0 or min((0, *size, *stride)) < 0 or (0 not in size and last >= len(flat)):
-            raise ValueError("a tensor reaches beyond its data")
+        try:
+            flat = self.storage.view(self.dtype or self.storage.dtype)
+        except RuntimeError:
+            return Discarded(f"tensor of {self.dtype or self.storage.dtype}")
+        if 0 in size:
+            return flat.new_empty(0).view(size) if max(size) < 1 << 31 else Discarded("empty")
+        if offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) >= len(flat):
+            raise MalformedError("a tensor reaches beyond its data")
         return flat.as_strided(size, stride, flat.storage_offset() + offset)
 
 
+_DTYPES = frozenset("f2 f4 f8 i1 i2 i4 i8 u1 u2 u4 u8 b1 c8 c16".split())  # noqa: SIM905
+
+
 class DType:
-    """``numpy.dtype`` as a string; only plain numbers and booleans are understood."""
+    """``numpy.dtype``; only those of numbers and booleans are understood."""
 
     def __init__(self, code: Any = "", *flags: Any) -> None:
-        self.code = str(code)
+        self.code = code.lstrip("|") if isinstance(code, str) else ""
 
-    def __setstate__(self, state: Any) -> None:
+    def set_state(self, state: Any) -> None:
+        """Take the byte order."""
         if isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", ">", "="):
-            self.code = state[1] + self.code.lstrip("<>=|")
+            self.code = state[1] + self.code.lstrip("<>=")
 
     def numpy(self) -> np.dtype[Any] | None:
-        """NumPy's own, where it is one of numbers or booleans; else None."""
-        kind = self.code.lstrip("<>=|")
-        known = kind[:1] in "fiubc" and kind[1:].isdigit()
-        return np.dtype(self.code) if known else None
+        """The dtype itself; None if it is not understood."""
+        return np.dtype(self.code) if self.code.lstrip("<>=") in _DTYPES else None
 
 
 class ArrayRecipe:
@@ -143,8 +150,11 @@ class ArrayRecipe:
         known = dtype if isinstance(dtype, DType) else DType(dtype)
         self.state: tuple[Any, ...] = (shape, known, False, data)
 
-    def __setstate__(self, state: Any) -> None:
-        self.state = tuple(state)[-4:]  # (version,) shape, dtype, is_fortran, data
+    def set_state(self, state: Any) -> None:
+        """Take (version,) shape, dtype, is_fortran, data."""
+        if not isinstance(state, tuple) or len(state) < 4:
+            raise MalformedError("an array without shape, type or data")
+        self.state = state[-4:]
 
     def build(self) -> Tensor | np.ndarray[Any, Any] | Discarded:
         """The array as a tensor where torch has its type, else as NumPy's."""
@@ -152,13 +162,14 @@ class ArrayRecipe:
         self.state = ()  # built once: the bytes go as their copy comes
         known = dtype.numpy() if isinstance(dtype, DType) else None
         if known is None or not isinstance(data, (bytes, bytearray, str)):
-            return Discarded(f"numpy array of {getattr(dtype, 'code', dtype)!r}")
-        data = data.encode("latin1") if isinstance(data, str) else data
-        raw = data if isinstance(data, bytearray) else bytearray(data)  # a tensor is writable
-        shape = tuple(map(int, shape if isinstance(shape, (tuple, list)) else (shape,)))
-        if math.prod(shape) * known.itemsize != len(raw):
-            raise ValueError("an array's data does not fill its shape")
-        array = np.frombuffer(raw, known).reshape(shape, order="F" if fortran else "C")
+            code = dtype.code if isinstance(dtype, DType) else ""
+            return Discarded(f"numpy array of {code!r}")
+        raw = _latin1(data) if isinstance(data, str) else data
+        raw = raw if isinstance(raw, bytearray) else bytearray(raw)  # a tensor is writable
+        size = _ints(shape if isinstance(shape, (tuple, list)) else (shape,))
+        if math.prod(size) * known.itemsize != len(raw):
+            raise MalformedError("an array's data does not fill its shape")
+        array = np.frombuffer(raw, known).reshape(size, order="F" if fortran is True else "C")
         array = array.astype(known.newbyteorder("="), copy=False)
         try:
             return torch.from_numpy(array)
@@ -166,14 +177,30 @@ class ArrayRecipe:
             return array
 
 
+def _ints(values: Any) -> tuple[int, ...]:
+    """Sizes, strides or offsets: up to 32 whole numbers that are not negative."""
+    if not isinstance(values, (tuple, list)) or len(values) > 32:
+        raise MalformedError("the shape of a tensor is none")
+    if not all(type(value) is int and 0 <= value < 1 << 62 for value in values):
+        raise MalformedError("the shape of a tensor is none")
+    return tuple(values)
+
+
+def _latin1(text: str) -> bytes:
+    try:
+        return text.encode("latin1")
+    except UnicodeEncodeError:
+        raise MalformedError("bytes that were written as text hold other characters") from None
+
+
 def resolve(tree: Any) -> Any:
-    """Build the tensors of what :class:`DataUnpickler` returned; stand-ins become Discarded.
+    """Build the tensors of what `DataUnpickler` returned; stand-ins become `Discarded`.
 
     A pickled module (``torch.save(model)``) becomes the nested dictionary of its tensors. Shared
     parts stay shared, so that a small file cannot unfold into a large tree.
 
     Raises:
-        ValueError, TypeError, RuntimeError: a tensor or an array contradicts itself.
+        MalformedError: a tensor or an array contradicts itself.
         RecursionError: nested too deeply.
     """
     return _resolve(tree, {})
@@ -187,16 +214,15 @@ def _resolve(node: Any, done: dict[int, tuple[Any, Any]]) -> Any:
     result: Any
     if isinstance(node, (TensorRecipe, ArrayRecipe)):
         result = node.build()
-    elif isinstance(node, dict):
+    elif isinstance(node, Mapping):
         result = {}
         done[id(node)] = (node, result)  # before its parts: it may contain itself
-        for key, value in node.items():
-            result[_key(key)] = _resolve(value, done)
-        if isinstance(node, Mapping) and isinstance(node.metadata, dict):
+        result.update((key, _resolve(value, done)) for key, value in node.items())
+        if isinstance(node.metadata, dict):
             own = _resolve(node.metadata.get("moco-det"), done)  # written by this project
             if isinstance(own, dict):
                 result["metadata"] = own
-    elif isinstance(node, (list, set, frozenset)):
+    elif isinstance(node, list):
         result = []
         done[id(node)] = (node, result)
         result.extend(_resolve(value, done) for value in node)
@@ -204,34 +230,27 @@ def _resolve(node: Any, done: dict[int, tuple[Any, Any]]) -> Any:
         result = tuple(_resolve(value, done) for value in node)
     elif isinstance(node, (bytes, bytearray)):
         result = bytes(node)
-    elif isinstance(node, Storage):
-        result = Discarded("storage")
     elif isinstance(node, StandIn):
         module = _module(node, done)
         result = Discarded(node.path) if module is None else module
     else:
-        path = node.path if isinstance(node, type) and issubclass(node, StandIn) else repr(node)
-        result = Discarded(path)
+        stand_in = isinstance(node, type) and issubclass(node, StandIn)
+        result = Discarded(node.path if stand_in else type(node).__name__)
     done[id(node)] = (node, result)  # the node is kept, so that its id stays its own
     return result
 
 
-def _key(key: Any) -> Any:
-    if isinstance(key, (str, int, float, bool)) or key is None:
-        return key
-    return key.decode("latin1") if isinstance(key, bytes) else repr(type(key).__name__)
-
-
 def _module(node: StandIn, done: dict[int, tuple[Any, Any]]) -> dict[str, Any] | None:
-    """The tensors of a pickled ``nn.Module``, nested as its submodules are; None if it is none."""
+    """The tensors of a pickled ``nn.Module``, nested like its submodules; None if it is none."""
     state = node.state
     if not isinstance(state, dict) or not isinstance(state.get("_parameters"), dict):
         return None
     result: dict[str, Any] = {}
     done[id(node)] = (node, result)
     for part in ("_parameters", "_buffers", "_modules"):
-        for name, value in (state.get(part) or {}).items():
-            result[_key(name)] = _resolve(value, done)
+        members = state.get(part)
+        if isinstance(members, dict):
+            result.update((name, _resolve(value, done)) for name, value in members.items())
     return result
 
 
@@ -262,13 +281,9 @@ _RUNS_CODE = (
 _NUMPY_CORE = ("numpy.core.", "numpy._core.")
 
 
-class UnsafePickleError(Exception):
-    """The file names something that runs code; ``str()`` of it is that name."""
-
-
-def _scalar(dtype: Any, raw: Any = b"") -> Any:
+def _scalar(dtype: Any, raw: Any = b"", *more: Any) -> Any:
     known = dtype.numpy() if isinstance(dtype, DType) else None
-    raw = raw.encode("latin1") if isinstance(raw, str) else raw
+    raw = _latin1(raw) if isinstance(raw, str) else raw
     if known is None or not isinstance(raw, bytes) or len(raw) != known.itemsize:
         return Discarded("numpy scalar")
     return np.frombuffer(raw, known)[0].item()
@@ -280,58 +295,105 @@ def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any = "C", *more: Any
     return array
 
 
+def _mapping(*args: Any) -> Mapping:
+    result = Mapping()
+    for items in args:
+        if isinstance(items, dict):
+            result.update(items)
+        elif isinstance(items, (list, tuple)):  # of pairs
+            pairs = [p for p in items if isinstance(p, (list, tuple)) and len(p) == 2]
+            result.put([part for pair in pairs for part in pair])
+    return result
+
+
+def _sequence(items: Any = (), *more: Any) -> list[Any]:
+    return list(items) if isinstance(items, (list, tuple)) else []
+
+
+def _size(items: Any = (), *more: Any) -> tuple[Any, ...]:
+    return tuple(items) if isinstance(items, (list, tuple)) else ()
+
+
+def _bytearray(content: Any = b"", *encoding: Any) -> bytes | bytearray:
+    if isinstance(content, str):
+        return _latin1(content)
+    return bytearray(content) if isinstance(content, bytes) else b""
+
+
 def _encode(text: Any, *encoding: Any) -> bytes:
-    return text.encode("latin1") if isinstance(text, str) else b""
+    return _latin1(text) if isinstance(text, str) else b""
 
 
-def _reconstructor(cls: Any, *more: Any) -> Any:
+def _complex(real: Any = 0.0, imaginary: Any = 0.0) -> complex:
+    numbers = isinstance(real, (int, float)) and isinstance(imaginary, (int, float))
+    return complex(real, imaginary) if numbers else 0j
+
+
+def _device(*parts: Any) -> str:
+    return ":".join(str(part) for part in parts if isinstance(part, (str, int)))
+
+
+def _reconstructor(cls: Any, *more: Any) -> StandIn:
     return cls() if isinstance(cls, type) and issubclass(cls, StandIn) else StandIn()
+
+
+def _reconstruct(*more: Any) -> ArrayRecipe:
+    return ArrayRecipe()
+
+
+def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *more: Any) -> Any:
+    if more[2:] and more[2]:  # its lazy conjugation or negation is not in its bytes
+        return Discarded("lazily conjugated tensor")
+    return TensorRecipe(storage, offset, size, stride)
 
 
 def _tensor_v3(
     storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, *more: Any
 ) -> TensorRecipe:
-    return TensorRecipe(
-        storage, offset, size, stride, dtype if isinstance(dtype, torch.dtype) else None
-    )
+    tensor = TensorRecipe(storage, offset, size, stride)
+    tensor.dtype = dtype if isinstance(dtype, torch.dtype) else None
+    return tensor
+
+
+def _parameter(data: Any = None, *more: Any) -> Any:
+    return data
 
 
 def _from_type(function: Any, cls: Any, args: Any, *state: Any) -> Any:
-    safe = function in (_SAFE[f"torch._utils._rebuild_{name}"] for name in ("tensor_v2", "tensor"))
-    return function(*args) if safe and isinstance(args, tuple) else Discarded("tensor subclass")
+    safe = function in (_tensor, _tensor_v3) and isinstance(args, tuple) and len(args) > 6
+    return function(*args) if safe else Discarded("tensor subclass")
 
 
-_SAFE: dict[str, Callable[..., Any]] = {
-    "collections.OrderedDict": Mapping,
-    "collections.defaultdict": Mapping,
-    "collections.Counter": Mapping,
-    "builtins.dict": dict,
-    "builtins.list": list,
-    "builtins.tuple": tuple,
-    "builtins.set": set,
-    "builtins.frozenset": frozenset,
-    "builtins.bytearray": lambda *a: bytearray(a[0]) if a and isinstance(a[0], bytes) else b"",
-    "builtins.complex": complex,
+# What a file may have called: each is needed for something that a real writer writes, see
+# tests/moco_common/reader/test_unpickler.py.
+SAFE: dict[str, Callable[..., Any]] = {
+    "collections.OrderedDict": _mapping,
+    "collections.defaultdict": _mapping,
+    "collections.Counter": _mapping,
+    "builtins.set": _sequence,
+    "builtins.frozenset": _sequence,
+    "builtins.bytearray": _bytearray,
+    "builtins.complex": _complex,
     "_codecs.encode": _encode,
     "copyreg._reconstructor": _reconstructor,
-    "torch.Size": lambda *a: tuple(a[0]) if a and isinstance(a[0], (tuple, list)) else (),
-    "torch.device": lambda *a: ":".join(map(str, a)),
-    "torch._utils._rebuild_tensor": lambda s, o, z, t: TensorRecipe(s, o, z, t),
-    "torch._utils._rebuild_tensor_v2": lambda s, o, z, t, *more: TensorRecipe(s, o, z, t),
+    "torch.Size": _size,
+    "torch.device": _device,
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_tensor_v3": _tensor_v3,
-    "torch._utils._rebuild_parameter": lambda data, *more: data,
-    "torch._utils._rebuild_parameter_with_state": lambda data, *more: data,
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch._utils._rebuild_parameter_with_state": _parameter,
     "torch._tensor._rebuild_from_type_v2": _from_type,
-    "torch.nn.parameter.Parameter": lambda data=None, *more: data,
     "numpy.dtype": DType,
     "numpy.ndarray": ArrayRecipe,
 }
-_SAFE_NUMPY: dict[str, Callable[..., Any]] = {
-    "multiarray._reconstruct": lambda *more: ArrayRecipe(),
+# The same of numpy.core, which is numpy._core since NumPy 2.
+SAFE_NUMPY: dict[str, Callable[..., Any]] = {
+    "multiarray._reconstruct": _reconstruct,
     "multiarray.scalar": _scalar,
     "numeric._frombuffer": _from_buffer,
 }
-_STORAGES = {
+STORAGES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
     "HalfStorage": torch.float16,
@@ -361,43 +423,119 @@ def _honest(module: str, name: str) -> bool:
     return root in _HONEST or f"{root}.{first}" in _HONEST
 
 
+class Allowance:
+    """How much a file may have copied while it is read: a multiple of its own size."""
+
+    def __init__(self, size: int) -> None:
+        self.left = 16 * size + (1 << 20)
+
+    def spend(self, arguments: tuple[Any, ...]) -> None:
+        """Pay for a call with these arguments, which may copy each of them."""
+        sized = (str, bytes, bytearray, list, tuple, dict)
+        self.left -= sum(len(value) for value in arguments if isinstance(value, sized))
+        if self.left < 0:
+            raise MalformedError("it uses the same content over and over")
+
+
+class BoundedFile:
+    """A file for the unpickler that allocates nothing for bytes that are not there."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self.file, self.size = file, size
+        self.readline = file.readline
+
+    def check(self, count: int) -> int:
+        """``count``, if as many bytes are left."""
+        if count < 0 or count > self.size - self.file.tell():
+            raise EOFError
+        return count
+
+    def read(self, count: int) -> bytes:
+        """Exactly ``count`` bytes."""
+        content = self.file.read(self.check(count) if count > 1 << 16 else count)
+        if len(content) < count:
+            raise EOFError
+        return content
+
+
+# What the standard library's unpickler raises for bytes that are no pickle.
+_NO_PICKLE = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
+_STATEFUL = (StandIn, Mapping, TensorRecipe, DType, ArrayRecipe)
+
+
 class DataUnpickler(pickle._Unpickler):
-    """Unpickles data only. Tensors come out as recipes: :func:`resolve` builds them.
+    """Unpickles data only. Tensors come out as recipes: `resolve` builds them.
 
     It stands on the standard library's Python unpickler: the one in C can be made to fill the
     memory by a single instruction (a large index of its memo). The instructions are few: the
-    bytes of tensors and arrays are read in one piece each.
+    bytes of tensors and arrays are read in one piece each. Instructions that call or change
+    something are replaced, so that they do so only with what `SAFE` allows or the file has made.
 
     Args:
         file: binary file, at the pickle's first byte.
-        storage: from a persistent identifier to the :class:`Storage` it names.
+        allowance: shared by all pickles of one file.
+        storage: from type, key and number of elements to the storage.
         nested: reads a whole torch file held in bytes, for tensors pickled outside torch.save.
     """
 
+    # Of the base class, whose stubs lack them.
+    stack: list[Any]
+    append: Callable[[Any], None]
+    read: Callable[[int], bytes]
+    pop_mark: Callable[[], list[Any]]
+
     def __init__(
         self,
-        file: BinaryIO,
-        storage: Callable[[tuple[Any, ...]], Storage] | None = None,
-        nested: Callable[[bytes], Any] | None = None,
+        file: BoundedFile | BinaryIO,
+        allowance: Allowance,
+        *,
+        storage: Callable[[torch.dtype, str, int], Storage] | None = None,
+        nested: Callable[[bytes, Allowance], Any] | None = None,
     ) -> None:
         super().__init__(file, encoding="latin1")
-        self._storage, self._nested = storage, nested
+        self._allowance, self._storage, self._nested = allowance, storage, nested
         self._stand_ins: dict[str, type] = {}
 
+    def load(self) -> Any:
+        """Read one pickle.
+
+        Raises:
+            MalformedError, EOFError, UnpicklingError: the bytes are no pickle, or end too early.
+            UnsafePickleError: it names something that could run code.
+        """
+        try:
+            return super().load()
+        except _NO_PICKLE as error:
+            trace = error.__traceback__
+            while trace and trace.tb_next:
+                trace = trace.tb_next
+            if trace and trace.tb_frame.f_globals.get("__name__") == pickle.__name__:
+                raise MalformedError("its content makes no sense") from None
+            raise  # raised by this file, not by the standard library: a bug
+
     def find_class(self, module: str, name: str) -> Any:
+        """The record, or the stand-in, that replaces a class or function."""
         # Protocols up to 2 use Python 2's names, Python 3's torch.save included.
         module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)
         if module == "builtins":
             name = {"long": "int", "unicode": "str", "xrange": "range"}.get(name, name)
         path = f"{module}.{name}"
         if path == "torch.storage._load_from_bytes" and self._nested is not None:
-            return self._nested
-        if path in _SAFE:
-            return _SAFE[path]
-        if module.startswith(_NUMPY_CORE) and f"{module.split('.')[2]}.{name}" in _SAFE_NUMPY:
-            return _SAFE_NUMPY[f"{module.split('.')[2]}.{name}"]
-        if module in ("torch", "torch.cuda", "torch.storage") and name in _STORAGES:
-            return _STORAGES[name]
+            return self._load_from_bytes
+        if path in SAFE:
+            return SAFE[path]
+        if module.startswith(_NUMPY_CORE) and f"{module.split('.')[2]}.{name}" in SAFE_NUMPY:
+            return SAFE_NUMPY[f"{module.split('.')[2]}.{name}"]
+        if module in ("torch", "torch.cuda", "torch.storage") and name in STORAGES:
+            return STORAGES[name]
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         if not _honest(module, name):
@@ -405,9 +543,135 @@ class DataUnpickler(pickle._Unpickler):
         return self._stand_ins.setdefault(path, type("StandIn", (StandIn,), {"path": path}))
 
     def persistent_load(self, identifier: Any) -> Any:
-        if isinstance(identifier, tuple) and self._storage is not None:
-            if identifier[0] == "module" and len(identifier) > 1:  # legacy: a class, its source
+        """The storage that torch.save refers to: ("storage", type, key, device, elements, view)."""
+        if isinstance(identifier, tuple) and self._storage is not None and len(identifier) > 1:
+            if identifier[0] == "module":  # legacy: a class, its source
                 return identifier[1]
-            if len(identifier) > 4 and isinstance(identifier[1], torch.dtype):
-                return self._storage(identifier)
-        raise pickle.UnpicklingError("a reference to something outside the file")
+            _, dtype, key, _, numel, *view = (*identifier, None, None, None)
+            if view[0] is not None and len(identifier) > 5:
+                raise MalformedError("views of storages, written by PyTorch before 0.4")
+            known = isinstance(dtype, torch.dtype) and isinstance(key, (str, int))
+            if known and isinstance(numel, int) and 0 <= numel < 1 << 62:
+                return self._storage(dtype, str(key), numel)
+        raise MalformedError("a reference to something outside the file")
+
+    def _load_from_bytes(self, content: Any = None) -> Any:
+        if not isinstance(content, bytes) or self._nested is None:
+            raise MalformedError("a pickled tensor without bytes")
+        return self._nested(content, self._allowance)
+
+    def _call(self, function: Any, arguments: Any) -> Any:
+        if not isinstance(arguments, tuple):
+            raise MalformedError("a call without arguments")
+        if isinstance(function, StandIn):
+            return function(*arguments)
+        if isinstance(function, type) and issubclass(function, StandIn):
+            return function()
+        self._allowance.spend(arguments)
+        try:
+            return function(*arguments)
+        except TypeError as error:
+            if error.__traceback__ and error.__traceback__.tb_next:  # not the call: what it runs
+                raise
+            raise MalformedError("a call with the wrong arguments") from None
+
+    def _instantiate(self, klass: Any, args: list[Any]) -> None:
+        self.append(self._call(klass, tuple(args)))
+
+    def _top(self) -> Any:
+        if not self.stack:
+            raise MalformedError("its content makes no sense")
+        return self.stack[-1]
+
+    def _pop(self) -> Any:
+        top = self._top()
+        del self.stack[-1]
+        return top
+
+    def _load_reduce(self) -> None:
+        arguments, function = self._pop(), self._pop()
+        self.append(self._call(function, arguments))
+
+    def _load_newobj(self) -> None:
+        arguments, cls = self._pop(), self._pop()
+        self.append(self._call(cls, arguments))
+
+    def _load_newobj_ex(self) -> None:
+        self._pop()  # keyword arguments
+        self._load_newobj()
+
+    def _load_build(self) -> None:
+        state, target = self._pop(), self._top()
+        if isinstance(target, _STATEFUL):
+            self._allowance.spend(state if isinstance(state, tuple) else ())
+            target.set_state(state)
+        elif not isinstance(target, Discarded):
+            self._refuse_change(target)
+
+    def _load_setitem(self) -> None:
+        value, key = self._pop(), self._pop()
+        self._put([key, value])
+
+    def _load_setitems(self) -> None:
+        self._put(self.pop_mark())
+
+    def _put(self, items: list[Any]) -> None:
+        target = self._top()
+        if isinstance(target, Mapping):
+            target.put(items)
+        elif not isinstance(target, StandIn):
+            self._refuse_change(target)
+
+    def _load_append(self) -> None:
+        value = self._pop()
+        self._extend([value])
+
+    def _load_appends(self) -> None:
+        self._extend(self.pop_mark())
+
+    def _extend(self, items: list[Any]) -> None:
+        target = self._top()
+        if isinstance(target, list):
+            target.extend(items)
+        elif not isinstance(target, StandIn):
+            self._refuse_change(target)
+
+    def _refuse_change(self, target: Any) -> None:
+        if callable(target):
+            raise UnsafePickleError(f"{target.__module__}.{target.__name__}")
+        raise MalformedError(f"a change of a {type(target).__name__}")
+
+    def _load_empty_dict(self) -> None:
+        self.append(Mapping())
+
+    def _load_dict(self) -> None:
+        items = self.pop_mark()
+        self.append(Mapping())
+        self._put(items)
+
+    def _load_set(self) -> None:
+        self.append([])
+
+    def _load_frozenset(self) -> None:
+        self.append(self.pop_mark())
+
+    def _load_bytearray8(self) -> None:
+        (size,) = struct.unpack("<Q", self.read(8))
+        self.append(bytearray(self.read(size)))
+
+    dispatch = pickle._Unpickler.dispatch | {  # type: ignore[assignment]
+        pickle.REDUCE[0]: _load_reduce,
+        pickle.NEWOBJ[0]: _load_newobj,
+        pickle.NEWOBJ_EX[0]: _load_newobj_ex,
+        pickle.BUILD[0]: _load_build,
+        pickle.SETITEM[0]: _load_setitem,
+        pickle.SETITEMS[0]: _load_setitems,
+        pickle.APPEND[0]: _load_append,
+        pickle.APPENDS[0]: _load_appends,
+        pickle.ADDITEMS[0]: _load_appends,
+        pickle.EMPTY_DICT[0]: _load_empty_dict,
+        pickle.DICT[0]: _load_dict,
+        pickle.EMPTY_SET[0]: _load_set,
+        pickle.FROZENSET[0]: _load_frozenset,
+        pickle.BYTEARRAY8[0]: _load_bytearray8,
+    }

@@ -1,7 +1,7 @@
 """Checkpoints: one schema, sealed by a checksum, atomic writes, safe reads, retention.
 
-A checkpoint is a dictionary of tensors and plain values, so that it is read with
-``weights_only=True`` and nothing in it is ever executed::
+A checkpoint is a dictionary of tensors and plain values, read as data by `moco_common.reader`, so
+that nothing in it is ever executed::
 
     format      "moco-det/pretrain/2"
     state_dict  the method's: encoder_q.*, encoder_k.*, queue, queue_ptr, ...; BN statistics are
@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickle
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -30,10 +29,14 @@ import torch
 
 from moco_common.errors import UserError
 from moco_common.files import link_file, replace_file
+from moco_common.reader.errors import CheckpointError
+from moco_common.reader.formats import Discarded, read_checkpoint
 
 FORMAT = "moco-det/pretrain/2"
 LAST = "checkpoint_last.pth"
 _MARK = b"sha256:"
+# Kinds of unreadable files for which an earlier checkpoint is no remedy.
+NOT_DAMAGED = ("missing_file", "unreadable", "hostile")
 _SEAL = 2 + len(_MARK) + 64  # bytes: length of the comment, mark, hexadecimal digest
 
 
@@ -63,30 +66,31 @@ def save(checkpoint: dict[str, Any], folder: str | os.PathLike[str], keep: int =
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a checkpoint of this project on the CPU, executing nothing in it.
+    """Read a checkpoint of this project into memory, on the CPU.
 
     Raises:
         DamagedError: cut off, or a byte has changed.
-        UserError: missing, not one of ours, or with something in it that is no plain value.
+        UserError: missing, not one of ours, or holding more than tensors and plain values.
     """
     try:
-        with open(path, "rb") as file:
-            sealed = _check_seal(file, path)
-            file.seek(0)
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        sealed = _check_seal(path)
+        checkpoint = read_checkpoint(path, copy=True, checksums=not sealed)
     except FileNotFoundError:
         raise UserError(f"There is no checkpoint at {path}.") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        # It asks for a function or a class; torch before 2.4 says so in other words.
-        if "GLOBAL" in str(error) or "Unsupported class" in str(error):
-            raise UserError(
-                f"{path} holds more than tensors and plain values, and was not read ({reason}): "
-                f"no run of this project wrote it; remove it."
-            ) from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check file and disk.") from None
+    except CheckpointError as error:
+        if error.kind in NOT_DAMAGED:
+            raise UserError(f"The checkpoint was not read: {error}") from None
+        reason = "" if error.kind == "damaged" else f" ({error.kind.replace('_', ' ')})"
         raise DamagedError(
-            f"{path} is damaged, and was not read ({reason}): use an earlier checkpoint."
+            f"{path} is damaged{reason}, and was not read: use an earlier checkpoint."
         ) from None
+    if (name := _discarded(checkpoint)) is not None:
+        raise UserError(
+            f"{path} holds more than tensors and plain values ({name}), and was not read: no run "
+            f"of this project wrote it; remove it."
+        )
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise UserError(
             f"{path} is not a pre-training checkpoint of this project (format {FORMAT}): "
@@ -95,6 +99,16 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not sealed:
         raise DamagedError(f"{path} has lost its checksum: use an earlier checkpoint.")
     return checkpoint
+
+
+def _discarded(node: Any) -> str | None:
+    """The class of the first object in it that is neither a tensor nor a plain value."""
+    if isinstance(node, Discarded):
+        return node.name
+    if isinstance(node, dict | list | tuple):
+        parts = node.values() if isinstance(node, dict) else node
+        return next((name for part in parts if (name := _discarded(part)) is not None), None)
+    return None
 
 
 def candidates(folder: str | os.PathLike[str]) -> list[Path]:
@@ -130,24 +144,31 @@ def _write_sealed(checkpoint: dict[str, Any], file: IO[bytes]) -> None:
     file.write(len(seal).to_bytes(2, "little") + seal)
 
 
-def _check_seal(file: IO[bytes], path: str | os.PathLike[str]) -> bool:
-    """Whether the file has a seal, which is right."""
-    size = file.seek(0, os.SEEK_END)
-    if size < _SEAL:
-        return False
-    file.seek(-_SEAL, os.SEEK_END)
-    seal = file.read()
-    if not seal[2:].startswith(_MARK):
-        return False
-    digest, left = hashlib.sha256(), size - _SEAL
-    file.seek(0)
-    while left:
-        chunk = file.read(min(left, 1 << 20))
-        digest.update(chunk)
-        left -= len(chunk)
+def _check_seal(path: str | os.PathLike[str]) -> bool:
+    """Whether the file has a seal.
+
+    Raises:
+        DamagedError: the seal is not that of the file's bytes.
+    """
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        if size < _SEAL:
+            return False
+        file.seek(-_SEAL, os.SEEK_END)
+        seal = file.read()
+        if not seal[2:].startswith(_MARK):
+            return False
+        digest, left = hashlib.sha256(), size - _SEAL
+        file.seek(0)
+        while left:
+            chunk = file.read(min(left, 1 << 20))
+            if not chunk:  # cut off at this moment
+                return False
+            digest.update(chunk)
+            left -= len(chunk)
     digest.update(b"\0\0")
     if seal != (_SEAL - 2).to_bytes(2, "little") + _MARK + digest.hexdigest().encode():
         raise DamagedError(
-            f"{path} is damaged (it is not what its checksum says): use an earlier checkpoint."
+            f"{path} is damaged (its bytes differ from its checksum): use an earlier checkpoint."
         )
     return True

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickle
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,12 +14,15 @@ import yaml
 from torch import Tensor, nn
 
 from moco_common.errors import UserError
+from moco_common.reader.errors import CheckpointError
+from moco_common.reader.formats import read_checkpoint
 from moco_common.text import counted
 from pretrain.checkpoint.format import FORMAT
 from pretrain.modeling.resnet import BLOCKS_PER_STAGE, ResNet
 
 RANDOM = "random"
 _OURS = FORMAT.rpartition("/")[0] + "/"  # in any version: weights and configuration stay there
+_METADATA = ("metadata", "__metadata__")
 _BACKBONE = re.compile(r"(conv1|bn1|layer[1-4]\.\d+\.(conv|bn|downsample)[.\d]*)\.")
 
 
@@ -127,15 +128,17 @@ def load_backbone(path: str | os.PathLike[str]) -> tuple[ResNet, dict[str, Any] 
     Raises:
         UserError: missing, damaged, or holding something else.
     """
-    content = _read(Path(path))
     config = None
     try:
+        content = read_checkpoint(path)
         if isinstance(content, dict) and str(content.get("format")).startswith(_OURS):
             config = yaml.safe_load(content["config"])
             tensors = backbone_of(content["state_dict"], "encoder_q.")
         else:
             if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
                 content = content["state_dict"]
+            if isinstance(content, dict):  # what tools/convert.py adds
+                content = {k: v for k, v in content.items() if k not in _METADATA}
             if not isinstance(content, dict) or not all(
                 isinstance(tensor, Tensor) for tensor in content.values()
             ):
@@ -143,35 +146,12 @@ def load_backbone(path: str | os.PathLike[str]) -> tuple[ResNet, dict[str, Any] 
                     "it holds no state dict: convert it with tools/convert.py --to torchvision."
                 )
             tensors = backbone_of(content)
-        return build_backbone(tensors), config
+        # Copies: the file may change or vanish while its mapped tensors are in use.
+        return build_backbone({name: tensor.clone() for name, tensor in tensors.items()}), config
+    except CheckpointError as error:
+        raise UserError(f"{error} Name a checkpoint, or `{RANDOM}`.") from None
     except UserError as error:
         raise UserError(f"{path} cannot be probed: {error}") from None
-
-
-def _read(path: Path) -> Any:
-    if path.suffix == ".safetensors":
-        try:
-            from safetensors.torch import load_file
-        except ImportError:
-            raise UserError(
-                f"{path} needs safetensors: pip install 'moco-det[safetensors]'."
-            ) from None
-        try:
-            return load_file(str(path))
-        except Exception as error:  # the library's own, which is no subclass of anything useful
-            raise UserError(f"{path} cannot be read ({error}): name another file.") from None
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror}): name a checkpoint, or `{RANDOM}`."
-        ) from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"{path} is damaged or holds more than tensors and plain values ({reason}): convert "
-            f"it with tools/convert.py --to torchvision first."
-        ) from None
 
 
 def random_backbone(seed: int, **arguments: Any) -> ResNet:

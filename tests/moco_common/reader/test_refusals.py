@@ -158,7 +158,7 @@ _DAMAGED: dict[str, tuple[str, str, Callable[[Path], Any]]] = {
     "pickle_cut": ("truncated", "truncated", lambda p: _shortened(p, zipped=False, keep=0.003)),
     "claim": ("damaged", "damaged", _large_claim),
     "memo": ("truncated", "truncated", _memo),
-    "safetensors": ("damaged", "fill its shape", _unpadded),
+    "safetensors": ("damaged", "shape|Info", _unpadded),
     "noise": ("damaged", "damaged", lambda p: p.write_bytes(bytes(range(1, 256)) * 9)),
     "gzip": ("unknown_format", "gzip", lambda p: p.write_bytes(b"\x1f\x8b" + bytes(99))),
     "npz": ("unknown_format", "NumPy", lambda p: np.savez(p.open("wb"), a=np.ones(3))),

@@ -11,6 +11,7 @@ import torch
 
 from moco_common import files
 from moco_common.errors import UserError
+from moco_common.reader import unpickler
 from pretrain.checkpoint import format as checkpoint
 
 
@@ -76,6 +77,69 @@ def test_every_flipped_bit_and_every_cut_is_noticed(tmp_path):
         path.write_bytes(whole[:length])
         with pytest.raises(checkpoint.DamagedError):
             checkpoint.load(path)
+
+
+def test_a_checkpoint_cut_to_any_length_is_damaged(tmp_path):
+    path = checkpoint.save(content(1, size=20_000), tmp_path)
+    whole = path.read_bytes()
+    some = random.Random(1).sample(range(len(whole)), 300)
+    pages, ends = range(4096, len(whole), 4096), range(len(whole) - 700, len(whole))
+    for length in [*range(80), *pages, *some, *ends]:
+        path.write_bytes(whole[:length])
+        with pytest.raises(checkpoint.DamagedError, match="is damaged|lost its checksum"):
+            checkpoint.load(path)
+
+
+def test_what_a_run_goes_on_from_is_read_to_the_bit(tmp_path):
+    shared = torch.randn(6, 4)
+    state = {
+        "bf16": torch.randn(7).bfloat16(),
+        "transposed": torch.randn(3, 5).T,
+        "every_second": torch.arange(10)[::2],
+        "shared": shared,
+        "view": shared[2:4],
+        "empty": torch.empty(0, 3),
+        "nan": torch.tensor([float("nan"), -0.0]),
+    }
+    scaler = {"scale": 65536.0, "growth_factor": 2.0, "_growth_tracker": 3, "none": None}
+    whole = {
+        **content(1),
+        "state_dict": state,
+        "scaler": scaler,
+        "optimizer": {"state": {0: {"step": 3}}, "param_groups": [{"betas": (0.9, 0.999)}]},
+        "ranks": {"torch": torch.get_rng_state()[None]},
+        "text": "\u00e9\n",
+        "bytes": b"\x00\xff",
+    }
+    path = checkpoint.save(whole, tmp_path)
+    ours, theirs = checkpoint.load(path), torch.load(path, weights_only=True)
+    for name, tensor in theirs["state_dict"].items():
+        read = ours["state_dict"][name]
+        assert (read.dtype, read.shape, read.stride()) == (
+            (tensor.dtype, tensor.shape, tensor.stride())
+        ), name
+        assert read.clone().view(torch.uint8).equal(tensor.clone().view(torch.uint8)), name
+    assert torch.equal(ours["ranks"]["torch"], theirs["ranks"]["torch"])
+    for name in ("scaler", "optimizer", "text", "bytes", "step"):
+        assert ours[name] == theirs[name]
+        assert repr(ours[name]) == repr(theirs[name])  # 1 is not True, nor (1,) [1]
+    ours["state_dict"]["shared"][2, 0] = 7  # what shared memory when saved still does
+    assert ours["state_dict"]["view"][0, 0] == 7
+
+
+def test_a_checkpoint_in_use_does_not_need_its_file(tmp_path):
+    path = checkpoint.save(content(1, size=5000), tmp_path)
+    state = checkpoint.load(path)
+    path.open("wb").close()
+    assert state["state_dict"]["w"].sum() == 5000
+
+
+@pytest.mark.parametrize("failure", [TypeError, KeyError, MemoryError, KeyboardInterrupt])
+def test_a_failure_that_is_not_the_files_is_no_damage(tmp_path, monkeypatch, failure):
+    path = checkpoint.save(content(1), tmp_path)
+    monkeypatch.setattr(unpickler.TensorRecipe, "build", lambda _: (_ for _ in ()).throw(failure()))
+    with pytest.raises(failure):
+        checkpoint.load(path)
 
 
 @pytest.mark.parametrize("fails", ["write", "fsync", "rename"])

@@ -130,10 +130,30 @@ def test_what_is_no_backbone_is_refused_with_the_name_of_a_tensor(tmp_path):
         with pytest.raises(UserError, match=message):
             load_backbone(tmp_path / "file.pth")
     torch.save(torch.nn.Linear(1, 1), tmp_path / "file.pth")  # a pickled object
-    with pytest.raises(UserError, match="damaged or holds more than tensors"):
+    with pytest.raises(UserError, match="weight belongs to no ResNet"):
         load_backbone(tmp_path / "file.pth")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="nowhere.pth does not exist"):
         load_backbone(tmp_path / "nowhere.pth")
+
+
+def test_a_whole_pickled_network_and_safetensors_are_read_as_the_state_dict_is(tmp_path):
+    library = pytest.importorskip("safetensors.torch")
+    whole = tiny_backbone(18)
+    torch.save(whole.state_dict(), tmp_path / "dict.pth")
+    torch.save(whole, tmp_path / "module.pth")
+    library.save_file(whole.state_dict(), tmp_path / "a.safetensors", metadata={"format": "pt"})
+    backbones = [
+        load_backbone(tmp_path / n)[0] for n in ("dict.pth", "module.pth", "a.safetensors")
+    ]
+    assert {digest(backbone) for backbone in backbones} == {digest(whole)}
+
+
+def test_a_backbone_outlives_its_file(tmp_path):
+    whole = tiny_backbone(18)
+    torch.save(whole.state_dict(), tmp_path / "a.pth")
+    backbone, _ = load_backbone(tmp_path / "a.pth")
+    (tmp_path / "a.pth").open("wb").close()  # a mapped page of it would end the process
+    assert digest(backbone) == digest(whole)
 
 
 def test_fitted_bn_statistics_are_the_means_over_the_batches():
