@@ -192,12 +192,18 @@ def test_nothing_unpickles_freely():
             assert called not in ("pickle.load", "pickle.loads") or path in own, path
             # np.load executes nothing unless it is told to.
             assert not any(k.arg == "allow_pickle" for k in node.keywords), path
-            if called == "torch.load":
-                safe = any(
-                    k.arg == "weights_only" and ast.unparse(k.value) == "True"
-                    for k in node.keywords
-                )
-                assert safe, f"{path}:{node.lineno}"
+
+
+def test_files_of_tensors_are_read_by_the_reader_alone():
+    for path in [*MODULES, *(ROOT / "tools").glob("*.py")]:
+        source = path.read_text(encoding="utf-8")
+        called = {
+            ast.unparse(n.func) for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Call)
+        }
+        assert not called & {"torch.load", "torch.jit.load", "load_file", "pickle.Unpickler"}, path
+        if path.parent.name != "reader":
+            assert not called & {"safe_open", "safetensors.torch.load_file"}, path
+            assert "_Unpickler" not in source, path
 
 
 def test_no_backend_and_no_device_is_named_outside_the_launchers():

@@ -27,14 +27,8 @@ from moco_common.reader.errors import (
     explain,
     refuse_other_formats,
 )
-from moco_common.reader.unpickler import (
-    Allowance,
-    BoundedFile,
-    DataUnpickler,
-    Discarded,
-    Storage,
-    resolve,
-)
+from moco_common.reader.records import Discarded, Storage, resolve
+from moco_common.reader.unpickler import Allowance, BoundedFile, DataUnpickler
 
 __all__ = ["CheckpointError", "Discarded", "read_checkpoint"]
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of a file of torch.save before 1.6

@@ -201,12 +201,9 @@ def _convert(
 
 
 def _owned(tensor: Tensor) -> Tensor:
-    """float32 (counters int64), contiguous, in memory of its own: what is mapped from the file must
-    not change or vanish with it."""
+    """A contiguous copy in float32 (counters int64): the mapped file may change or vanish."""
     dtype = torch.float32 if tensor.is_floating_point() else torch.int64
-    tensor = tensor.to(dtype).contiguous()
-    alone = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    return tensor if alone else tensor.clone()
+    return tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def _prove(

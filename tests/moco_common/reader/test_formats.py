@@ -15,7 +15,7 @@ import torch
 import torchvision
 
 from moco_common.reader.formats import read_checkpoint
-from moco_common.reader.unpickler import Discarded
+from moco_common.reader.records import Discarded
 from tests.moco_det.convert_cases import same
 
 TENSORS = {

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from moco_common.reader import unpickler
+from moco_common.reader import formats, records, unpickler
 from moco_common.reader.errors import CheckpointError, UnsafePickleError
 from moco_common.reader.formats import read_checkpoint
-from moco_common.reader.unpickler import Allowance, DataUnpickler, StandIn
+from moco_common.reader.records import StandIn
+from moco_common.reader.unpickler import Allowance, DataUnpickler
 from moco_det.conversion.weight_files import _PortablePickler
 
 
@@ -119,7 +120,8 @@ def _read_or_refusal(tmp_path, content):
 
 def test_a_table_holds_functions_and_classes_of_the_reader_alone():
     for table in (unpickler.SAFE, unpickler.SAFE_NUMPY):
-        assert {function.__module__ for function in table.values()} == {unpickler.__name__}
+        modules = {function.__module__ for function in table.values()}
+        assert modules <= {unpickler.__name__, records.__name__}
     assert {type(value) for value in unpickler.STORAGES.values()} == {torch.dtype}
 
 
@@ -157,7 +159,7 @@ def test_a_dangerous_name_is_refused_or_a_stand_in(tmp_path, path, form):
         "obj": b"(" + called + b"S'x'\no.",
     }[form]
     read = _read_or_refusal(tmp_path, stream)
-    assert isinstance(read, (CheckpointError, unpickler.Discarded))
+    assert isinstance(read, (CheckpointError, records.Discarded))
     assert not isinstance(read, CheckpointError) or read.kind == "hostile"
 
 
@@ -251,7 +253,7 @@ def test_a_bug_of_the_reader_is_not_reported_as_damage(tmp_path, monkeypatch, fa
     elif where == "find_class":
         monkeypatch.setattr(DataUnpickler, "find_class", broken)
     else:
-        monkeypatch.setattr(unpickler, "_resolve", broken)
+        monkeypatch.setattr(records, "_resolve", broken)
     with pytest.raises(failure, match="a bug"):
         read_checkpoint(tmp_path / "a.pth")
 
@@ -283,7 +285,7 @@ def test_an_unreadable_file_is_not_called_damaged(tmp_path, monkeypatch):
     def broken(*_):
         raise OSError(5, os.strerror(5))
 
-    monkeypatch.setattr(os, "fstat", broken)
+    monkeypatch.setattr(formats, "refuse_other_formats", broken)
     with pytest.raises(CheckpointError, match="cannot be read .*Input/output") as caught:
         read_checkpoint(tmp_path / "a.pth")
     assert caught.value.kind == "unreadable"

@@ -11,7 +11,7 @@ import torch
 
 from moco_common import files
 from moco_common.errors import UserError
-from moco_common.reader import unpickler
+from moco_common.reader import records
 from pretrain.checkpoint import format as checkpoint
 
 
@@ -137,7 +137,7 @@ def test_a_checkpoint_in_use_does_not_need_its_file(tmp_path):
 @pytest.mark.parametrize("failure", [TypeError, KeyError, MemoryError, KeyboardInterrupt])
 def test_a_failure_that_is_not_the_files_is_no_damage(tmp_path, monkeypatch, failure):
     path = checkpoint.save(content(1), tmp_path)
-    monkeypatch.setattr(unpickler.TensorRecipe, "build", lambda _: (_ for _ in ()).throw(failure()))
+    monkeypatch.setattr(records.TensorRecipe, "build", lambda _: (_ for _ in ()).throw(failure()))
     with pytest.raises(failure):
         checkpoint.load(path)
 
