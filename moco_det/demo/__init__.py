@@ -1,1 +1,1 @@
-"""The whole road on generated images."""
+"""A demonstration of the whole pipeline on generated images."""

@@ -31,17 +31,17 @@ def write_scenes(
     seed: int = 0,
     processes: int = 2,
 ) -> Iterator[tuple[int, int]]:
-    """Write the data set under ``root``, yielding (images done, images in all) as it goes.
+    """Write the data set under ``root``, yielding (images written, total) after each image.
 
     Layout::
 
-        root/unlabelled/*.jpg                                          the pool to pre-train on
+        root/unlabelled/*.jpg                                          images for pre-training
         root/voc/{Annotations,ImageSets/Main,JPEGImages}               splits train and test
         root/coco/instances_{train,test}.json                          the same with masks as RLE
         root/scenes.json                                               the parameters, written last
 
     The same arguments give the same files, whatever the number of processes. A folder whose
-    scenes.json already names these arguments is left alone; an unfinished one is begun anew.
+    scenes.json holds these arguments is left as it is; an unfinished one is started again.
     """
     parameters: dict[str, object] = {
         "unlabelled": unlabelled,
@@ -104,7 +104,7 @@ def _write_scene(root: Path, size: int, seed: int, job: tuple[str, int]) -> Reco
 
 
 def _run_lengths(mask: NDArray[np.bool_]) -> list[int]:
-    """COCO's uncompressed RLE: lengths of runs in column order, beginning with background."""
+    """COCO's uncompressed RLE: lengths of runs in column order, starting with background."""
     flat = mask.flatten(order="F")
     changes = np.flatnonzero(np.diff(flat)) + 1
     ends = np.concatenate([[0] if not flat[0] else [0, 0], changes, [flat.size]])
@@ -112,7 +112,7 @@ def _run_lengths(mask: NDArray[np.bool_]) -> list[int]:
 
 
 def _voc_xml(file_name: str, size: int, objects: list[SceneObject]) -> str:
-    """A VOC annotation; its corners count pixels from 1, both inclusive."""
+    """A VOC annotation; the corners of boxes are 1-based and inclusive."""
     lines = [
         "<annotation>",
         f"  <filename>{escape(file_name)}</filename>",

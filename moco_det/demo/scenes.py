@@ -2,8 +2,8 @@
 
 Eight classes differ in the *texture* of their objects alone. Shape, size, slant and period are
 drawn at random, the inks are the same everywhere, and untextured clutter lies between the objects,
-so a detector has to know textures. Unlabelled images are portraits, one object that fills the
-frame; labelled ones are scenes of several objects, as ImageNet's photographs are to PASCAL VOC's.
+so that a detector has to recognise textures. Unlabelled images are portraits, one object that fills
+the frame; labelled images are scenes of several objects. They differ as ImageNet and VOC do.
 
     image number -> random generator -> paper -> objects and clutter, back to front -> camera
 """
@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 CLASSES = ("stripes", "checks", "dots", "rings", "zigzag", "blobs", "bricks", "grid")
-# Sides of a thing as shares of the image's.
+# Size relative to the side of the image.
 OBJECT_EXTENT = (0.22, 0.55)
 CLUTTER_EXTENT = (0.06, 0.18)
-# Two inks on one paper, RGB. Were every object of a colour of its own, colour would tell images
-# apart, and nothing would have to be learnt of textures.
+# Two inks on one paper, RGB. If each object had its own colour, colour would distinguish images and
+# textures would not have to be learnt.
 LIGHT = np.array([246, 226, 180], np.float32)
 DARK = np.array([38, 52, 104], np.float32)
 PAPER = np.array([128, 140, 136], np.float32)
@@ -45,7 +45,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Kind:
-    """What the objects of one kind in a scene share: a class and how its texture looks there."""
+    """What the objects of one kind in a scene share: their class and the look of its texture."""
 
     category: int
     period: float  # pixels
@@ -92,9 +92,9 @@ def draw_scene(
     """Draw one scene.
 
     Args:
-        rng: all randomness of the scene.
+        rng: source of all randomness.
         size: side of the square image, pixels; objects measure 0.2 to 0.55 of it.
-        kinds: fewest and most kinds of objects in the scene; every object is of one of them.
+        kinds: minimum and maximum number of kinds of objects in the scene.
 
     Returns:
         RGB image (size, size, 3) and its objects, each at least 60 % visible.

@@ -1,9 +1,9 @@
-"""The whole road on generated images, each station by the command line that a user would type.
+"""The whole pipeline on generated images, each step run by the command that a user would type.
 
     images -> pre-train -> convert -> fine-tune twice -> evaluate -> table and pictures
 
-The detectors from MoCo's weights and from random ones share data, budget, seed and network; they
-are trained side by side, each on its share of the cores.
+The detectors initialised from MoCo's weights and from random ones share data, schedule, seed and
+network. They are trained at the same time, each on its share of the cores.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ Command = Sequence[object]
 
 @dataclass(frozen=True)
 class Demo:
-    """One walk of the road. Stations that are finished are not repeated.
+    """One run of the pipeline. Finished steps are not repeated.
 
     Args:
-        folder: everything is written below it.
-        tools: the folder of the command lines.
-        seed: of the images, the pre-training and both fine-tunings.
+        folder: output directory.
+        tools: folder of the command-line tools.
+        seed: seed of the images, the pre-training and both fine-tunings.
         scenes: numbers of images, for `write_scenes`.
-        pretraining: KEY VALUE pairs that shorten the pre-training.
-        fine_tuning: KEY VALUE pairs that shorten both fine-tunings.
-        quiet: print nothing but warnings.
+        pretraining: KEY VALUE pairs for the pre-training.
+        fine_tuning: KEY VALUE pairs for both fine-tunings.
+        quiet: print warnings only.
     """
 
     folder: Path
@@ -53,10 +53,10 @@ class Demo:
     quiet: bool = False
 
     def run(self) -> None:
-        """Walk the road; print one table and name the pictures.
+        """Run all steps, then print the table and the paths of the pictures.
 
         Raises:
-            UserError: a station failed; its own message stands above.
+            UserError: a step failed; its own message has been printed.
         """
         start = time.monotonic()
         data, pretrained = self.folder / "scenes", self.folder / "pretrain-moco"
@@ -67,30 +67,32 @@ class Demo:
         }
         self.head("1/5  draw the images")
         self.draw(data)
-        self.head("2/5  pre-train on the unlabelled images, without any label")
+        self.head("2/5  pre-train on the unlabelled images")
         self.pretrain(data / "unlabelled", pretrained)
-        self.head("3/5  convert to Detectron2, and prove that every tensor arrived")
+        self.head("3/5  convert to Detectron2 and verify every tensor")
         self.tools_side_by_side(
             {"": ["convert.py", pretrained / "checkpoint_last.pth", "-o", weights]}
         )
-        self.head("4/5  fine-tune Faster R-CNN C4 on the labelled images, from both")
+        self.head(
+            "4/5  fine-tune Faster R-CNN C4 on the labelled images, from both initialisations"
+        )
         self.fine_tune(data / "voc", weights, *detectors.values())
-        self.head("5/5  the table and the pictures")
+        self.head("5/5  write the report and the pictures")
         self.report(data / "voc", pretrained, detectors)
         self.head(f"done in {(time.monotonic() - start) / 60:.1f} minutes")
 
     def draw(self, folder: Path) -> None:
-        """Write the scenes, and say how far that is."""
-        start = said = time.monotonic()
+        """Write the scenes and log the progress."""
+        start = logged = time.monotonic()
         for done, total in write_scenes(folder, seed=self.seed, **self.scenes):
             now = time.monotonic()
-            if now - said > 3 or done == total:
+            if now - logged > 3 or done == total:
                 eta = (now - start) / done * (total - done)
                 self.say(f"  {done}/{total} images  eta {eta:.0f} s")
-                said = now
+                logged = now
 
     def pretrain(self, images: Path, folder: Path) -> None:
-        """Two processes where there are two cores: faster here than one with two threads."""
+        """Pre-train with two processes if there are two cores: faster than one with two threads."""
         processes = 2 if cpu_count() > 1 else 1
         self.tools_side_by_side(
             {
@@ -104,7 +106,7 @@ class Demo:
         )
 
     def fine_tune(self, voc: Path, weights: Path, random: Path, moco: Path) -> None:
-        """Fine-tune from random weights, in the very network of ``weights``, and from these."""
+        """Fine-tune from ``weights``, and from random weights in the same network."""
         starts = {
             random: ("scenes-random", "MODEL.ARCHITECTURE_FROM"),
             moco: ("scenes", "MODEL.WEIGHTS"),
@@ -122,7 +124,7 @@ class Demo:
         self.tools_side_by_side(commands, processes=len(commands))
 
     def report(self, voc: Path, pretrained: Path, detectors: Mapping[str, Path]) -> None:
-        """Print the report of pre-training and detectors, and write its page."""
+        """Write the report of the pre-training and the detectors, and print its summary."""
         found = "ground truth and detections on test images"
         pictures = {
             "pre-training": self.folder / "pretraining.png",
@@ -142,16 +144,16 @@ class Demo:
         self.say(f"  all on one page: {self.folder / 'report' / 'report.html'}")
 
     def tools_side_by_side(self, commands: Mapping[str, Command], processes: int = 1) -> None:
-        """Run command lines at once, each line of output behind the name of its command.
+        """Run commands at the same time, each line of output prefixed by the name of its command.
 
         Args:
-            commands: name -> file name of a tool and its arguments.
-            processes: how many processes share the cores, all commands together.
+            commands: name -> file name of a tool, and its arguments.
+            processes: number of processes that share the cores, over all commands.
         """
         threads = max(1, cpu_count() // max(1, processes))
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
         indent = max(map(len, commands), default=0)
-        out = sys.stderr if self.quiet else sys.stdout  # a quiet tool has nothing but warnings
+        out = sys.stderr if self.quiet else sys.stdout  # a quiet tool prints warnings only
         running = []
         for name, (tool, *arguments) in commands.items():
             words = [str(argument) for argument in arguments]
@@ -177,16 +179,16 @@ class Demo:
         for tool, process, _ in running:
             if process.returncode:
                 raise UserError(
-                    f"{tool} ended with status {process.returncode}, for the reason above; "
-                    f"the same command goes on from there."
+                    f"{tool} ended with status {process.returncode}, for the reason above; fix it "
+                    "and repeat the command, which resumes there."
                 )
 
     def head(self, text: str) -> None:
-        """Print the name of a station, after an empty line."""
+        """Print the name of a step, after an empty line."""
         self.say(f"\n{text}")
 
     def say(self, text: str) -> None:
-        """Print a line, unless the walk is quiet."""
+        """Print a line, unless the demo is quiet."""
         if not self.quiet:
             print(text, flush=True)
 

@@ -1,1 +1,1 @@
-"""A finished run used on images and videos."""
+"""Inference with a finished run on images and videos."""

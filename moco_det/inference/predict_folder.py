@@ -1,4 +1,4 @@
-"""What a trained model says of one's own images and videos: pictures and one JSON file."""
+"""Predictions of a trained model on images and videos: pictures and one JSON file."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,24 +19,26 @@ from moco_det.visualization.detections import draw_objects, save_picture
 from moco_det.visualization.label_maps import draw_labels, save_label_picture, save_labels
 
 Found = Objects | LabelMap
-Told = Iterator[tuple[Path, int | None, str | None]]
+Progress = Iterator[tuple[Path, int | None, str | None]]
 
 
 def predict(
     model: Detector | Segmenter, images: Sequence[tuple[Path, Path]], folder: str | Path
-) -> Told:
-    """Run a model on each image and frame, draw what it finds into `folder`, and write
-    predictions.json at the end.
+) -> Progress:
+    """Run a model on images and videos, write pictures to `folder`, and predictions.json last.
 
-    predictions.json is COCO's layout: `images` (frames have a `frame` number and a `time` in
-    seconds), `categories` and `annotations` (with `score`, `category_name`, box as x y width
-    height, masks as run lengths), and `failed`. Of pixels' classes there is one annotation for each
-    class of an image, with its `area` and mean score, and beside the picture NAME-labels.png holds
-    the classes (`labels` in `images`).
+    predictions.json has COCO's layout: `images` (frames have a `frame` number and a `time` in
+    seconds), `categories`, `annotations` (with `score`, `category_name`, boxes as x y width height,
+    masks as run lengths), and `failed`. For a label map there is one annotation per class, with its
+    `area` and mean score, and NAME-labels.png beside the picture holds the class indices (`labels`
+    in `images`).
+
+    Args:
+        images: (file, name of its picture) pairs, as from `find_images`.
 
     Yields:
-        (file, number of objects or classes, None) for each image and frame, or (file, None, what
-        is wrong).
+        (file, number of objects or classes, None) for each image and frame, or (file, None,
+        message) for a file that failed.
     """
     folder = Path(folder)
     found = _Predictions(model.class_names)
@@ -65,7 +67,7 @@ def predict(
 
 
 def _labels_file(picture: Path, taken: set[Path]) -> Path:
-    """A name for the labels beside a picture that no other file has."""
+    """Choose an unused name for the label file of a picture."""
     labels, number = picture.with_name(f"{picture.stem}-labels.png"), 2
     while labels in taken:
         labels = picture.with_name(f"{picture.stem}-labels-{number}.png")
@@ -76,7 +78,7 @@ def _labels_file(picture: Path, taken: set[Path]) -> Path:
 
 def _predict_video(
     model: Detector | Segmenter, file: Path, picture: Path, folder: Path, found: "_Predictions"
-) -> Told:
+) -> Progress:
     rate, _ = video_facts(file)
     with VideoFile(folder / picture, rate) as drawn:
         for number, frame in enumerate(read_frames(file)):
@@ -91,7 +93,7 @@ def _predict_video(
 
 
 class _Predictions:
-    """What goes into predictions.json."""
+    """The content of predictions.json."""
 
     def __init__(self, class_names: Sequence[str]) -> None:
         self.class_names = class_names
@@ -110,8 +112,8 @@ class _Predictions:
         height, width = image.shape[:2]
         entry = {"id": len(self.images) + 1, "file_name": str(file), "picture": str(picture)}
         self.images.append({**entry, "width": width, "height": height, **more})
-        told = _of_classes(result) if isinstance(result, LabelMap) else _of_objects(result)
-        for annotation in told:
+        found = _of_classes(result) if isinstance(result, LabelMap) else _of_objects(result)
+        for annotation in found:
             annotation["category_name"] = self.class_names[annotation["category_id"]]
             number = {"id": len(self.annotations) + 1, "image_id": len(self.images)}
             self.annotations.append({**number, **annotation})

@@ -1,4 +1,4 @@
-"""A trained model for one's own images: a detector, or one that gives each pixel a class."""
+"""Trained models for single images: detectors and semantic segmentation models."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,12 +33,12 @@ class _Model:
     """A model for single images of any size.
 
     Args:
-        model: Detectron2's; it is put into evaluation mode.
+        model: a Detectron2 model; it is put into evaluation mode.
         class_names: names in the order of the classifier.
-        image_format: "RGB" or "BGR", the order of channels that the model was trained with.
-        short_side: to which images are resized, with `long_side` as the limit of the other side;
-            0 leaves them as they are.
-        threshold: least score of what is returned.
+        image_format: "RGB" or "BGR", the channel order the model was trained with.
+        short_side: size to which the shorter side of an image is resized; 0 for no resizing.
+        long_side: limit of the longer side.
+        threshold: lowest score returned.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class _Model:
         self.threshold = threshold
 
     def run(self, image: NDArray[np.uint8]) -> dict[str, Any]:
-        """What the model says of an RGB image (H, W, 3)."""
+        """Return the model's output for an RGB image (H, W, 3)."""
         height, width = image.shape[:2]
         ordered = image if self.image_format == "RGB" else image[:, :, ::-1]
         resized = self.resize.get_transform(ordered).apply_image(ordered)
@@ -67,11 +67,11 @@ class _Model:
 
 
 class Detector(_Model):
-    """A detector; what it finds are objects."""
+    """A detector, which returns objects."""
 
     @torch.inference_mode()
     def __call__(self, image: NDArray[np.uint8]) -> Objects:
-        """The objects of an RGB image (H, W, 3), by falling score."""
+        """Detect objects in an RGB image (H, W, 3), in order of decreasing score."""
         found = self.run(image)["instances"].to("cpu")
         objects = Objects(
             found.pred_boxes.tensor.numpy(),
@@ -83,11 +83,11 @@ class Detector(_Model):
 
 
 class Segmenter(_Model):
-    """A semantic segmentation model; what it finds is the class of every pixel."""
+    """A semantic segmentation model, which returns a label map."""
 
     @torch.inference_mode()
     def __call__(self, image: NDArray[np.uint8]) -> LabelMap:
-        """The classes of an RGB image (H, W, 3); below the threshold a pixel has no label."""
+        """Label an RGB image (H, W, 3); pixels below the threshold are unlabelled."""
         logits: Tensor = self.run(image)["sem_seg"]  # C x H x W
         scores, classes = logits.float().softmax(0).max(0)  # H x W
         classes = classes.to(torch.uint8).masked_fill(scores < self.threshold, UNLABELLED)
@@ -97,15 +97,15 @@ class Segmenter(_Model):
 def build_predictor(
     cfg: CfgNode, weights: str | Path, threshold: float | None = None
 ) -> Detector | Segmenter:
-    """The model of a config, filled from a checkpoint of a whole model.
+    """Build the model of a config and load the checkpoint of a whole model.
 
-    Runs on `MODEL.DEVICE`, or on the CPU where that is a GPU and there is none.
+    The model runs on `MODEL.DEVICE`, or on the CPU if that is a GPU and none is available.
 
     Args:
-        threshold: least score of objects (0.5 by default), or of pixels (0).
+        threshold: lowest score; default: 0.5 for objects, 0 for pixels.
 
     Raises:
-        UserError: unreadable weights, or weights of another model.
+        UserError: the weights are unreadable or belong to another model.
     """
     semantic = is_semantic_model(cfg)
     if threshold is None:
@@ -137,12 +137,12 @@ def build_predictor(
 
 
 def predictor_of_run(run: str | Path, threshold: float | None = None) -> Detector | Segmenter:
-    """The model of a fine-tuning run: its config.yaml and its last checkpoint.
+    """Build the model of a fine-tuning run from its config.yaml and its last checkpoint.
 
-    That is model_final.pth or, of a run that is not finished, the one that it would go on from.
+    The checkpoint is model_final.pth or, for an unfinished run, the one it would resume from.
 
     Raises:
-        UserError: one of the files is missing or unreadable.
+        UserError: a file is missing or unreadable.
     """
     config, weights = Path(run) / "config.yaml", Path(run) / "model_final.pth"
     if not weights.is_file():
@@ -150,14 +150,14 @@ def predictor_of_run(run: str | Path, threshold: float | None = None) -> Detecto
     for file in (config, weights):
         if not file.is_file():
             raise UserError(
-                f"{run} has no {file.name}: is it the directory of a fine-tuning run? Other "
-                "checkpoints go with --config and --weights"
+                f"{run} has no {file.name}: pass the directory of a fine-tuning run, or any other "
+                "checkpoint with --config and --weights"
             )
     return build_predictor(load_config(str(config)), weights, threshold)
 
 
 def class_names(cfg: CfgNode) -> list[str]:
-    """Names of the classifier's classes: the config's own, its data set's, else `class 0`, ..."""
+    """Class names by index: of the config, else of its data set, else `class 0`, ..."""
     semantic = is_semantic_model(cfg)
     count = cfg.MODEL["SEM_SEG_HEAD" if semantic else "ROI_HEADS"].NUM_CLASSES
     key = "stuff_classes" if semantic else "thing_classes"
@@ -171,13 +171,13 @@ def class_names(cfg: CfgNode) -> list[str]:
 
 
 def find_images(paths: Sequence[str | Path]) -> list[tuple[Path, Path]]:
-    """Images and videos by (file, name of its picture): files, and all that is below folders.
+    """List (file, name of its picture) for image and video files, and for all those below folders.
 
-    Names are relative to the folder given and unique; a file that is no image is tried all the
-    same, so that the user hears of it.
+    Names are unique and relative to the given folder. Files passed by name are listed whatever
+    their suffix, so that a wrong one is reported.
 
     Raises:
-        UserError: a path does not exist, or there is no image at all.
+        UserError: a path does not exist, or there is no image.
     """
     found: list[tuple[Path, Path]] = []
     for path in map(Path, paths):
@@ -205,15 +205,15 @@ def find_images(paths: Sequence[str | Path]) -> list[tuple[Path, Path]]:
 
 
 def count_pictures(images: Sequence[tuple[Path, Path]]) -> int:
-    """How many images and frames there are in them, as far as the videos' headers tell."""
+    """Count images and frames, by the headers of the videos."""
     return sum(video_facts(file)[1] if is_video(file) else 1 for file, _ in images)
 
 
 def load_image(file: str | Path) -> NDArray[np.uint8]:
-    """An image as RGB (H, W, 3) uint8, turned as its EXIF tag says.
+    """Read an image as RGB (H, W, 3) uint8, rotated according to its EXIF tag.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the file cannot be read.
     """
     try:
         image: NDArray[np.uint8] = read_image(str(file), "RGB")

@@ -1,4 +1,4 @@
-"""Videos in and out, frame by frame, by OpenCV."""
+"""Reading and writing videos frame by frame with OpenCV."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from moco_common.errors import UserError
 from moco_common.files import new_beside, put_in_place
 
 VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".avi", ".mov", ".mkv", ".webm", ".mpg", ".mpeg"})
-LEAST_SHARE = 0.95  # of the frames that a file states; containers miscount by a few
+LEAST_SHARE = 0.95  # of the stated frames; the headers of containers are off by a few
 
 
 def is_video(path: str | Path) -> bool:
-    """Whether a file's name is that of a video."""
+    """Whether a file has the suffix of a video."""
     return Path(path).suffix.lower() in VIDEO_SUFFIXES
 
 
 def video_facts(path: str | Path) -> tuple[float, int]:
-    """(frames a second, number of frames) as the file states them; 25 and 0 where it does not."""
+    """Frames per second and number of frames by the header; 25 and 0 where it has none."""
     capture = cv2.VideoCapture(str(path))
     rate, count = capture.get(cv2.CAP_PROP_FPS), capture.get(cv2.CAP_PROP_FRAME_COUNT)
     capture.release()
@@ -31,10 +31,10 @@ def video_facts(path: str | Path) -> tuple[float, int]:
 
 
 def read_frames(path: str | Path) -> Iterator[NDArray[np.uint8]]:
-    """The frames of a video, RGB (H, W, 3) uint8.
+    """Yield the frames of a video, RGB (H, W, 3) uint8.
 
     Raises:
-        UserError: it cannot be opened, or breaks off early (after what could be read).
+        UserError: the video cannot be opened, or ends early (after the frames that can be read).
     """
     capture = cv2.VideoCapture(str(path))
     stated = video_facts(path)[1]
@@ -52,14 +52,16 @@ def read_frames(path: str | Path) -> Iterator[NDArray[np.uint8]]:
         raise UserError(f"{path} is not readable as a video: convert it, for example to H.264 MP4")
     if count < LEAST_SHARE * stated:
         raise UserError(
-            f"{path} breaks off after {count} of {stated} frames: its results end there too"
+            f"{path} ends early, after {count} of {stated} frames, and so do its results: copy or "
+            "convert it again"
         )
 
 
 class VideoFile:
-    """A video being written, under its name once the block ends.
+    """A video file that appears under its name when the block ends.
 
-    A UserError, as of a source that breaks off, keeps the frames so far; anything else keeps none.
+    If the block raises a UserError, such as for a source that ends early, the frames so far are
+    kept; any other exception discards them.
     """
 
     def __init__(self, path: str | Path, rate: float) -> None:
@@ -72,10 +74,10 @@ class VideoFile:
         return self
 
     def add(self, frame: NDArray[np.uint8]) -> None:
-        """Append an RGB frame (H, W, 3); all must be of one size.
+        """Append an RGB frame (H, W, 3); all must have the same size.
 
         Raises:
-            UserError: OpenCV cannot write videos here.
+            UserError: this OpenCV cannot write videos.
         """
         if self._writer is None:
             size = (frame.shape[1], frame.shape[0])

@@ -1,1 +1,1 @@
-"""Runs to tables, curves and one page."""
+"""Reports of finished runs: tables, curves and one page."""

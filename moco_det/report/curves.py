@@ -28,24 +28,24 @@ TITLES = {
     "segm/AP": "mask AP (%)",
 }
 SMOOTHING = 0.1
-"""Share of a curve's points that its moving average covers."""
+"""Window of the moving average as a share of a curve's points."""
 Runs = Mapping[str, "Run | str | Path | Sequence[Run | str | Path]"]
 
 
 def training_curves(runs: Runs, path: str | Path, keys: Sequence[str] | None = None) -> Path:
-    """Draw scalars of metrics.json against iterations, one panel a key, one colour a label.
+    """Draw scalars of metrics.json against iterations: one panel per key, one colour per label.
 
-    Thin lines are the values as logged; thick ones a centred moving average over 10 % of the
-    points of a curve (the figure says so). A dashed line marks the chance loss of a pre-training
-    run, the loss of an encoder that has learned nothing, if its method has one.
+    Thin lines are the values as logged, thick ones a centred moving average over 10 % of the points
+    of a curve (stated in the figure). A dashed line marks the chance loss of a pre-training run, the
+    loss of an encoder that has learned nothing, if its method has one.
 
     Args:
         runs: label -> a run directory, or several (trials), which share the label's colour.
         path: the picture to write (.png).
-        keys: scalars to draw; default: those of `TITLES` that some run has logged at least twice.
+        keys: scalars to draw; default: those of `TITLES` that some run logged at least twice.
 
     Raises:
-        UserError: no run has logged any of the keys.
+        UserError: no run logged any of the keys.
     """
     members = {label: _as_runs(value) for label, value in runs.items()}
     everything = [run for group in members.values() for run in group]
@@ -100,8 +100,8 @@ def precision_recall_curves(
 ) -> Path | None:
     """Draw precision over recall: the mean over classes at IoU 0.50 and 0.75, then each class.
 
-    Thick lines are the mean over a label's runs, thin ones the runs. Of many classes those are
-    shown in which the labels differ most at IoU 0.50 (the figure says so).
+    Thick lines are the mean over the runs of a label, thin ones single runs. Of many classes, those
+    in which the labels differ most at IoU 0.50 are shown (stated in the figure).
 
     Args:
         curves: label -> (2, R, C) of each run: precision in [0, 1] at IoU 0.50 and 0.75 and R
@@ -109,7 +109,7 @@ def precision_recall_curves(
         path: the picture to write (.png).
 
     Returns:
-        ``path``, or None where no class has objects.
+        ``path``, or None if no class has objects.
     """
     runs = {label: np.stack(items) for label, items in curves.items()}  # runs x 2 x R x C
     means = np.stack([items.mean(axis=0) for items in runs.values()])  # labels x 2 x R x C
@@ -136,7 +136,7 @@ def precision_recall_curves(
                 axis.plot(recall, values.T, color=color, linewidth=0.6, alpha=0.4)
             lines[label] = axis.plot(recall, values.mean(axis=0), color=color, linewidth=1.8)[0]
         axis.set_title(literal(title), fontsize=10)
-        axis.tick_params(labelbottom=True)  # also above an empty place
+        axis.tick_params(labelbottom=True)  # also above an empty panel
         axis.set_xlim(0, 1)
         axis.set_ylim(0, 1.02)
         axis.grid(alpha=0.25)
@@ -158,7 +158,7 @@ def precision_recall_curves(
 
 
 def smooth(values: Sequence[float], window: int) -> np.ndarray:
-    """Centred moving average; the window shrinks evenly at both ends, so that none is shifted."""
+    """Centred moving average; near both ends the window shrinks symmetrically."""
     series = np.asarray(values, dtype=float)
     total = np.concatenate([[0.0], np.cumsum(series)])
     here = np.arange(len(series))
@@ -183,7 +183,7 @@ def _curve(axis: Axes, run: Run, key: str, color: tuple[float, ...]) -> Line2D |
     if not values:
         return None
     window = round(SMOOTHING * len(values))
-    if window < 3:  # an average of so few points would only repeat them
+    if window < 3:  # the average of so few points would repeat them
         marker = "o" if len(values) < 40 else ""
         return axis.plot(iterations, values, marker, ls="-", ms=3, color=color, linewidth=1.5)[0]
     axis.plot(iterations, values, color=color, linewidth=0.6, alpha=0.35)

@@ -1,6 +1,6 @@
-"""What lies behind an AP: precision over recall, sizes, confusions, the best and worst images.
+"""Analysis of a run's errors: precision over recall, sizes, confusions, F1 of each image.
 
-Everything is of boxes, and computed from the predictions that an evaluated run keeps.
+Everything refers to boxes and is computed from the predictions that an evaluated run keeps.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ MATCH_IOU = 0.5
 
 @dataclass(frozen=True)
 class RunAnalysis:
-    """One run on its test set of N images and C classes.
+    """The analysis of one run on its test set of N images and C classes.
 
     Attributes:
-        threshold: the score that gives the best F1 over the data set, at IoU 0.5.
-        precision: (2, 101, C) at IoU 0.50 and 0.75 and recalls 0, 0.01, ... 1, interpolated as
-            COCO does; in [0, 1], NaN for a class without objects.
+        threshold: the score of the best F1 over the data set, at IoU 0.5.
+        precision: (2, 101, C) in [0, 1] at IoU 0.50 and 0.75 and recalls 0, 0.01, ... 1, with
+            COCO's interpolation; NaN for a class without objects.
         sizes: APs, APm, APl in percent, by COCO's metric; NaN where there is no such object.
-        confusion: (C + 1, C + 1) counts at `threshold`: row the annotated class, column the
-            detected one; the last row is detections where nothing is, the last column objects
-            that were missed.
-        f1: (N,) in [0, 1], of each image at `threshold`; NaN where nothing is, nor was found.
+        confusion: (C + 1, C + 1) counts at `threshold`: rows are annotated classes, columns
+            detected ones; the last row counts detections of background, the last column missed
+            objects.
+        f1: (N,) in [0, 1], F1 of each image at `threshold`; NaN for images with neither objects
+            nor detections.
     """
 
     threshold: float
@@ -47,7 +48,7 @@ def analyse_run(run: str | Path, dataset: OpenDataset) -> RunAnalysis:
     """Analyse the predictions of one evaluated run.
 
     Raises:
-        UserError: it keeps none, or they are of other data.
+        UserError: the run keeps no predictions, or they belong to other data.
     """
     predictions = read_predictions(run)
     truth = [annotated_objects(record) for record in dataset.records]
@@ -74,11 +75,11 @@ def analyse_run(run: str | Path, dataset: OpenDataset) -> RunAnalysis:
 def assign(
     detections: Objects, truth: Objects, iou: float = MATCH_IOU, any_class: bool = False
 ) -> NDArray[np.int64]:
-    """Which annotation each detection takes: (N,) indices, -1 for none.
+    """Assign detections to annotations: (N,) indices of annotations, -1 for none.
 
-    By falling score each takes the free annotation of its class (of any, with `any_class`) with
-    the largest IoU of at least `iou`. Ignored annotations can be taken any number of times, after
-    the others.
+    In order of decreasing score, each detection takes the free annotation of its class (of any
+    class, with `any_class`) that has the largest IoU of at least `iou`. Ignored annotations come
+    last and can be taken any number of times.
     """
     taken = np.full(len(detections), -1)
     if not len(truth) or not len(detections):
@@ -99,15 +100,15 @@ def assign(
 
 
 def match(detections: Objects, truth: Objects, iou: float = MATCH_IOU) -> NDArray[np.bool_]:
-    """Which detections are right, as :func:`assign` pairs them: (N,) bool."""
+    """Whether each detection is right, that is, assigned to an annotation: (N,) bool."""
     return assign(detections, truth, iou) >= 0
 
 
 def best_threshold(pairs: Iterable[tuple[Objects, Objects]]) -> float:
-    """The score at and above which (detections, truth) pairs give the best F1 at IoU 0.5.
+    """The lowest score to keep for the best F1 at IoU 0.5 over (detections, truth) pairs.
 
-    Models differ in how high they score; at its own best threshold each is shown as it would be
-    used. 0.5 where nothing is right at any threshold.
+    Models differ in the range of their scores; at its own best threshold each is shown as it would
+    be used. 0.5 if no detection is right.
     """
     scores, right, wanted = [], [], 0
     for detections, truth in pairs:
@@ -120,7 +121,7 @@ def best_threshold(pairs: Iterable[tuple[Objects, Objects]]) -> float:
 def threshold_of_best_f1(
     scores: Sequence[NDArray[np.floating]], right: Sequence[NDArray[np.bool_]], wanted: int
 ) -> float:
-    """:func:`best_threshold` of detections that are matched already, image by image."""
+    """:func:`best_threshold` of detections that are already matched, image by image."""
     flat = np.concatenate(scores) if scores else np.zeros(0)
     order = np.argsort(-flat, kind="stable")
     hits = np.cumsum(np.concatenate(right)[order]) if scores else np.zeros(0)
@@ -136,14 +137,14 @@ def count_confusions(
     truth: Objects,
     taken: NDArray[np.int64],
 ) -> float | None:
-    """Add one image to a matrix of confusions, in place.
+    """Add one image to a confusion matrix, in place.
 
-    Detections that took no annotation of their class may take a free one of another class: a
-    confusion. What is left was missed, or found where nothing is. Ignored annotations, and what
-    took them, do not count.
+    A detection without an annotation of its class may take a free one of another class: a
+    confusion. The remaining detections are background, the remaining annotations missed. Ignored
+    annotations, and detections assigned to them, are not counted.
 
     Returns:
-        The image's F1; None where nothing counts.
+        The image's F1; None if nothing is counted.
     """
     ignored = truth.ignored_or_none()
     counted = np.array([index < 0 or not ignored[index] for index in taken], dtype=bool)
@@ -165,14 +166,14 @@ def count_confusions(
 
 
 def choose_images(f1: Sequence[NDArray[np.float64]], count: int) -> dict[str, NDArray[np.intp]]:
-    """Indices of the images that say most about one or several runs, `count` of each kind.
+    """Choose the most informative images of one or several runs, `count` of each kind.
 
     Args:
-        f1: (N,) of each run.
+        f1: (N,) for each run, the F1 of each image.
 
     Returns:
-        "best" and "worst" by the mean of the runs, and with two or more runs "most different".
-        Each image comes once.
+        Kind -> indices of images: "best" and "worst" by the mean over the runs and, with two or
+        more runs, "most different". Each image appears at most once.
     """
     scores = np.stack(f1)  # G x N
     usable = np.flatnonzero(np.isfinite(scores).all(axis=0))
@@ -190,7 +191,7 @@ def choose_images(f1: Sequence[NDArray[np.float64]], count: int) -> dict[str, ND
 def _coco_view(
     dataset: OpenDataset, predictions: Mapping[str, list[dict[str, Any]]]
 ) -> tuple[NDArray[np.float64], dict[str, float]]:
-    """Curves and AP by size, by COCO's metric."""
+    """Precision curves and AP by size, by COCO's metric."""
     index = dataset.ids or {number: number for number in range(len(dataset.class_names))}
     classes = {key: dataset.class_names[index[key]] for key in sorted(index, key=index.__getitem__)}
     content = coco_content(dataset.records, classes)
@@ -201,7 +202,7 @@ def _coco_view(
         for result in found
     ]
     metrics = coco_metrics(content, results, ["bbox"])["bbox"]
-    order = np.argsort(np.argsort(list(classes)))  # the arrays go by ascending id
+    order = np.argsort(np.argsort(list(classes)))  # the arrays are sorted by id
     curves = metrics.precision[[0, 5], :, :, 0, -1][:, :, order]
     sizes = {key: value for key, value in metrics.percentages().items() if key[-1] in "sml"}
     return np.where(curves > -1, curves, np.nan), sizes

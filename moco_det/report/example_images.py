@@ -100,9 +100,10 @@ def compare_runs(
     Args:
         dataset: a registered name, a `voc:` or `coco:` text, or Detectron2's dataset dicts.
         runs: heading -> run directory with inference/coco_instances_results.json.
-        num_images: spread evenly over the images that have annotations; `seed` shifts them.
-        threshold: least score shown; None: each model's own, where its F1 over the whole data
-            set is best (in the heading).
+        num_images: number of images, evenly spaced over those with annotations.
+        seed: offset of the chosen images.
+        threshold: lowest score shown; None for each model's score of best F1 over the whole data
+            set. The heading states it.
         class_names: default: those of the runs' config or of the data set.
 
     Raises:
@@ -112,7 +113,9 @@ def compare_runs(
     records = opened.records
     annotated = [record for record in records if record.get("annotations")]
     if not annotated:
-        raise UserError(f"no pictures: none of the {len(records)} images has annotations")
+        raise UserError(
+            f"no pictures: none of the {len(records)} images has annotations; choose another split"
+        )
     count = min(num_images, len(annotated))
     step = len(annotated) / count
     chosen = [annotated[(int((i + 0.5) * step) + seed) % len(annotated)] for i in range(count)]
@@ -135,9 +138,10 @@ def draw_images(
     """Write the detections of several runs in the images of `records`, beside the ground truth.
 
     Args:
-        runs: heading -> run directory; `thresholds` holds the least score of each.
+        runs: heading -> run directory.
+        thresholds: heading -> lowest score shown.
         path: .png, or .jpg for a much smaller file.
-        notes: a few words for each image, behind its file's name.
+        notes: a few words per image, shown after its file name.
     """
     columns = {}
     for heading, run in runs.items():
@@ -157,7 +161,7 @@ def draw_images(
 
 
 def classes_of_runs(runs: Iterable[str | Path]) -> list[str] | None:
-    """The classes that the first run to name them was trained for."""
+    """The classes in the config of the first run whose config names them."""
     named = (read_run(run).config.get("DATASETS.CLASSES") for run in runs)
     return next((list(names) for names in named if names), None)
 

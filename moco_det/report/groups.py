@@ -1,4 +1,4 @@
-"""Which runs are trials of one thing, and in what groups of them differ."""
+"""Grouping of runs that differ in the seed only, and the config keys in which groups differ."""
 
 import json
 from collections.abc import Iterable
@@ -9,9 +9,9 @@ from typing import Any
 from moco_det.config.protocols import HOUSEKEEPING, split_name
 from moco_det.report.runs import Run, strip_trial
 
-# Keys in which two trials of one thing may differ. results.json names the data set by itself.
+# Keys in which runs of a group may differ. results.json names the data set.
 _TRIAL_KEYS = HOUSEKEEPING | {"DATASETS.TEST"}
-# Keys that follow from the layout of the weights: siblings of a protocol differ in these.
+# Keys determined by the layout of the weights: variants of a protocol differ in them.
 _LAYOUT_KEYS = {"INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"}
 _LAYOUT_KEYS |= {"MODEL.RESNETS.STRIDE_IN_1X1"}
 
@@ -25,37 +25,37 @@ class Group:
 
     @property
     def results(self) -> dict[str, Any]:
-        """Those of the first run; what they say of protocol and data all runs share."""
+        """results.json of the first run; all runs share its protocol and data set."""
         return self.runs[0].results or {}
 
     @property
     def table(self) -> tuple[str, str]:
-        """Protocol (without the weights' suffix) and data set: what may share a table."""
+        """Protocol (without the suffix of the weights) and data set: the table the group is in."""
         return split_name(str(self.results["protocol"] or ""))[0], str(self.results["dataset"])
 
     @property
     def deviations(self) -> list[str] | None:
-        """Every deviation from the protocol; None where the runs do not say."""
+        """All deviations from the protocol; None if they were not recorded."""
         deviations = self.results.get("deviations")
         return [str(d) for d in deviations] if isinstance(deviations, list) else None
 
     def metrics(self) -> list[str]:
-        """The scores that every run of the group has, in the order of results.json."""
+        """Names of the scores that all runs have, in the order of results.json."""
         every = [run.scores() for run in self.runs]
         return [name for name in every[0] if all(name in scores for scores in every)]
 
     def values(self, metric: str) -> list[float]:
-        """A metric of each run, in their order."""
+        """The value of a metric for each run."""
         return [run.scores()[metric] for run in self.runs]
 
 
 def group_runs(runs: Iterable[Run]) -> tuple[list[Group], list[str]]:
-    """Evaluated runs by what they have in common, and a sentence for each oddity.
+    """Group evaluated runs, and report repeated seeds in a sentence each.
 
-    Runs are trials of one thing if protocol, data set, deviations, iterations, the name of the
-    directory and of the weights (both without seed and trial parts) and every other key of the
-    config agree. A run that repeats another's seed with the same scores is a copy: it is left
-    out and named, for it would feign a spread of zero.
+    Runs form a group if protocol, data set, deviations, iterations, the names of the directory and
+    of the weights (both without seed and trial parts) and all other config keys agree. A run with
+    the seed and the scores of another is a copy: it is left out and reported, because it would
+    suggest a spread of zero.
     """
     keyed: dict[tuple[Any, ...], list[Run]] = {}
     notes: list[str] = []
@@ -76,14 +76,14 @@ def group_runs(runs: Iterable[Run]) -> tuple[list[Group], list[str]]:
 
 
 def differing_keys(a: Group, b: Group) -> list[str]:
-    """Config keys in which two groups differ beyond weights, their layout and the seed."""
+    """Config keys in which two groups differ, apart from weights, their layout and the seed."""
     first, second = a.runs[0].config, b.runs[0].config
     keys = sorted((first.keys() | second.keys()) - _TRIAL_KEYS - _LAYOUT_KEYS)
     return [key for key in keys if first.get(key) != second.get(key)]
 
 
 def _identity(run: Run) -> tuple[Any, ...]:
-    """What trials of one thing share."""
+    """What the runs of a group have in common."""
     results = run.results or {}
     weights = Path(run.weights)
     config = {k: v for k, v in run.config.items() if k not in _TRIAL_KEYS}
@@ -99,7 +99,7 @@ def _identity(run: Run) -> tuple[Any, ...]:
 
 
 def _make_labels_unique(groups: list[Group]) -> None:
-    """Groups of one table and name get what tells them apart behind the name."""
+    """Append what differs to the labels of groups with the same label in one table."""
     for group in groups:
         rivals = [g for g in groups if (g.label, g.table) == (group.label, group.table)]
         if len(rivals) < 2:
@@ -112,5 +112,5 @@ def _make_labels_unique(groups: list[Group]) -> None:
                 parts.append(Path(rival.runs[0].weights).name or "random")
             if len({g.results.get("iteration") for g in rivals}) > 1:
                 parts.append(f"iteration {rival.results.get('iteration')}")
-            # The position is the last resort: two rows never carry one name.
+            # The position is the last resort: no two rows have the same label.
             rival.label += f" [{', '.join(parts) or rivals.index(rival) + 1}]"

@@ -1,4 +1,4 @@
-"""Stored predictions and the data sets they belong to, read back."""
+"""Reading stored predictions and the data sets they belong to."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ Predictions = dict[str, list[dict[str, Any]]]  # COCO's results by image id as t
 
 
 def predictions_file(run: str | Path) -> Path:
-    """Where an evaluated run keeps its predictions."""
+    """The file in which an evaluated run keeps its predictions."""
     return Path(run) / "inference" / "coco_instances_results.json"
 
 
@@ -30,10 +30,10 @@ def has_predictions(run: str | Path) -> bool:
 
 
 def read_predictions(run: str | Path) -> Predictions:
-    """The predictions that an evaluated run kept, by image id (as text).
+    """Read the predictions of an evaluated run, by image id (as text).
 
     Raises:
-        UserError: there are none, or the file is not COCO's list of results.
+        UserError: the file is missing, or is not a list of COCO results.
     """
     file = predictions_file(run)
     try:
@@ -50,12 +50,12 @@ def read_predictions(run: str | Path) -> Predictions:
 
 @dataclass
 class OpenDataset:
-    """A data set as reports and pictures read it.
+    """A data set, opened for reports and pictures.
 
     Attributes:
         records: Detectron2's dataset dicts.
-        class_names: C of them.
-        ids: category id of the predictions -> class index; None where they are one.
+        class_names: C names.
+        ids: category id of the predictions -> class index; None where they are equal.
     """
 
     records: Sequence[Mapping[str, Any]]
@@ -63,7 +63,7 @@ class OpenDataset:
     ids: Mapping[int, int] | None = None
 
     def detections(self, record: Mapping[str, Any], predictions: Predictions) -> Objects:
-        """What a run found in one image."""
+        """The detections of a run in one image."""
         return detected_objects(predictions.get(str(record["image_id"]), []), self.ids)
 
 
@@ -73,7 +73,7 @@ def open_dataset(
     """Open a registered name, a `voc:` or `coco:` text, or Detectron2's dataset dicts.
 
     Args:
-        class_names: in the order of the classifier; by default the data set's own.
+        class_names: in the order of the classifier; default: those of the data set.
 
     Raises:
         UserError: the data set cannot be read.
@@ -117,7 +117,7 @@ def detected_objects(
 def _masks(
     found: Sequence[Mapping[str, Any]], height: int = 0, width: int = 0
 ) -> NDArray[np.bool_] | None:
-    """Masks from COCO segmentations: polygons, or run lengths in either form."""
+    """Decode COCO segmentations: polygons, or run lengths in either form."""
     if not found or not all(item.get("segmentation") for item in found):
         return None
     decoded = []

@@ -1,4 +1,4 @@
-"""The papers' numbers, to stand beside ours: means in percent, ResNet-50 throughout."""
+"""Published results for comparison: means in percent, all with a ResNet-50."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,11 +20,11 @@ class Published:
     weights: str
     metrics: Mapping[str, float]
     source: str
-    n: int | None = None  # trials, where the source says so
+    n: int | None = None  # number of trials, if stated
 
 
 def published(protocol: str, dataset: str) -> list[Published]:
-    """The rows for this protocol (any sibling) on this data set; [] where nothing is published."""
+    """Published rows for a protocol (or any of its variants) on a data set."""
     base, _ = split_name(protocol)
     return [row for row in TABLE if (row.protocol, row.dataset) == (base, dataset)]
 
@@ -44,7 +44,7 @@ def _coco(protocol: str, weights: str, box: float, mask: float, source: str) -> 
 def _one(
     protocol: str, dataset: str, metric: str, n: int | None, *values: float
 ) -> list[Published]:
-    """A row each for supervised weights, MoCo v1 on ImageNet, and on Instagram, of one metric."""
+    """Rows of one metric for supervised weights, MoCo v1 on ImageNet and MoCo v1 on Instagram."""
     starts = ("supervised, ImageNet", "MoCo v1, 200 epochs", INSTAGRAM)
     return [
         Published(protocol, dataset, weights, {metric: value}, MOCO, n)

@@ -1,7 +1,7 @@
-"""Run directories: what they hold.
+"""Reading run directories.
 
-Everything is read as plain JSON and YAML. A file that is missing or broken never stops the
-others: it is named in `Run.problems`, and the report says so.
+Everything is read as plain JSON and YAML. A missing or damaged file does not prevent the others
+from being read: it is reported in `Run.problems`.
 """
 
 import json
@@ -23,10 +23,10 @@ class Run:
     """One run directory.
 
     Attributes:
-        config: flattened config.yaml ("SOLVER.BASE_LR" -> 0.02); {} where there is none.
-        records: metrics.json in the order of iterations, one dict of scalars each.
-        results: results.json, or None where the run was not evaluated (or it is unreadable).
-        problems: one sentence for each file that could not be read.
+        config: flattened config.yaml ("SOLVER.BASE_LR" -> 0.02); {} if there is none.
+        records: metrics.json: a dict of scalars per iteration, in their order.
+        results: results.json; None if the run was not evaluated or the file is unreadable.
+        problems: one sentence per file that could not be read.
     """
 
     path: Path
@@ -37,7 +37,7 @@ class Run:
 
     @property
     def label(self) -> str:
-        """The directory's name without its seed or trial part."""
+        """The name of the directory without its seed or trial part."""
         return strip_trial(self.path, self.seed)
 
     @property
@@ -64,17 +64,17 @@ class Run:
 
     @property
     def seed(self) -> int | None:
-        """The run's seed; None where it was drawn (Detectron2 spells that -1) or is not known."""
+        """The seed; None if it is unknown or was drawn at random (-1 in Detectron2)."""
         seed = (self.results or {}).get("seed", self.config.get("SEED"))
         return seed if isinstance(seed, int) and seed >= 0 else None
 
     @property
     def weights(self) -> str:
-        """The file the run started from; "" for random weights."""
+        """The initial weights; "" for random ones."""
         return str((self.results or {}).get("weights", self.config.get("MODEL.WEIGHTS")) or "")
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
-        """Iterations and finite values of one scalar of metrics.json."""
+        """Iterations and values of one scalar of metrics.json, where it is finite."""
         points = [
             (r["iteration"], r[key])
             for r in self.records
@@ -83,7 +83,7 @@ class Run:
         return [p[0] for p in points], [p[1] for p in points]
 
     def scores(self) -> dict[str, float]:
-        """The finite numbers of results.json as {"bbox/AP": percent, "segm/AP": ...}."""
+        """The finite scores of results.json: {"bbox/AP": percent, "segm/AP": ...}."""
         return {
             f"{task}/{name}": float(value)
             for task, scores in (self.results or {}).items()
@@ -93,7 +93,7 @@ class Run:
         }
 
     def per_class(self, task: str = "bbox") -> dict[str, float]:
-        """AP by class name of one task; {} where results.json has none."""
+        """AP by class name for one task; {} if results.json has none."""
         scores = (self.results or {}).get(task)
         classes = scores.get("per_class") if isinstance(scores, dict) else None
         items = classes.items() if isinstance(classes, dict) else ()
@@ -108,19 +108,19 @@ def read_runs(paths: Iterable[str | Path]) -> list[Run]:
     """Read run directories and the trials (`trial_K`) inside them, in the order given.
 
     Raises:
-        UserError: a path is no directory, or no path holds a run.
+        UserError: a path is not a directory, or holds no run.
     """
     runs: dict[Path, Run] = {}
     for path in map(Path, paths):
         if not path.is_dir():
-            raise UserError(f"{path} is not a run directory: give folders that runs wrote")
+            raise UserError(f"{path} is not a run directory: pass the output directories of runs")
         trials = [p for p in path.glob("trial_*") if p.is_dir() and p.name[6:].isdigit()]
         found = [
             p for p in (path, *sorted(trials, key=lambda p: int(p.name[6:]))) if _is_run_dir(p)
         ]
         if not found:
             inside = sorted(p for p in path.iterdir() if p.is_dir() and _is_run_dir(p))
-            hint = f"; its runs are inside, so give {path}/*" if inside else ""
+            hint = f"; it contains run directories: pass {path}/*" if inside else ""
             raise UserError(
                 f"{path} holds no run (no config.yaml, metrics.json or results.json){hint}"
             )
@@ -130,7 +130,7 @@ def read_runs(paths: Iterable[str | Path]) -> list[Run]:
 
 
 def read_run(path: str | Path) -> Run:
-    """Read one run directory; whatever is broken is named in `problems`."""
+    """Read one run directory; files that cannot be read are reported in `problems`."""
     run = Run(Path(path))
     run.config = _read_config(run)
     run.records = _read_metrics(run)
@@ -139,10 +139,10 @@ def read_run(path: str | Path) -> Run:
 
 
 def strip_trial(path: str | Path, seed: int | None = None) -> str:
-    """A directory's name without `-seed0`, `_trial_3`, or its bare seed (`_0` with seed 0).
+    """Return a directory's name without `-seed0`, `_trial_3`, or its bare seed (`_0` with seed 0).
 
-    A bare number that is not the seed stays: `resnet_50` is a name. A directory that is
-    nothing but a trial (`trial_0`) is named by its parent.
+    A bare number other than the seed is kept: `resnet_50` is a name. A directory that is only a
+    trial (`trial_0`) takes the name of its parent.
     """
     path = Path(path).resolve()
     name = re.sub(r"(^|[-_.])(seed|trial|run)[-_.=]?\d+$", "", path.name, flags=re.IGNORECASE)
@@ -170,7 +170,7 @@ def _read_config(run: Run) -> dict[str, Any]:
 
 
 def _read_metrics(run: Run) -> list[dict[str, float]]:
-    """One JSON object a line. After a resume the newer record of an iteration counts."""
+    """Read one JSON object per line; after a resume, newer records of an iteration count."""
     file = run.path / "metrics.json"
     if not file.exists():
         return []
@@ -184,14 +184,14 @@ def _read_metrics(run: Run) -> list[dict[str, float]]:
         try:
             record = json.loads(line) if line.strip() else None
         except ValueError:
-            cut = ": the run was cut off while writing" if number == len(lines) else ""
-            run.problems.append(f"{file}, line {number}, is not JSON and left out{cut}")
+            cut = ": the run was interrupted while writing" if number == len(lines) else ""
+            run.problems.append(f"{file}, line {number}, is not JSON and is left out{cut}")
             continue
         if not isinstance(record, dict) or not isinstance(record.get("iteration"), int | float):
             continue
         while records and records[-1]["iteration"] >= record["iteration"]:
             earlier = records.pop()
-            if earlier["iteration"] == record["iteration"]:  # evaluation adds to the iteration
+            if earlier["iteration"] == record["iteration"]:  # evaluation adds scalars to it
                 record = {**earlier, **record}
         records.append(record)
     return records
@@ -205,8 +205,8 @@ def _read_results(run: Run) -> dict[str, Any] | None:
         results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         run.problems.append(
-            f"{file} is half-written or no JSON ({_first_line(error)}): "
-            "evaluate the run again (--eval-only); it is left out"
+            f"{file} is incomplete or not JSON ({_first_line(error)}) and is left out: "
+            "evaluate the run again (--eval-only)"
         )
         return None
     needed = ("protocol", "dataset")

@@ -1,4 +1,4 @@
-"""Means, spreads and differences of small samples: what a table of a few seeds may claim."""
+"""Means, standard deviations and differences of small samples, such as a few seeds."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Summary:
-    """A sample in brief. `std` is the sample's (n - 1 in the denominator), None where n is 1."""
+    """Mean and sample standard deviation (n - 1 in the denominator); `std` is None for n = 1."""
 
     n: int
     mean: float
@@ -20,8 +20,8 @@ class Summary:
 class Difference:
     """mean(a) - mean(b) and its two-sided confidence interval.
 
-    `interval` and `degrees_of_freedom` are None where the samples do not carry an interval;
-    `why_no_interval` then says why in a few words.
+    `interval` and `degrees_of_freedom` are None where the samples do not determine an interval;
+    `why_no_interval` then gives the reason.
     """
 
     mean: float
@@ -35,7 +35,7 @@ def summarize(values: Sequence[float]) -> Summary:
     """Mean and sample standard deviation of at least one value.
 
     Raises:
-        ValueError: there is no value.
+        ValueError: the sample is empty.
     """
     if not len(values):
         raise ValueError("a summary needs at least one value")
@@ -46,7 +46,7 @@ def summarize(values: Sequence[float]) -> Summary:
 def welch_difference(
     a: Sequence[float], b: Sequence[float], confidence: float = 0.95
 ) -> Difference:
-    """mean(a) - mean(b) with Welch's interval, which takes no equality of the variances.
+    """mean(a) - mean(b) with Welch's interval, which does not assume equal variances.
 
     Source: B. L. Welch, "The generalization of 'Student's' problem when several different
     population variances are involved", Biometrika 34, 1947.
@@ -69,7 +69,7 @@ def student_t_quantile(probability: float, df: float) -> float:
     """The t with P(T < t) = probability for Student's distribution with `df` >= 1.
 
     With t = sqrt(df) tan(u) the density becomes c cos(u)^(df - 1), which Gauss-Legendre
-    integrates to some ten digits; the quantile is found by bisection. (SciPy has it, but is
+    integrates to about ten digits; the quantile is found by bisection. (SciPy has it, but is
     a large dependency for one number.)
 
     Raises:

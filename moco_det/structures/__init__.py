@@ -1,1 +1,1 @@
-"""What is passed between rooms."""
+"""Values passed between the other packages: objects and label maps."""

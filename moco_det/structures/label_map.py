@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-UNLABELLED = 255  # in files of labels, as VOC and Cityscapes have it
+UNLABELLED = 255  # in label files, as in those of VOC and Cityscapes
 MOST_CLASSES = 255
 
 
@@ -25,7 +25,7 @@ class LabelMap:
         return len(self.shares())
 
     def shares(self) -> dict[int, float]:
-        """Class -> its share of the pixels, in (0, 1], the largest first."""
+        """Class -> its share of the pixels in (0, 1], in decreasing order."""
         counts = np.bincount(self.classes.reshape(-1), minlength=UNLABELLED + 1)[:UNLABELLED]
         order = np.argsort(-counts, kind="stable")
         return {int(c): float(counts[c] / self.classes.size) for c in order if counts[c]}

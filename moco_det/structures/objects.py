@@ -16,8 +16,8 @@ class Objects:
         classes: (N,) int, indices of the class names.
         scores: (N,) in [0, 1], or None for annotations.
         masks: (N, H, W) bool, or None.
-        ignored: (N,) bool, annotations that are neither to be found nor wrong (crowds, difficult
-            objects), or None.
+        ignored: (N,) bool, annotations that count neither as missed nor as wrong (crowds,
+            difficult objects), or None.
     """
 
     boxes: NDArray[np.floating]
@@ -30,19 +30,19 @@ class Objects:
         return len(self.boxes)
 
     def areas(self) -> NDArray[np.floating]:
-        """(N,) pixels of the boxes."""
+        """(N,) areas of the boxes in pixels."""
         return _areas(self.boxes)
 
     def scores_or_zero(self) -> NDArray[np.floating]:
-        """(N,) scores; zeros for annotations."""
+        """(N,) scores, zero for annotations."""
         return np.zeros(len(self)) if self.scores is None else self.scores
 
     def ignored_or_none(self) -> NDArray[np.bool_]:
-        """(N,) bool; False where nothing is ignored."""
+        """(N,) bool, False unless annotations are ignored."""
         return np.zeros(len(self), dtype=bool) if self.ignored is None else self.ignored
 
     def select(self, chosen: NDArray[Any]) -> "Objects":
-        """Those at the indices (or where the mask is true)."""
+        """Return the objects at the indices, or where a mask is true."""
         more = (p if p is None else p[chosen] for p in (self.scores, self.masks, self.ignored))
         return Objects(self.boxes[chosen], self.classes[chosen], *more)
 

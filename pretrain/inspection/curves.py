@@ -1,4 +1,4 @@
-"""The record of a run as curves."""
+"""Training curves of a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pretrain.inspection.geometry import Geometry
 from pretrain.methods.base import REMEDIES
 
 Records = Sequence[Mapping[str, float]]
-# Title and factor of what a run records, in the order in which it is drawn.
+# Title and factor of each recorded value, in the order of the panels.
 PANELS: dict[str, tuple[str, float]] = {
     "loss": ("loss", 1),
     "accuracy": ("contrastive accuracy (%)", 100),
@@ -23,9 +23,9 @@ PANELS: dict[str, tuple[str, float]] = {
     "knn_top1": ("kNN accuracy (%)", 1),
     "queue_fill": ("queue filled (%)", 100),
     "lr": ("learning rate", 1),
-    "images_per_second": ("images a second", 1),
+    "images_per_second": ("images per second", 1),
 }
-# Okabe and Ito's palette, which colour-blind readers tell apart.
+# Okabe and Ito's palette, distinguishable with colour-blindness.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
 
 
@@ -36,17 +36,17 @@ def draw_curves(
     keys: Sequence[str] = tuple(PANELS),
     columns: int = 3,
 ) -> Figure | None:
-    """Curves against iterations, one panel a key of which there is something to see.
+    """Draw recorded values against iterations, one panel per key that some run has recorded.
 
-    Values are drawn as they were logged: each is a mean over the steps since the line before.
+    Values are drawn as logged: each is a mean over the steps since the previous record.
 
     Args:
-        runs: records by name; several share the panels, and the figure then says which is which.
-        chance_loss: of an encoder that knows nothing, drawn as a dashed line; None for none.
-        keys: of `PANELS`.
+        runs: name -> records; several runs share the panels, with a legend.
+        chance_loss: loss of a random encoder, drawn as a dashed line; None for no line.
+        keys: keys of `PANELS`.
 
     Returns:
-        The figure, or None where no run has recorded anything.
+        The figure, or None if nothing was recorded.
     """
     shown = [key for key in keys if any(_series(records, key)[0] for records in runs.values())]
     if not shown:
@@ -79,7 +79,7 @@ def draw_curves(
 
 
 def draw_spectra(geometries: Mapping[str, Geometry]) -> Figure:
-    """Singular values of each set of vectors over their largest one, against their rank."""
+    """Draw the singular values of each set of vectors, relative to the largest, by rank."""
     figure = Figure(figsize=(5, 3.2), layout="constrained")
     axis = figure.subplots()
     for (name, geometry), colour in zip(geometries.items(), COLOURS, strict=False):
@@ -88,8 +88,8 @@ def draw_spectra(geometries: Mapping[str, Geometry]) -> Figure:
         axis.plot(range(1, len(values) + 1), values, color=colour, lw=1.4, label=label)
     axis.set_xscale("log")
     axis.set_yscale("log")
-    axis.set_xlabel("singular value", fontsize=8)
-    axis.set_ylabel("over the largest", fontsize=8)
+    axis.set_xlabel("rank of the singular value", fontsize=8)
+    axis.set_ylabel("relative to the largest", fontsize=8)
     axis.tick_params(labelsize=8)
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
@@ -98,7 +98,7 @@ def draw_spectra(geometries: Mapping[str, Geometry]) -> Figure:
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    """As PNG or SVG, by the suffix; whole or not at all."""
+    """Write a figure as PNG or SVG, by the suffix; atomically."""
     kind = path.suffix.removeprefix(".")
     options = {"metadata": {"Date": None}} if kind == "svg" else {"dpi": 110}
     return replace_file(path, lambda file: figure.savefig(file, format=kind, **options))
@@ -110,16 +110,16 @@ def last_words(
     patience: int,
     remedies: Mapping[str, str] = REMEDIES,
 ) -> list[str]:
-    """What the run's own monitor says of its end: a collapse, a plateau or a leak, if any."""
+    """Warnings of the run's own monitor at its end: a collapse, a plateau or a leak."""
     complete = [r for r in records if "loss" in r and "spread" in r]
     if not complete or complete[-1]["iteration"] < patience:
         return []
     monitor = Monitor(chance_loss, patience=0, remedies=remedies)
-    said = [
+    warnings = [
         monitor.observe(int(r["iteration"]), r["loss"], r["spread"], r.get("accuracy", 0.0))
         for r in complete[-3:]
     ]
-    return [text for text in said if text]
+    return [text for text in warnings if text]
 
 
 def _series(records: Records, key: str) -> tuple[list[float], list[float]]:

@@ -1,4 +1,4 @@
-"""Images to look with, their features, and which images a backbone takes to be alike."""
+"""Sample images, their features, and their nearest neighbours by these features."""
 
 from __future__ import annotations
 
@@ -25,13 +25,15 @@ _DPI = 100
 
 
 class HeldImages(Source):
-    """The first images of a stream, held in memory so that they can be read by index."""
+    """The first images of a stream, kept in memory for access by index."""
 
     def __init__(self, source: Source, n: int, seed: int) -> None:
         encoded = first_images(source, n, seed).items()
         self._images = [(source.name(i), data) for i, data in encoded if isinstance(data, bytes)]
         if not self._images:
-            raise UserError("none of the first images of the shards can be read: mend them.")
+            raise UserError(
+                "none of the first images of the shards can be read: write the shards again."
+            )
 
     def __len__(self) -> int:
         return len(self._images)
@@ -44,10 +46,10 @@ class HeldImages(Source):
 
 
 def sample_images(source: Source, n: int, seed: int) -> LabelledImages:
-    """At most n images of a source, at random, in the source's order; of a stream its first.
+    """Draw at most n images of a source at random, in the source's order; of a stream, the first.
 
-    Their "labels" are their own numbers, 0 to n - 1, by which they are told apart once the
-    unreadable ones are gone.
+    Their "labels" are their own numbers, 0 to n - 1, which still identify them after unreadable
+    images have been dropped.
     """
     if source.streamed:
         source = HeldImages(source, min(n, len(source)), seed)
@@ -57,7 +59,7 @@ def sample_images(source: Source, n: int, seed: int) -> LabelledImages:
 
 
 def class_names(images: LabelledImages) -> list[str] | None:
-    """The class folder of each image; None where some image has none."""
+    """The class folder of each image; None if an image has none."""
     labels = images.source.labels
     if labels is None or (labels[images.rows] < 0).any():
         return None
@@ -73,8 +75,8 @@ def features_of(
     threads: int,
     say: Say,
 ) -> Features:
-    """(N, C) features of what can be read of the images, as the probes take them; their ``labels``
-    are the numbers of `sample_images`."""
+    """Compute (N, C) features of the readable images as the probes do; their ``labels`` are the
+    numbers of `sample_images`."""
     return extract(
         backbone,
         images,
@@ -89,12 +91,12 @@ def features_of(
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Queries and what is nearest to them.
+    """Queries and their nearest neighbours.
 
     Attributes:
         queries: (Q,) int64, numbers of images.
         found: (Q, k) int64, numbers of their neighbours, the nearest first.
-        cosine: (Q, k) float of their features.
+        cosine: (Q, k) float, cosine similarity of the features.
     """
 
     queries: Tensor
@@ -102,7 +104,7 @@ class Neighbours:
     cosine: Tensor
 
     def same_class(self, names: list[str]) -> float:
-        """Share of the neighbours that lie in their query's class folder."""
+        """Share of the neighbours in the class folder of their query."""
         pairs = [
             names[q] == names[n]
             for q, row in zip(self.queries.tolist(), self.found.tolist(), strict=True)
@@ -112,7 +114,7 @@ class Neighbours:
 
 
 def nearest_neighbours(features: Features, queries: Tensor, k: int) -> Neighbours:
-    """The k images nearest to each query by cosine, without the query itself.
+    """Find the k images nearest to each query by cosine, except the query itself.
 
     Args:
         queries: (Q,) rows of ``features``.
@@ -121,7 +123,7 @@ def nearest_neighbours(features: Features, queries: Tensor, k: int) -> Neighbour
     numbers = features.labels[queries]  # Q
     cosine, found = nearest(features.values, features.labels, features.values[queries], k + 1)
     others = found != numbers[:, None]  # Qx(k+1)
-    # Of more than k copies of one image the query may be none of the nearest: then the last goes.
+    # With more than k copies of one image, the query may not be among them: drop the last.
     others[others.all(1), -1] = False
     return Neighbours(numbers, found[others].view(-1, k), cosine[others].view(-1, k))
 
@@ -129,8 +131,8 @@ def nearest_neighbours(features: Features, queries: Tensor, k: int) -> Neighbour
 def draw_neighbours(
     images: LabelledImages, neighbours: Neighbours, names: list[str] | None
 ) -> Figure:
-    """The queries on the left, each with its neighbours to the right, cosines (and classes, green
-    where they are the query's) written on them."""
+    """Draw the queries on the left and their neighbours on the right, labelled with cosines and
+    classes (green if equal to the query's)."""
     numbers = torch.cat([neighbours.queries[:, None], neighbours.found], 1)  # Qx(1+k)
     rows = [[fitted(_pixels(images, i), _SIDE) for i in row] for row in numbers.tolist()]
     for row in rows:

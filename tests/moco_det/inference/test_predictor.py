@@ -276,7 +276,7 @@ def test_a_video_that_breaks_off_is_named_and_its_frames_are_kept(box_run, tmp_p
     assert main(given) == 1
     content = json.loads((out / "predictions.json").read_text())
     assert len(content["images"]) == 4
-    assert "breaks off after 4 of 40 frames" in content["failed"][0]["error"]
+    assert "ends early, after 4 of 40 frames" in content["failed"][0]["error"]
     assert "not readable as a video" in content["failed"][1]["error"]
     assert sorted(p.name for p in out.iterdir()) == ["clip.mp4", "predictions.json"]
 
