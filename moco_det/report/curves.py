@@ -36,8 +36,8 @@ def training_curves(runs: Runs, path: str | Path, keys: Sequence[str] | None = N
     """Draw scalars of metrics.json against iterations: one panel per key, one colour per label.
 
     Thin lines are the values as logged, thick ones a centred moving average over 10 % of the points
-    of a curve (stated in the figure). A dashed line marks the chance loss of a pre-training run, the
-    loss of an encoder that has learned nothing, if its method has one.
+    of a curve (stated in the figure). A dashed line marks the chance loss of a pre-training run,
+    the loss of an encoder that has learned nothing, if its method has one.
 
     Args:
         runs: label -> a run directory, or several (trials), which share the label's colour.
