@@ -166,7 +166,7 @@ def test_other_images_are_looked_at_where_they_are_named_and_unreadable_ones_lef
     assert look(*words) == 0
     assert (tmp_path / "seen/features/sample.npy").stat().st_mtime_ns == stored
     assert look(*words, "--images", "9") == 0
-    assert "stale" in capsys.readouterr().out
+    assert "cached features of sample are out of date" in capsys.readouterr().out
     seen = json.loads((tmp_path / "seen/summary.json").read_text())
     assert seen["geometry"]["features"]["count"] in (8, 9)
 
