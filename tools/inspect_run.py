@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Look into a pre-training run: curves, filters, neighbours, views, the geometry of its keys."""
+"""Inspect a pre-training run: curves, filters, neighbours, views, geometry of the keys."""
 
 import argparse
 import sys

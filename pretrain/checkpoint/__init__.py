@@ -1,1 +1,1 @@
-"""Checkpoints of a run: their format, their writer, and what is checked before one is saved."""
+"""Checkpoints of a run: their format, their writer, and the checks before one is saved."""

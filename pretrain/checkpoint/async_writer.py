@@ -1,4 +1,4 @@
-"""Checkpoints written behind the training."""
+"""Checkpoints written in the background."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from pretrain.checkpoint import format as checkpoint
 
 
 class Snapshots:
-    """Copies a run's state into buffers of its own, and writes them in a thread.
+    """Copies a run's state to buffers of its own and writes them in a thread.
 
-    Training waits for the copy only, and, should the one before still be on its way to the disk,
-    for that. The buffers are reused: they take the memory of one state. Leaving the context waits
-    for the last write, whatever ended the run.
+    Training waits only for the copy, and for the previous write if that is still in progress. The
+    buffers are reused and take the memory of one state. Leaving the context waits for the last
+    write, whatever ended the run.
 
     Args:
-        folder: of the run.
-        keep: newest checkpoints that stay.
+        folder: run directory.
+        keep: number of newest checkpoints that are kept.
 
     Attributes:
-        last: the newest checkpoint that is whole on the disk, written here; None before the first.
+        last: the newest checkpoint that this process has written; None before the first.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -41,34 +41,33 @@ class Snapshots:
         if kind is None:
             self.finish()
         elif self._writer:
-            self._writer.join()  # and no word of its error: there is another one already
+            self._writer.join()  # its error is dropped: another one is already on its way
 
     def reserve(self, state: dict[str, Any]) -> None:
-        """Make the buffers for such a state, so that not even the first `take` has to."""
+        """Allocate the buffers for such a state, so that even the first `take` need not."""
         self._buffers = _copy(state, self._buffers)
 
     def take(self, state: dict[str, Any]) -> None:
-        """Copy the state and start writing it, when the one before is written.
+        """Wait for the previous write, copy the state and start to write it.
 
         Raises:
-            UserError, OSError: as of `check`.
+            UserError, OSError: as in `check`.
         """
         self.finish()
         self._buffers = _copy(state, self._buffers)
         if torch.cuda.is_available():
-            torch.cuda.synchronize()  # the copies from the device have only been asked for
+            torch.cuda.synchronize()  # the copies from the device are asynchronous
         self._writer = threading.Thread(target=self._write, name="checkpoint")
         self._writer.start()
 
     def check(self) -> None:
-        """Raise what went wrong with the last write, if it is known by now; see
-        `checkpoint.save`."""
+        """Raise the error of the last write, if it has failed by now; see `checkpoint.save`."""
         if self._error is not None:
             error, self._error = self._error, None
             raise error
 
     def finish(self) -> None:
-        """Wait until what was taken is on the disk; raises as `check`."""
+        """Wait until the last state is on the disk; raises as `check` does."""
         if self._writer:
             self._writer.join()
             self._writer = None
@@ -77,13 +76,13 @@ class Snapshots:
     def _write(self) -> None:
         try:
             self.last = checkpoint.save(self._buffers, self.folder, keep=self.keep)
-        except BaseException as error:  # it is the training thread's to raise
+        except BaseException as error:  # raised in the training thread by `check`
             self._error = error
 
 
 def _copy(value: Any, buffer: Any) -> Any:
-    """``value`` with its tensors copied to the CPU, into the tensors that ``buffer`` has at the
-    same place, where they fit."""
+    """Return ``value`` with its tensors copied to the CPU, into the tensors at the same place in
+    ``buffer`` where these fit."""
     if isinstance(value, dict):
         old = buffer if isinstance(buffer, dict) else {}
         return {key: _copy(item, old.get(key)) for key, item in value.items()}
@@ -95,7 +94,7 @@ def _copy(value: Any, buffer: Any) -> Any:
         return value
     value = value.detach()
     if not _fits(value, buffer):
-        pinned = value.device.type == "cuda"  # only to pinned memory a GPU copies by itself
+        pinned = value.device.type == "cuda"  # a GPU copies asynchronously to pinned memory only
         buffer = torch.empty_like(value, device="cpu", pin_memory=pinned)
     return buffer.copy_(value, non_blocking=True)
 

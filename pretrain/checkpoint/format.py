@@ -1,21 +1,21 @@
-"""Checkpoints: one schema, sealed by a checksum, atomic writes, safe reads, retention.
+"""Checkpoints: their schema, checksum, atomic writes, safe reads and retention.
 
 A checkpoint is a dictionary of tensors and plain values, read as data by `moco_common.reader`, so
 that nothing in it is ever executed::
 
     format      "moco-det/pretrain/2"
-    state_dict  the method's: encoder_q.*, encoder_k.*, queue, queue_ptr, ...; BN statistics are
-                means over the ranks
-    optimizer   the optimiser's state (and "scaler", the gradient scaler's, with float16)
-    step        steps done; with the seed it is the position in the data
+    state_dict  state of the method: encoder_q.*, encoder_k.*, queue, queue_ptr, ...; BN statistics
+                are means over the ranks
+    optimizer   state of the optimiser (and "scaler", that of the gradient scaler, with float16)
+    step        number of completed steps; with the seed, it is the position in the data
     images      number of images in the data
-    ranks       what each rank has of its own: {"torch": random state, "cuda": the device's,
-                "batch_norm": running statistics}, one row a rank
+    ranks       state of each rank: {"torch": random state, "cuda": that of the device,
+                "batch_norm": running statistics}, one row per rank
     config      the resolved configuration, as YAML text
-    version     of this project
+    version     version of this project
 
-The file is one of ``torch.save``, a zip, and any reader of those reads it. Its seal, the SHA-256 of
-all that ``torch.save`` wrote, is the zip's comment.
+The file is a zip written by ``torch.save``, which any reader of such files can read. Its seal, the
+SHA-256 of everything that ``torch.save`` wrote, is the comment of the zip.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ from moco_common.reader.formats import Discarded, read_checkpoint
 FORMAT = "moco-det/pretrain/2"
 LAST = "checkpoint_last.pth"
 _MARK = b"sha256:"
-# Kinds of unreadable files for which an earlier checkpoint is no remedy.
+# Kinds of unreadable files that an earlier checkpoint would not remedy.
 NOT_DAMAGED = ("missing_file", "unreadable", "hostile")
 _SEAL = 2 + len(_MARK) + 64  # bytes: length of the comment, mark, hexadecimal digest
 
 
 class DamagedError(UserError):
-    """The file is not what was written: an earlier checkpoint may be."""
+    """The file is not as it was written; an earlier checkpoint may be intact."""
 
 
 def save(checkpoint: dict[str, Any], folder: str | os.PathLike[str], keep: int = 2) -> Path:
-    """Write ``checkpoint_<step>.pth`` atomically, point `LAST` at it, drop all but ``keep``.
+    """Write ``checkpoint_<step>.pth`` atomically, link `LAST` to it, and keep the newest ``keep``.
 
-    A reader, or a process killed at any moment, finds either the old file or the new one whole.
-    Checkpoints of later steps (of a run that was set back) are left alone.
+    A reader finds either the old file or the whole new one, even if this process is killed.
+    Checkpoints of later steps (of a run that was set back) are kept.
 
     Raises:
-        UserError: the disk is full. The checkpoints written before are as they were.
+        UserError: the disk is full. Earlier checkpoints are intact.
         OSError: the file cannot be written for another reason.
     """
     folder = Path(folder)
@@ -69,8 +69,8 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a checkpoint of this project into memory, on the CPU.
 
     Raises:
-        DamagedError: cut off, or a byte has changed.
-        UserError: missing, not one of ours, or holding more than tensors and plain values.
+        DamagedError: truncated, or changed.
+        UserError: missing, not one of this project, or with more than tensors and plain values.
     """
     try:
         sealed = _check_seal(path)
@@ -84,17 +84,17 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
             raise UserError(f"The checkpoint was not read: {error}") from None
         reason = "" if error.kind == "damaged" else f" ({error.kind.replace('_', ' ')})"
         raise DamagedError(
-            f"{path} is damaged{reason}, and was not read: use an earlier checkpoint."
+            f"{path} is damaged{reason} and was not read: use an earlier checkpoint."
         ) from None
     if (name := _discarded(checkpoint)) is not None:
         raise UserError(
-            f"{path} holds more than tensors and plain values ({name}), and was not read: no run "
-            f"of this project wrote it; remove it."
+            f"{path} contains more than tensors and plain values ({name}) and was not read: it was "
+            f"not written by this project; remove it."
         )
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise UserError(
-            f"{path} is not a pre-training checkpoint of this project (format {FORMAT}): "
-            f"a run can only be resumed from its own."
+            f"{path} is not a pre-training checkpoint of this project (format {FORMAT}): use one "
+            f"that tools/pretrain.py wrote."
         )
     if not sealed:
         raise DamagedError(f"{path} has lost its checksum: use an earlier checkpoint.")
@@ -102,7 +102,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _discarded(node: Any) -> str | None:
-    """The class of the first object in it that is neither a tensor nor a plain value."""
+    """Return the class of the first object that is neither a tensor nor a plain value."""
     if isinstance(node, Discarded):
         return node.name
     if isinstance(node, dict | list | tuple):
@@ -112,7 +112,7 @@ def _discarded(node: Any) -> str | None:
 
 
 def candidates(folder: str | os.PathLike[str]) -> list[Path]:
-    """Checkpoints of a run, those to be tried first at the front: `LAST`, then the newest."""
+    """Return the checkpoints of a run in the order to try them: `LAST`, then newest first."""
     folder = Path(folder)
     numbered = sorted(folder.glob("checkpoint_[0-9]*.pth"), reverse=True)
     last = folder / LAST
@@ -138,17 +138,17 @@ class _Hashed:
 def _write_sealed(checkpoint: dict[str, Any], file: IO[bytes]) -> None:
     sink = _Hashed(file)
     torch.save(checkpoint, cast(IO[bytes], sink))
-    # The last two bytes of a zip without comment are the length of its comment, 0.
+    # The last two bytes of a zip without a comment are the length of the comment, 0.
     seal = _MARK + sink.hash.hexdigest().encode()
     file.seek(-2, os.SEEK_END)
     file.write(len(seal).to_bytes(2, "little") + seal)
 
 
 def _check_seal(path: str | os.PathLike[str]) -> bool:
-    """Whether the file has a seal.
+    """Return True if the file has a seal.
 
     Raises:
-        DamagedError: the seal is not that of the file's bytes.
+        DamagedError: the seal does not match the file.
     """
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
@@ -162,7 +162,7 @@ def _check_seal(path: str | os.PathLike[str]) -> bool:
         file.seek(0)
         while left:
             chunk = file.read(min(left, 1 << 20))
-            if not chunk:  # cut off at this moment
+            if not chunk:  # truncated just now
                 return False
             digest.update(chunk)
             left -= len(chunk)

@@ -62,8 +62,8 @@ class Progress:
         self.begin(start)
 
     def begin(self, step: int) -> None:
-        """Start the clock at ``step`` steps done: again after the first step of a process, which
-        pays for its start (workers, memory, compilation)."""
+        """Start the clock after ``step`` steps; called again after the first step of a process,
+        whose time includes the start (workers, memory, compilation)."""
         self._step, self._time = step, self.now()
         self._recent: deque[tuple[int, float]] = deque(maxlen=50)  # steps and seconds of each line
 
@@ -73,7 +73,7 @@ class Progress:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Stop the clock within ``with``, for evaluations: they are no part of the pace."""
+        """Stop the clock within ``with``, for evaluations, which do not count towards the pace."""
         began = self.now()
         try:
             yield
@@ -81,9 +81,9 @@ class Progress:
             self._time += self.now() - began
 
     def log(self, step: int, text: str, **scalars: float) -> None:
-        """Print one line for ``step`` steps done and record ``scalars`` with it.
+        """Print a line after ``step`` steps and record ``scalars`` with it.
 
-        The time left follows from the pace of the last fifty lines.
+        The time left is estimated from the pace of the last fifty lines.
         """
         steps, seconds = step - self._step, max(self.now() - self._time, 1e-9)
         if steps:
@@ -121,13 +121,13 @@ class Progress:
 
 
 def read_records(path: Path) -> list[dict[str, float]]:
-    """The lines of a metrics.json, but for the half one of a killed process."""
+    """Return the records of a metrics.json, without the incomplete line of a killed process."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     return [record for line in lines if (record := _record(line)) is not None]
 
 
 def _record(line: str) -> dict[str, float] | None:
-    """A line of metrics.json; None for the half line of a killed process."""
+    """Parse a line of metrics.json; return None for the incomplete line of a killed process."""
     try:
         record = json.loads(line)
     except json.JSONDecodeError:

@@ -20,21 +20,21 @@ from pretrain.config.defaults import all_keys, keys_of, leaves
 from pretrain.engine.train_step import TrainStep
 from pretrain.methods.base import Method
 
-# Keys, or prefixes of keys, that may change when a run is resumed. Changes of TOLD are logged.
-TOLD = ("DATA", "SOLVER")
+# Keys, or prefixes of keys, that may change when a run is resumed. Changes of LOGGED are logged.
+LOGGED = ("DATA", "SOLVER")
 FREE = ("OUTPUT_DIR", "DATALOADER", "CHECKPOINT", "LOG", "PROBE")
 FIXED = ("SOLVER.BATCH_SIZE", "SOLVER.OPTIMIZER")  # exceptions: these must not change
 STATISTICS = ("running_mean", "running_var")  # BN statistics, which are each rank's own
 MUST_NOT = "cannot be changed"
-MAY_AND_IS_TOLD = "can be changed; the change is logged"
+MAY_AND_IS_LOGGED = "can be changed; the change is logged"
 MAY = "can be changed"
 
 
 def may_change(key: str) -> str:
     """Return one of the three texts above: the rule for changing a key when a run is resumed."""
-    if key in FIXED or not key.startswith(TOLD + FREE):
+    if key in FIXED or not key.startswith(LOGGED + FREE):
         return MUST_NOT
-    return MAY if key.startswith(FREE) else MAY_AND_IS_TOLD
+    return MAY if key.startswith(FREE) else MAY_AND_IS_LOGGED
 
 
 def capture(
@@ -160,21 +160,21 @@ def _compare(cfg: CfgNode, old: dict[str, Any], path: Path) -> list[str]:
     # A key that an older version did not have had the effect of today's default.
     before = {name: key.default for name, key in all_keys().items()} | leaves(old)
     other_methods = all_keys().keys() - keys_of(cfg.METHOD).keys()
-    refused, told = [], []
+    refused, logged = [], []
     for key in sorted({*now, *before} - other_methods):
         if before.get(key) == now.get(key):
             continue
         change = f"{key} was {before.get(key)!r} and is now {now.get(key)!r}"
         if may_change(key) == MUST_NOT:
             refused.append(change)
-        elif may_change(key) == MAY_AND_IS_TOLD:
-            told.append(change)
+        elif may_change(key) == MAY_AND_IS_LOGGED:
+            logged.append(change)
     if refused:
         raise UserError(
             f"{path} was written with another configuration and cannot be resumed: "
             f"{'; '.join(refused)}. Use the same configuration or another --output-dir."
         )
-    return told
+    return logged
 
 
 def _statistics(module: nn.Module) -> dict[str, Tensor]:

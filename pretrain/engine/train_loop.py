@@ -43,16 +43,15 @@ def train(cfg: CfgNode, resume: bool = False, quiet: bool = False, profile: int 
     """Run ``cfg`` on this rank to its end, writing ``cfg.OUTPUT_DIR``.
 
     Args:
-        resume: go on from the newest whole checkpoint there, if there is one; all ranks do if one
-            is told to.
+        resume: resume from the newest intact checkpoint there; if one rank does, all ranks do.
         quiet: print nothing but warnings.
-        profile: iterations to time and to trace, see `Profiler`; 0 for none.
+        profile: number of iterations to time and trace, see `Profiler`; 0 for none.
 
     Raises:
-        UserError: bad data or configuration; an output directory that holds a run (without
-            ``resume``) or in which one is at work; a checkpoint of another configuration; a loss
+        UserError: bad data or configuration; an output directory that contains a run (without
+            ``resume``) or in which one is running; a checkpoint of another configuration; a loss
             that is not finite; ranks whose states differ; a full disk.
-        Stopped: a signal asked for it, and there is a checkpoint of the last step done.
+        Stopped: a signal requested it; the last completed step is saved.
     """
     _check(cfg)
     config = run_config(cfg).dump()
@@ -90,14 +89,14 @@ def train(cfg: CfgNode, resume: bool = False, quiet: bool = False, profile: int 
         resume = bool(comm.maximum(int(resume)))
         if not resume and checkpoint.candidates(folder):
             raise UserError(
-                f"{folder} already holds a run: add --resume to go on with it, or choose another "
+                f"{folder} already contains a run: pass --resume to continue it, or choose another "
                 f"--output-dir."
             )
         images = len(source)
         knn = build_online_knn(cfg, num_images=images, total_steps=total)
         start, notes = restore(cfg, folder, method, take_step, images) if resume else (0, [])
         scalars, skipped = Scalars(), SkippedImages(folder)
-        comm.barrier()  # nobody writes into the folder before everybody has looked at it
+        comm.barrier()  # no rank writes to the folder before all have read it
         progress = monitor = None
         if main:
             remove_unfinished(folder)
@@ -108,8 +107,8 @@ def train(cfg: CfgNode, resume: bool = False, quiet: bool = False, profile: int 
             progress.say(_banner(cfg, images, total, device, start))
             if cpu_count() < cfg.DATALOADER.NUM_WORKERS:
                 progress.say(
-                    f"DATALOADER.NUM_WORKERS is {cfg.DATALOADER.NUM_WORKERS}, and the cores are "
-                    f"{cpu_count()}: more workers than cores only compete, so {cpu_count()} decode"
+                    f"DATALOADER.NUM_WORKERS is {cfg.DATALOADER.NUM_WORKERS}, but there are only "
+                    f"{counted(cpu_count(), 'core')}: {cpu_count()} are used"
                 )
             for note in notes:
                 progress.warn(note)
@@ -121,7 +120,7 @@ def train(cfg: CfgNode, resume: bool = False, quiet: bool = False, profile: int 
         profiler = Profiler(folder, profile, say=say) if profile else None
         run_step = profiler.watch_step(take_step) if profiler else take_step
         step, stop, pause, found = start, 0, 0.0, {}
-        with closing(_batches(cfg, source, method, start, total)) as batches:  # ends its workers
+        with closing(_batches(cfg, source, method, start, total)) as batches:  # stops its workers
             for batch in profiler.watch_data(batches) if profiler else batches:
                 lr = _learning_rate(cfg, step, total, warmup)
                 scalars.add(run_step(batch.to(device), batch.index, step, lr))
@@ -172,14 +171,14 @@ def train(cfg: CfgNode, resume: bool = False, quiet: bool = False, profile: int 
                     break
         request.finish()
         snapshots.finish()
-        comm.barrier()  # a rank that left while rank 0 writes would be taken for lost
+        comm.barrier()  # a rank that exits while rank 0 is writing would count as lost
         if progress:
             if start >= total:
                 progress.say(f"nothing left to do: {folder} is at iteration {start} of {total}")
             if step < total:
                 progress.warn(
                     f"stopped by {signal.Signals(stop).name} after iteration {step} of {total}, "
-                    f"which is saved: go on with --resume"
+                    f"which is saved: pass --resume to continue"
                 )
             else:
                 progress.say(f"pre-training done: {folder / checkpoint.LAST}")
@@ -214,7 +213,7 @@ def _batches(
         seed=cfg.SEED,
         start_step=start,
         stop_step=total,
-        num_workers=min(cfg.DATALOADER.NUM_WORKERS, cpu_count()),  # more only compete
+        num_workers=min(cfg.DATALOADER.NUM_WORKERS, cpu_count()),
         pin_memory=comm.device().type == "cuda",
         max_bad_share=cfg.DATALOADER.MAX_BAD_SHARE,
     )
@@ -246,7 +245,7 @@ def _banner(cfg: CfgNode, images: int, total: int, device: torch.device, start: 
 
 
 def _line(scalars: dict[str, float], chance_loss: float | None) -> str:
-    """What a method reports, in one order, each only where there is such a thing."""
+    """Format the scalars of a progress line, in a fixed order; not every method has them all."""
     parts = [f"epoch {scalars['epoch']:.2f}", f"loss {scalars['loss']:.3f}"]
     if chance_loss is not None:
         parts[-1] += f" (chance {chance_loss:.3f})"

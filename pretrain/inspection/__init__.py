@@ -1,1 +1,1 @@
-"""Looking into a pre-training run: curves, filters, neighbours, views, the geometry of its keys."""
+"""Inspection of a pre-training run: curves, filters, neighbours, views, geometry of the keys."""

@@ -21,11 +21,11 @@ class Dictionary:
     """A method's memory, measured.
 
     Attributes:
-        memory: the method's own account of it.
+        memory: the memory as the method describes it.
         age: steps since the oldest embedding was written.
         turned: fraction of the key encoder that newer query encoders have replaced in these steps,
             1 - m^age; None without a momentum encoder.
-        geometry: of the embeddings; None for fewer than two.
+        geometry: geometry of the embeddings; None for fewer than two.
     """
 
     memory: Memory
@@ -34,7 +34,7 @@ class Dictionary:
     geometry: Geometry | None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the values for JSON."""
         values = {
             "kind": self.memory.kind,
             "size": self.memory.size,
@@ -46,7 +46,7 @@ class Dictionary:
         return values | {"geometry": self.geometry.as_dict() if self.geometry else None}
 
     def line(self) -> str:
-        """The figures in one line."""
+        """Format the figures in one line."""
         parts = [f"{self.memory.filled} of {self.memory.size} places filled"]
         if self.memory.pointer is not None:
             parts.append(f"next key at {self.memory.pointer}")
@@ -56,7 +56,7 @@ class Dictionary:
         return ", ".join(parts)
 
     def findings(self) -> list[str]:
-        """Conclusions from the figures, one sentence each."""
+        """Return conclusions from the figures, one sentence each."""
         memory, found = self.memory, list(self.memory.notes)
         if self.geometry:
             found.append(judge(self.geometry, "keys")[1])

@@ -1,4 +1,4 @@
-"""The first convolution as a picture, and the numbers that tell weights that went wrong."""
+"""The first convolution as a picture, and measures of weights that have gone wrong."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from torch import Tensor
 from moco_common.text import counted
 from pretrain.visualization.contact_sheet import enlarged, sheet
 
-DEAD = 0.01  # of the median norm: such a filter adds nothing
-GROWN = 10.0  # times the norm at the start
+DEAD = 0.01  # fraction of the median norm below which a filter is dead
+GROWN = 10.0  # ratio to the initial norm above which weights have grown too large
 GROWTH_MATTERS = (
-    "BN hides it from the loss, and fine-tuning hardly moves such weights; lower SOLVER.BASE_LR, "
-    "raise SOLVER.WARMUP_ITERS, or divide it out again with tools/convert.py --rescale."
+    "BN hides this from the loss, but fine-tuning hardly changes such weights; lower "
+    "SOLVER.BASE_LR, raise SOLVER.WARMUP_ITERS, or rescale them with tools/convert.py --rescale."
 )
-NOISE = 0.8  # roughness from which on filters look as they did at the start
-INITIAL_NORM = math.sqrt(6)  # of conv1 at any width, see `growth`
-_SIDE = 84  # pixels of a filter: 7 x 7, each weight 12 x 12
+NOISE = 0.8  # roughness above which filters look like their initial values
+INITIAL_NORM = math.sqrt(6)  # initial norm of conv1 at any width, see `growth`
+_SIDE = 84  # side of a drawn filter in pixels: 7 x 7 weights of 12 x 12 pixels
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,12 @@ class Filters:
     """The first convolution of one encoder.
 
     Attributes:
-        count: filters.
-        norm: of all weights together; `INITIAL_NORM` at the start.
+        count: number of filters.
+        norm: norm of all weights together; initially `INITIAL_NORM`.
         norms: smallest, median and largest norm of a filter.
-        dead: filters whose norm is below a hundredth of the median.
-        roughness: mean over the filters of the mean square difference of neighbouring weights over
-            twice their mean square: 1 for white noise (as at the start), 0 for a flat filter.
+        dead: number of filters whose norm is below a hundredth of the median.
+        roughness: mean square difference of neighbouring weights over twice their mean square,
+            averaged over the filters: 1 for white noise (the initial values), 0 for a flat filter.
     """
 
     count: int
@@ -45,41 +45,41 @@ class Filters:
     roughness: float
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the values for JSON."""
         return asdict(self)
 
     def line(self) -> str:
-        """The figures in one line."""
+        """Format the figures in one line."""
         low, middle, high = self.norms
         return (
-            f"{counted(self.count, 'filter')}, norm {self.norm:.3g} ({INITIAL_NORM:.2f} at the "
-            f"start), each {low:.2g} to {high:.2g} (median {middle:.2g}), {self.dead} dead, "
-            f"roughness {self.roughness:.2f} (1: noise)"
+            f"{counted(self.count, 'filter')}, norm {self.norm:.3g} (initially "
+            f"{INITIAL_NORM:.2f}), each {low:.2g} to {high:.2g} (median {middle:.2g}), "
+            f"{self.dead} dead, roughness {self.roughness:.2f} (1: noise)"
         )
 
     def findings(self) -> list[str]:
-        """What is to be said of them, one sentence each; often nothing."""
+        """Return conclusions from the figures, one sentence each; often none."""
         said = []
         if self.norm > GROWN * INITIAL_NORM:
             said.append(
-                f"the first convolution has grown to a norm of {self.norm:.0f} from "
-                f"{INITIAL_NORM:.2f}: {GROWTH_MATTERS}"
+                f"the first convolution has grown to a norm of {self.norm:.0f} (initially "
+                f"{INITIAL_NORM:.2f}): {GROWTH_MATTERS}"
             )
         if self.dead:
             said.append(
                 f"{self.dead} of {self.count} filters of the first convolution are dead (below a "
-                f"hundredth of the median norm): the rest does their work, and width is wasted."
+                f"hundredth of the median norm), which wastes width."
             )
         if self.roughness > NOISE:
             said.append(
-                f"the filters of the first convolution are still the noise of the start (roughness "
+                f"the filters of the first convolution are still noise, as initialised (roughness "
                 f"{self.roughness:.2f} of 1): a short run hardly changes them, a long one should."
             )
         return said
 
 
 def measure_filters(weight: Tensor) -> Filters:
-    """Figures of a convolution's (C, 3, h, w) weights."""
+    """Measure the (C, 3, h, w) weights of a convolution."""
     w = weight.detach().to("cpu", torch.float64)
     norms = w.flatten(1).norm(dim=1)  # C
     squares = [w.diff(dim=d).square().mean((1, 2, 3)) for d in (2, 3)]  # C, C
@@ -96,10 +96,10 @@ def measure_filters(weight: Tensor) -> Filters:
 
 
 def growth(state: Mapping[str, Tensor], prefix: str = "encoder_q.") -> tuple[str, float]:
-    """The convolution whose norm has grown most since the start, and by what factor.
+    """Return the convolution whose norm has grown the most since the start, and the factor.
 
-    A filter bank (O, I, k, k) starts with variance 2 / (O k^2) (He et al. 2015, fan-out), so with
-    a norm of sqrt(2 I): sqrt(6) for the three channels of the first one, whatever its width.
+    A filter bank (O, I, k, k) is initialised with variance 2 / (O k^2) (He et al. 2015, fan-out),
+    hence with norm sqrt(2 I): sqrt(6) for the three input channels of conv1, whatever its width.
     """
     grown = {
         name.removeprefix(prefix): tensor.float().norm().item() / math.sqrt(2 * tensor.shape[1])
@@ -110,12 +110,12 @@ def growth(state: Mapping[str, Tensor], prefix: str = "encoder_q.") -> tuple[str
 
 
 def draw_filters(banks: Mapping[str, Tensor]) -> np.ndarray:
-    """Filters as coloured squares, those of each encoder in one block, one below the other.
+    """Draw filters as coloured squares, one block per encoder, the blocks below each other.
 
-    Each filter is scaled to its own largest weight, with grey for 0; dead ones stay grey.
+    Each filter is scaled by its largest weight, with grey for 0; dead filters are grey.
 
     Args:
-        banks: (C, 3, h, w) weights by encoder, the same filters at the same places.
+        banks: (C, 3, h, w) weights by encoder; a filter has the same place in each block.
 
     Returns:
         uint8 (H, W, 3) RGB.

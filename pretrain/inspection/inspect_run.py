@@ -51,9 +51,9 @@ class Settings:
         no_images: skip what needs images.
         images: number of images, sampled at random.
         queries, k: number of images that are shown, each with its nearest k.
-        crop_size: in pixels; None for that of the run.
+        crop_size: crop size in pixels; None for that of the run.
         workers: threads that decode images.
-        seed: of the sample.
+        seed: seed of the sample.
     """
 
     run: str
@@ -97,7 +97,7 @@ def inspect_run(settings: Settings, say: Say = print) -> dict[str, Any]:
         _dictionary(run, method, seen)
     if source is not None:
         seen.draw(
-            "The first images of the run, each with the views that the network sees",
+            "The first images of the run, each with the views that the network is given",
             "views.png",
             views_picture(
                 source,
@@ -111,7 +111,7 @@ def inspect_run(settings: Settings, say: Say = print) -> dict[str, Any]:
             _images(run, method, source, settings, seen, say)
     if seen.geometries:
         seen.draw(
-            "Singular values: the more slowly they fall, the more directions are in use",
+            "Singular values: the more slowly they decrease, the more directions are in use",
             "spectrum.png",
             draw_spectra(seen.geometries),
         )

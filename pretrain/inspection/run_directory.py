@@ -1,4 +1,4 @@
-"""What a run has left behind: its configuration, its record, its newest whole checkpoint."""
+"""The files of a run: its configuration, its record, its newest intact checkpoint."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ CONFIG = "config.yaml"
 
 @dataclass
 class InspectedRun:
-    """A run as far as it has come.
+    """A run up to its newest checkpoint.
 
     Attributes:
-        folder: of the run.
-        cfg: its configuration; what an older version did not know is as the default says.
-        records: metrics.json, one dictionary of scalars a progress line; perhaps none.
-        path: the checkpoint; None where none has been written yet.
-        state: its content, see `pretrain.checkpoint.format`.
-        notes: what the user ought to know, one sentence each.
+        folder: run directory.
+        cfg: configuration of the run; keys that an older version did not have take their default.
+        records: metrics.json, one dictionary of scalars per progress line; may be empty.
+        path: the checkpoint; None before the first.
+        state: content of the checkpoint, see `pretrain.checkpoint.format`.
+        notes: remarks for the user, one sentence each.
     """
 
     folder: Path
@@ -42,7 +42,7 @@ class InspectedRun:
 
     @property
     def step(self) -> int:
-        """Steps done, as the checkpoint says; without one, as the record does."""
+        """Number of completed steps in the checkpoint or, without one, in the record."""
         if self.state:
             return int(self.state["step"])
         return int(self.records[-1]["iteration"]) if self.records else 0
@@ -53,11 +53,11 @@ class InspectedRun:
         return self.step * int(self.cfg.SOLVER.BATCH_SIZE)
 
     def build(self) -> Method:
-        """The method with the checkpoint's weights, in evaluation mode; without a checkpoint with
-        fresh ones. The global generator is left as it was.
+        """Build the method with the checkpoint's weights, or initial ones without a checkpoint, in
+        evaluation mode. The state of the global generator is preserved.
 
         Raises:
-            UserError: checkpoint and configuration do not fit each other.
+            UserError: the checkpoint does not fit its configuration.
         """
         fewest = method_class(self.cfg.METHOD).fewest_images(self.cfg)
         images = int(self.state["images"]) if self.state else fewest
@@ -76,16 +76,16 @@ class InspectedRun:
 
 
 def open_run(path: str | Path) -> InspectedRun:
-    """A run by its directory, or by one of its checkpoints.
+    """Open a run by its directory or by one of its checkpoints.
 
-    In a directory the newest checkpoint that is whole is taken; damaged ones are noted.
+    In a directory, the newest intact checkpoint is used; damaged ones are noted.
 
     Raises:
-        UserError: nothing is there, no checkpoint is whole, or it is no pre-training run.
+        UserError: there is no pre-training run, or no checkpoint is intact.
     """
     path = Path(path)
     if not path.exists():
-        raise UserError(f"There is no run at {path}: give the --output-dir of a pre-training run.")
+        raise UserError(f"{path} does not exist: pass the --output-dir of a pre-training run.")
     if path.is_file():
         state = checkpoint.load(path)
         run = InspectedRun(path.parent, _parse(state["config"], path), path=path, state=state)
@@ -103,9 +103,9 @@ def open_run(path: str | Path) -> InspectedRun:
         break
     else:
         if found:
-            raise UserError(f"No checkpoint of {path} is whole: {' '.join(notes)}")
+            raise UserError(f"No checkpoint in {path} is intact: {' '.join(notes)}")
         run = InspectedRun(path, _parse(_config_text(path), path / CONFIG))
-        run.notes.append(f"{path} holds no checkpoint yet: there are curves to see, and no more.")
+        run.notes.append(f"{path} contains no checkpoint yet: only the curves can be shown.")
     run.records = _records(run)
     return run
 
@@ -114,7 +114,7 @@ def _records(run: InspectedRun) -> list[dict[str, float]]:
     path = run.folder / METRICS
     records = read_records(path) if path.is_file() else []
     if not records:
-        run.notes.append(f"{path} holds no record of the run: there are no curves.")
+        run.notes.append(f"{path} contains no record of the run: there are no curves.")
     return records
 
 
@@ -123,8 +123,8 @@ def _config_text(folder: Path) -> str:
         return (folder / CONFIG).read_text(encoding="utf-8")
     except (OSError, ValueError):
         raise UserError(
-            f"{folder} holds no run (neither a checkpoint nor {CONFIG}): give the --output-dir of "
-            f"a pre-training run."
+            f"{folder} contains no run (neither a checkpoint nor {CONFIG}): pass the --output-dir "
+            f"of a pre-training run."
         ) from None
 
 
@@ -136,8 +136,8 @@ def _parse(text: str, where: Path) -> CfgNode:
         values = None
     if not isinstance(values, dict) or "METHOD" not in values:
         raise UserError(
-            f"{where} describes no pre-training run (it has no METHOD): tools/report.py shows runs "
-            f"of fine-tuning."
+            f"{where} is not the configuration of a pre-training run (it has no METHOD): use "
+            f"tools/report.py for fine-tuning runs."
         )
     try:
         cfg.merge_from_other_cfg(CfgNode(values))
@@ -145,6 +145,6 @@ def _parse(text: str, where: Path) -> CfgNode:
         reason = " ".join(str(error.args[0] if error.args else error).split())
         raise UserError(
             f"{where} was written by another version of this project ({reason}): inspect the run "
-            f"with that one."
+            f"with that version."
         ) from None
     return cfg

@@ -61,7 +61,7 @@ def test_a_run_directory_holds_what_is_promised(photographs, tmp_path):
     assert state["encoder_k.layer1.0.conv1.weight"].shape[0] == 4
     code, text = run("--data", photographs, "--output-dir", out, *TINY)
     assert code == 1
-    assert "already holds a run" in text
+    assert "already contains a run" in text
 
 
 def test_a_quiet_run_says_nothing_and_a_quiet_fault_is_told(photographs, tmp_path):

@@ -203,7 +203,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(runs, tmp_path, 
     assert "damaged" in said
     (run / "checkpoint_00000005.pth").write_bytes(b"PK")
     error = mistake(capsys, run, "--no-images")
-    assert "is whole" in error
+    assert "is intact" in error
     assert "damaged" in mistake(capsys, run / checkpoint.LAST)
 
 
@@ -230,9 +230,9 @@ def test_a_run_that_has_not_saved_yet_shows_its_curves(runs, tmp_path, capsys):
 def test_where_there_is_no_run_one_sentence_says_so(runs, tmp_path, capsys):
     assert "nowhere does not exist: pass the --output-dir" in mistake(capsys, tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    assert "holds no run" in mistake(capsys, tmp_path / "empty")
+    assert "contains no run" in mistake(capsys, tmp_path / "empty")
     (tmp_path / "empty/config.yaml").write_text("MODEL: {META_ARCHITECTURE: GeneralizedRCNN}\n")
-    assert "tools/report.py shows runs" in mistake(capsys, tmp_path / "empty")
+    assert "tools/report.py for fine-tuning runs" in mistake(capsys, tmp_path / "empty")
     torch.save({"state_dict": {"conv1.weight": torch.zeros(4, 3, 7, 7)}}, tmp_path / "other.pth")
     assert "not a pre-training checkpoint" in mistake(capsys, tmp_path / "other.pth")
 
