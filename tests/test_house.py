@@ -17,6 +17,7 @@ ROOMS = {
             "dependencies",
             "comm",
             "hardware",
+            "images",
             "files",
             "config",
             "progress",
@@ -204,6 +205,17 @@ def test_files_of_tensors_are_read_by_the_reader_alone():
         if path.parent.name != "reader":
             assert not called & {"safe_open", "safetensors.torch.load_file"}, path
             assert "_Unpickler" not in source, path
+
+
+def test_pictures_are_opened_in_one_place_alone():
+    for path in [*MODULES, *(ROOT / "tools").glob("*.py")]:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        called = {ast.unparse(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call)}
+        ends = {name.rpartition(".")[2] for name in called}
+        assert not ends & {"read_image", "imread"}, path
+        assert "Image.open" not in called or name_of(path) == "moco_common.images", path
+        # Detectron2's mapper reads pictures by itself; `CheckedMapper` looks at them first.
+        assert "DatasetMapper" not in called, path
 
 
 def test_no_backend_and_no_device_is_named_outside_the_launchers():

@@ -9,6 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, detection_utils
 from detectron2.data import transforms as T
 
+from moco_common.images import check_picture, read_picture
 from moco_det.config.defaults import is_semantic_model
 from moco_det.data.datasets.label_files import read_labels
 
@@ -62,7 +63,7 @@ class SemanticMapper:
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
         """``image`` (3, H, W) uint8 and ``sem_seg`` (H, W) int64 beside the record's own keys."""
-        image = detection_utils.read_image(record["file_name"], format=self.image_format)
+        image = read_picture(record["file_name"], self.image_format)
         detection_utils.check_image_size(record, image)
         labels = read_labels(record["sem_seg_file_name"])
         example = T.AugInput(image, sem_seg=labels.astype(np.uint8))
@@ -75,6 +76,27 @@ class SemanticMapper:
         }
 
 
+class CheckedMapper(DatasetMapper):
+    """Detectron2's mapper, for pictures that `moco_common.images` accepts.
+
+    Detectron2 opens a picture in any format that Pillow knows, and silently clips one of more than
+    8 bits a channel. Maps of the pixels' classes are not read: `SemanticMapper` does that, and the
+    evaluator.
+    """
+
+    def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Check the picture of a record and map it; see ``DatasetMapper``."""
+        check_picture(record["file_name"])
+        record = {key: value for key, value in record.items() if key != "sem_seg_file_name"}
+        example: dict[str, Any] = super().__call__(record)
+        return example
+
+
 def build_train_mapper(cfg: CfgNode) -> Callable[[dict[str, Any]], Any]:
     """What turns a record of the training set into an example for the model."""
-    return SemanticMapper.from_config(cfg) if is_semantic_model(cfg) else DatasetMapper(cfg, True)
+    return SemanticMapper.from_config(cfg) if is_semantic_model(cfg) else CheckedMapper(cfg, True)
+
+
+def build_test_mapper(cfg: CfgNode) -> CheckedMapper:
+    """The mapper of the test set, whose labels the evaluator reads."""
+    return CheckedMapper(cfg, False)

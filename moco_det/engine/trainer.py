@@ -25,7 +25,7 @@ from moco_common.progress import Loop
 from moco_common.stopping import Stopped, StopRequest
 from moco_det.checkpoint.run_checkpointer import RunCheckpointer
 from moco_det.config.key_descriptions import explanation
-from moco_det.data.dataset_mapper import build_train_mapper
+from moco_det.data.dataset_mapper import build_test_mapper, build_train_mapper
 from moco_det.data.samplers import (
     PRECISE_BN,
     TRAINING,
@@ -252,7 +252,9 @@ def evaluate(
         sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
     )
     workers = min(cfg.DATALOADER.NUM_WORKERS, cpu_count())
-    loader = build_detection_test_loader(cfg, name, num_workers=workers)
+    loader = build_detection_test_loader(
+        cfg, name, mapper=build_test_mapper(cfg), num_workers=workers
+    )
     loop = Loop("evaluating", len(loader), say=log.info, period=10.0)
     with printing_to_log():  # pycocotools prints its tables
         results = inference_on_dataset(model, loader, evaluator, {"after_inference": loop.tick})

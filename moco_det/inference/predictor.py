@@ -4,18 +4,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.data.detection_utils import read_image
 from detectron2.data.transforms import ResizeShortestEdge
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor, nn
 
 from moco_common.errors import UserError
+from moco_common.images import DecodeError, read_picture
 from moco_det.checkpoint.detector_weights import load_detector, read_detector
 from moco_det.checkpoint.run_checkpointer import newest_checkpoints
 from moco_det.config.defaults import is_semantic_model
@@ -216,8 +214,7 @@ def load_image(file: str | Path) -> NDArray[np.uint8]:
         UserError: the file cannot be read.
     """
     try:
-        image: NDArray[np.uint8] = read_image(str(file), "RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, cv2.error) as error:
+        return read_picture(file)
+    except (OSError, DecodeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{file} is not readable as an image ({reason})") from error
-    return image

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from detectron2.data.detection_utils import read_image
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from moco_common.errors import UserError
+from moco_common.images import read_picture
 from moco_det.report.error_analysis import best_threshold, match
 from moco_det.report.predictions_io import (
     OpenDataset,
@@ -152,7 +152,7 @@ def draw_images(
             objects = detected_objects(results, dataset.ids, masks=True)
             shown.append(objects.select(objects.scores_or_zero() >= least))
         columns[f"{heading}\nscore ≥ {least:.2f}"] = shown
-    images = [read_image(record["file_name"], "RGB") for record in records]
+    images = [read_picture(record["file_name"]) for record in records]
     truth = [annotated_objects(record, masks=True) for record in records]
     names = [Path(record["file_name"]).name for record in records]
     if notes is not None:

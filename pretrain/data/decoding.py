@@ -1,13 +1,10 @@
-"""Decoding of image files to uint8 RGB pixels."""
-
-import io
-import warnings
+"""Decoding of encoded images to uint8 RGB pixels."""
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
 
-MAX_PIXELS = 89_478_485  # Pillow's threshold for a decompression bomb warning
+from moco_common.images import MAX_PIXELS, DecodeError, open_picture, to_rgb
+
 _FLAGS = {
     1: getattr(cv2, "IMREAD_COLOR_RGB", cv2.IMREAD_COLOR),  # OpenCV >= 4.11: no conversion
     2: cv2.IMREAD_REDUCED_COLOR_2,
@@ -16,15 +13,11 @@ _FLAGS = {
 }
 
 
-class DecodeError(ValueError):
-    """Raised when an image cannot be decoded or used; the message gives the reason."""
-
-
 def decode(data: bytes, *, min_side: int | None = None, min_area: int | None = None) -> np.ndarray:
     """Decode an image, or the first frame of an animation.
 
-    Greyscale, palette, CMYK and 16-bit images are converted to 8-bit RGB, transparency is dropped,
-    and the EXIF orientation is applied.
+    Greyscale, palette and CMYK become RGB, transparency is dropped, and the EXIF orientation is
+    applied.
 
     Args:
         data: an encoded file. JPEG is decoded by OpenCV, every other format by Pillow.
@@ -36,7 +29,7 @@ def decode(data: bytes, *, min_side: int | None = None, min_area: int | None = N
         uint8 (H, W, 3), RGB. A JPEG above `MAX_PIXELS` is decoded at 1/2, 1/4 or 1/8 of its size.
 
     Raises:
-        DecodeError: the data are empty, truncated, undecodable or too large.
+        DecodeError: the data are empty, truncated, undecodable, or refused by `open_picture`.
     """
     if not data:
         raise DecodeError("the file is empty")
@@ -99,29 +92,5 @@ def _decode_jpeg(data: bytes, reduction: int) -> np.ndarray | None:
 
 
 def _decode_with_pillow(data: bytes) -> np.ndarray:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on sizes and palettes, both handled here
-            with Image.open(io.BytesIO(data)) as image:
-                width, height = image.size
-                if height * width > MAX_PIXELS:
-                    raise DecodeError(f"{width} x {height} pixels exceed the limit of {MAX_PIXELS}")
-                return _to_rgb(ImageOps.exif_transpose(image))
-    except DecodeError:
-        raise
-    except Exception as error:  # a parser may raise almost anything on damaged bytes
-        reason = str(error) or type(error).__name__
-        if isinstance(error, UnidentifiedImageError):
-            reason = "not an image of a known format"  # Pillow's message has a memory address
-        raise DecodeError(reason) from None
-
-
-def _to_rgb(image: Image.Image) -> np.ndarray:
-    if image.mode == "F":
-        raise DecodeError("floating-point pixels have no defined range")
-    if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion would clip them
-        values = np.asarray(image).astype(np.int64) >> 8
-        return np.repeat(values.clip(0, 255).astype(np.uint8)[:, :, None], 3, axis=2)
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return np.array(image.convert("RGB"))
+    with open_picture(data) as image:
+        return to_rgb(image)

@@ -19,7 +19,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from moco_common.errors import UserError
-from pretrain.data.decoding import DecodeError, decode
+from moco_common.images import DecodeError
+from pretrain.data.decoding import decode
 from pretrain.data.source_base import Source
 from pretrain.data.stateless_random import uniform
 from pretrain.data.transforms.gpu_ops import PendingViews, collect, finish

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from moco_common.errors import UserError
+from moco_common.images import read_regular
 from pretrain.data.shards import open_shards
 from pretrain.data.source_base import EXTENSIONS, Source
 
@@ -32,8 +33,7 @@ class FileSource(Source):
         return len(self._ends)
 
     def read(self, index: int) -> bytes:
-        with open(self._path(index), "rb") as file:
-            return file.read()
+        return read_regular(self._path(index))
 
     def name(self, index: int) -> str:
         return os.fsdecode(self._path(index))

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moco_common.errors import UserError
+from moco_common.images import DecodeError
 from moco_common.text import counted
-from pretrain.data.decoding import DecodeError, decode
+from pretrain.data.decoding import decode
 from pretrain.data.source_base import Source
 from pretrain.data.sources import open_source
 

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
 
+from moco_common.images import DecodeError, RefusedImageError, open_picture, orientation
 from moco_det.data.datasets.findings import DatasetReport
 
-EXIF_ORIENTATION = 274  # the tag, EXIF 2.3, section 4.6.4
 PNG_EXIF_KEYS = ("exif", "Raw profile type exif", "XML:com.adobe.xmp")
-# Modes of more than 8 bits a channel: conversion to RGB clips them, so what a network would see
-# is not the picture.
-DEEP_MODES = ("I", "F")
 
 
 @dataclass(frozen=True)
@@ -43,22 +38,16 @@ class ImageHeader:
 def read_header(path: str | os.PathLike[str]) -> ImageHeader | str:
     """Read an image's header without decoding it. Returns what is wrong if it is unusable."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(path) as image:
-                if image.mode.split(";")[0] in DEEP_MODES:
-                    return f"image of mode {image.mode}, more than 8 bits a channel"
-                orientation = 1
-                # On a PNG without these keys getexif() would decode the whole image to look for
-                # a chunk behind the pixels.
-                if image.format != "PNG" or any(key in image.info for key in PNG_EXIF_KEYS):
-                    orientation = image.getexif().get(EXIF_ORIENTATION, 1)
-                if orientation not in range(1, 9):
-                    orientation = 1
-                return ImageHeader(image.width, image.height, orientation)
+        with open_picture(path) as image:
+            # On a PNG without these keys getexif() would decode the whole image to look for a chunk
+            # behind the pixels.
+            tagged = image.format != "PNG" or any(key in image.info for key in PNG_EXIF_KEYS)
+            return ImageHeader(image.width, image.height, orientation(image) if tagged else 1)
     except FileNotFoundError:
         return "image missing"
-    except Exception:  # PIL's decoders raise nearly anything on a damaged file
+    except RefusedImageError as error:
+        return str(error)
+    except (DecodeError, OSError):
         return "image unreadable"
 
 

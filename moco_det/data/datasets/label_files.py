@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from moco_common.errors import UserError
+from moco_common.images import DecodeError, open_picture
 
 
 def read_labels(path: str | Path) -> np.ndarray:
@@ -15,12 +15,12 @@ def read_labels(path: str | Path) -> np.ndarray:
         UserError: the file cannot be read, or holds colours instead of labels.
     """
     try:
-        with Image.open(path) as image:
+        with open_picture(path, deep=True) as image:
             if image.mode not in ("L", "P", "I", "I;16"):
                 raise UserError(
                     f"{path} is a picture of mode {image.mode}, not labels: write one grey value "
                     "or palette index a pixel."
                 )
             return np.array(image, dtype=np.int64)
-    except OSError as error:
+    except (OSError, DecodeError) as error:
         raise UserError(f"cannot read the labels {path}: {error}.") from error

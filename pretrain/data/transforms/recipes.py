@@ -14,7 +14,8 @@ import numpy as np
 from fvcore.common.config import CfgNode
 
 from moco_common.errors import UserError
-from pretrain.data.decoding import DecodeError, decode
+from moco_common.images import DecodeError
+from pretrain.data.decoding import decode
 from pretrain.data.transforms import cpu_ops as image_ops
 
 __all__ = [

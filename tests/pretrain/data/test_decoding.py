@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from moco_common.images import DecodeError
 from pretrain.data import decoding
-from pretrain.data.decoding import DecodeError, decode
+from pretrain.data.decoding import decode
 
 HEIGHT, WIDTH = 48, 64
 GRADIENT = np.linspace(0, 255, HEIGHT * WIDTH).reshape(HEIGHT, WIDTH).astype(np.uint8)
@@ -43,7 +44,6 @@ def test_lossless_formats_come_back_exactly(kind):
     [
         (Image.fromarray(GRADIENT), "JPEG", np.stack([GRADIENT] * 3, 2), 2),
         (Image.fromarray(GRADIENT), "PNG", np.stack([GRADIENT] * 3, 2), 0),
-        (Image.fromarray(GRADIENT.astype(np.uint16) * 257), "PNG", np.stack([GRADIENT] * 3, 2), 0),
         (Image.fromarray(COLOURS).convert("CMYK"), "JPEG", COLOURS, 6),
         (Image.fromarray(np.dstack([COLOURS, GRADIENT])), "PNG", COLOURS, 0),
         (Image.fromarray(COLOURS).quantize(256), "PNG", COLOURS, 6),
@@ -51,7 +51,7 @@ def test_lossless_formats_come_back_exactly(kind):
         (Image.fromarray(COLOURS).convert("LA"), "PNG", None, 0),
         (Image.fromarray(GRADIENT > 99), "PNG", None, 0),
     ],
-    ids=["grey", "grey-png", "16-bit", "cmyk", "alpha", "palette", "gif", "grey-alpha", "1-bit"],
+    ids=["grey", "grey-png", "cmyk", "alpha", "palette", "gif", "grey-alpha", "1-bit"],
 )
 def test_every_kind_of_pixels_becomes_rgb(image, kind, expected, tolerance):
     if expected is None:
@@ -96,11 +96,6 @@ def test_a_truncated_png_is_an_error():
     data = encode(Image.fromarray(noise), "PNG")
     with pytest.raises(DecodeError):
         decode(data[: len(data) // 2])
-
-
-def test_floating_point_pixels_are_refused():
-    with pytest.raises(DecodeError, match="floating-point"):
-        decode(encode(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF"))
 
 
 @pytest.mark.parametrize("side", [12_000, 30_000, 100_000])

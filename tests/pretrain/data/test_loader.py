@@ -242,7 +242,6 @@ def test_odd_images_are_shown_and_broken_ones_replaced_counted_and_named(tmp_pat
     grey16 = Image.fromarray(np.full((40, 60), 40_000, np.uint16))
     odd = {
         "cmyk.jpg": encode(red.convert("CMYK")),
-        "16-bit.png": encode(grey16, "PNG"),
         "animated.gif": encode(
             red, "GIF", save_all=True, append_images=[Image.new("RGB", (60, 40))]
         ),
@@ -257,6 +256,8 @@ def test_odd_images_are_shown_and_broken_ones_replaced_counted_and_named(tmp_pat
         "truncated.png": encode(red, "PNG")[:60],
         "empty.jpg": b"",
         "text.png": b"<html>404</html>",
+        "16-bit.png": encode(grey16, "PNG"),
+        "postscript.jpg": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n",
         "huge.png": png_header(30_000),
     }
     for name, data in (odd | broken).items():

@@ -191,7 +191,10 @@ def test_images_that_cannot_be_used_are_skipped_by_name(folder):
         ("image missing", "JPEGImages/no_image"),
         ("image unreadable", "JPEGImages/broken.jpg"),
         ("annotation unreadable", "Annotations/bad_xml.xml"),
-        ("image of mode I;16, more than 8 bits a channel", "JPEGImages/deep.png"),
+        (
+            "image of mode I;16, more than 8 bits a channel: convert it to 8 bits",
+            "JPEGImages/deep.png",
+        ),
         ("annotation missing", "Annotations/no_xml.xml"),
         ("id twice in the split", "train.txt"),
     }
