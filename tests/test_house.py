@@ -14,6 +14,8 @@ ROOMS = {
             "version",
             "text",
             "errors",
+            "resnet_depths",
+            "weight_growth",
             "dependencies",
             "comm",
             "hardware",

@@ -19,19 +19,13 @@ from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 
 from moco_common.errors import UserError
+from moco_common.resnet_depths import depth_of
 from moco_det.config.defaults import flatten
 from moco_det.conversion import load_detectron2_weights
 
 # A backbone tensor's name, whatever module owns it. The extra norm (res5.norm.*) is not one.
 _BACKBONE = re.compile(r"(?:^|.*\.)((?:stem\.conv1|res[2-5]\.\d+)\..+)$")
 _CAFFE2 = re.compile(r"^res\d_\d+_branch2[abc]_w$")
-_BLOCKS: dict[tuple[str | int, ...], int] = {
-    ("basic", 2, 2, 2, 2): 18,
-    ("basic", 3, 4, 6, 3): 34,
-    ("bottleneck", 3, 4, 6, 3): 50,
-    ("bottleneck", 3, 4, 23, 3): 101,
-    ("bottleneck", 3, 8, 36, 3): 152,
-}
 # Metadata of a converted file -> the config key that it decides.
 _METADATA_KEYS = {
     "pixel_mean": "MODEL.PIXEL_MEAN",
@@ -212,7 +206,7 @@ def _architecture(tensors: Mapping[str, Tensor], path: str) -> dict[str, Any]:
         if (m := re.fullmatch(r"(res[2-5])\.\d+\.conv1\.weight", name))
     )
     kind = "bottleneck" if "res2.0.conv3.weight" in tensors else "basic"
-    depth = _BLOCKS.get((kind, *[blocks[f"res{stage}"] for stage in range(2, 6)]))
+    depth = depth_of(tuple(blocks[f"res{s}"] for s in range(2, 6)), kind == "bottleneck")
     if depth is None or "stem.conv1.weight" not in tensors:
         counts = ", ".join(f"res{stage} {blocks[f'res{stage}']}" for stage in range(2, 6))
         raise UserError(

@@ -14,15 +14,9 @@ from typing import Any
 from torch import Tensor
 
 from moco_common.reader.errors import CheckpointError
+from moco_common.resnet_depths import BLOCKS_PER_STAGE, depth_of, has_bottlenecks
 
 NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
-_BLOCKS: dict[tuple[str, tuple[int, ...]], int] = {
-    ("basic", (2, 2, 2, 2)): 18,
-    ("basic", (3, 4, 6, 3)): 34,
-    ("bottleneck", (3, 4, 6, 3)): 50,
-    ("bottleneck", (3, 4, 23, 3)): 101,
-    ("bottleneck", (3, 8, 36, 3)): 152,
-}
 _TORCHVISION = re.compile(r"(?:layer([1-4])\.(\d+)\.)?(conv|bn|downsample\.)(\d)\.(\w+)")
 _DETECTRON2 = re.compile(r"(?:stem|res([2-5])\.(\d+))\.(conv\d|shortcut)(\.norm)?\.(\w+)")
 _SEQUENTIAL = {"0": "conv1", "1": "bn1", **{str(3 + n): f"layer{n}" for n in (1, 2, 3, 4)}}
@@ -95,12 +89,12 @@ class Architecture:
     @property
     def block(self) -> str:
         """``basic`` (ResNet-18 and -34) or ``bottleneck``."""
-        return "basic" if self.depth < 50 else "bottleneck"
+        return "bottleneck" if has_bottlenecks(self.depth) else "basic"
 
     @property
     def blocks(self) -> tuple[int, ...]:
         """Blocks of res2 to res5."""
-        return next(n for (_, n), depth in _BLOCKS.items() if depth == self.depth)
+        return BLOCKS_PER_STAGE[self.depth]
 
     def __str__(self) -> str:
         width = self.stem_out_channels / 64
@@ -233,7 +227,7 @@ def detect(
         len({n.split(".")[1] for n in tensors if n.startswith(f"layer{stage}.")})
         for stage in (1, 2, 3, 4)
     )
-    depth = _BLOCKS.get((kind, counts))
+    depth = depth_of(counts, kind == "bottleneck")
     if depth is None:
         n = 2 + (3 if kind == "bottleneck" else 2) * sum(counts)
         if 0 in counts:

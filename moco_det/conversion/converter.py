@@ -88,50 +88,55 @@ def convert(
         CheckpointError: the file cannot be read, is no ResNet that the target can hold, has
             tensors missing or unexplained, or the two networks differ by more than 1e-4.
     """
-    path = Path(path)
+    options = _Options(
+        to=to,
+        output=None if output is None else Path(output),
+        source=source,
+        prefix=prefix,
+        encoder=encoder,
+        drop=drop,
+        stated={
+            "pixel_mean": pixel_mean, "pixel_std": pixel_std, "format": pixel_format,
+            "stride_in_1x1": stride_in_1x1,
+        },
+        rescale=rescale,
+        proof=proof,
+    )  # fmt: skip
     try:
-        return _convert(
-            path, to, None if output is None else Path(output), source, prefix, encoder, drop,
-            stride_in_1x1, pixel_mean, pixel_std, pixel_format, rescale, proof,
-        )  # fmt: skip
-    except CheckpointError as error:
-        if error.path is None:  # said of tensors, far from the file
-            raise CheckpointError(
-                f"{path}: {error}", kind=error.kind, path=path, key=error.key,
-                candidates=error.candidates, details=error.details,
-            ) from None  # fmt: skip
-        raise
+        return _convert(Path(path), options)
+    except CheckpointError as error:  # what is wrong with a tensor is found far from the file
+        raise error.at(Path(path)) from None
 
 
-def _convert(
-    path: Path,
-    to: str,
-    output: Path | None,
-    source: str | None,
-    prefix: str | None,
-    encoder: str | None,
-    drop: Sequence[str],
-    stride_in_1x1: bool | None,
-    pixel_mean: Sequence[float] | None,
-    pixel_std: Sequence[float] | None,
-    pixel_format: str | None,
-    rescale: bool,
-    proof: bool,
-) -> Converted:
+@dataclass(frozen=True)
+class _Options:
+    """The keyword arguments of `convert`; ``stated`` are settings that override the file's."""
+
+    to: str
+    output: Path | None
+    source: str | None
+    prefix: str | None
+    encoder: str | None
+    drop: Sequence[str]
+    stated: Mapping[str, Any]
+    rescale: bool
+    proof: bool
+
+
+def _convert(path: Path, options: _Options) -> Converted:
+    to, output, rescale = options.to, options.output, options.rescale
     if to not in TARGETS:
         raise CheckpointError(f"the target {to} is not one of {', '.join(TARGETS)}.", kind="option")
     if output is not None:
         writer_for(output, to)
     tree = read_checkpoint(path)
     tensors, originals, texts = flatten(tree)
-    found = recognise(tensors, texts, source=source, prefix=prefix, encoder=encoder)
+    found = recognise(
+        tensors, texts, source=options.source, prefix=options.prefix, encoder=options.encoder
+    )
     names = canonical_names(tensors, found)
-    stated = {
-        "pixel_mean": pixel_mean, "pixel_std": pixel_std, "format": pixel_format,
-        "stride_in_1x1": stride_in_1x1,
-    }  # fmt: skip
     told, notes = settings_of(path, tree, tensors, found.source.name)
-    told |= {key: value for key, value in stated.items() if value is not None}
+    told |= {key: value for key, value in options.stated.items() if value is not None}
     backbone, architecture = select(tensors, names, found, bool(told["stride_in_1x1"]))
     if to == "torchvision" and architecture.stride_in_1x1 and architecture.block != "basic":
         raise CheckpointError(
@@ -141,7 +146,7 @@ def _convert(
             kind="unsupported",
         )
     rename: Callable[[str], str] = (lambda n: str(to_detectron2(n))) if to == TARGETS[0] else str
-    entries = account(tensors, originals, names, found, backbone, rename, drop)
+    entries = account(tensors, originals, names, found, backbone, rename, options.drop)
     if architecture.block == "basic" and architecture.res2_out_channels != 64:
         notes.append(
             "Detectron2's config cannot build a ResNet-18 or -34 of this width (it wants 64 "
@@ -191,11 +196,11 @@ def _convert(
         author = {"moco-det": "MOCO", "MoCo": "MOCO"}.get(metadata["source"], metadata["source"])
 
         def read_back(written: Path) -> None:
-            if proof:
+            if options.proof:
                 check(*_read_back(written, to))
 
         write(output, result, metadata | {"author": author}, to=to, check=read_back)
-    elif proof:
+    elif options.proof:
         check(result, metadata)
     return Converted(result, metadata, report)
 

@@ -14,9 +14,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from moco_common.weight_growth import growth_warning
 from moco_det.conversion.architecture import Architecture
-
-GROWN = 5.0  # times the norm of a fresh layer, from which on fine-tuning feels it
 
 
 def factors(tensors: Mapping[str, Tensor], architecture: Architecture) -> dict[str, float]:
@@ -73,9 +72,4 @@ def sentence(by: Mapping[str, float], divided: bool) -> str | None:
             f"every convolution was given the norm of a fresh one; {name} had the largest, "
             f"{largest:.1f} times that"
         )
-    if largest < GROWN:
-        return None
-    return (
-        f"{name} has {largest:.0f} times the norm of a fresh layer: BN hides it, and fine-tuning "
-        f"hardly moves such a layer; --rescale divides it out, and the output stays the same"
-    )
+    return growth_warning(name, largest, "--rescale divides it out and leaves the output the same")

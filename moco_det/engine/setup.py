@@ -11,6 +11,7 @@ from detectron2.config import CfgNode
 from moco_common import comm, run_lock
 from moco_common.errors import UserError
 from moco_common.launch import check_processes, planned_ranks, restarted, under_torchrun
+from moco_common.resnet_depths import has_bottlenecks
 from moco_det.checkpoint.backbone_weights import apply_settings, check_norm, read_backbone
 from moco_det.checkpoint.detector_weights import holds_detector
 from moco_det.config.key_descriptions import explanation
@@ -19,7 +20,6 @@ from moco_det.config.schedule_scaling import scale_schedule
 from moco_det.data.build import settle_data, with_registered_data
 from moco_det.data.samplers import share
 from moco_det.engine.train_step import precision
-from moco_det.modeling.roi_heads import BASIC_BLOCKS
 
 __all__ = ["Options", "Plan", "prepare", "trials", "with_registered_data"]
 
@@ -196,7 +196,7 @@ def _check_start(cfg: CfgNode) -> None:
 
 def _check_dilation(cfg: CfgNode) -> None:
     depth = cfg.MODEL.RESNETS.DEPTH
-    if cfg.MODEL.RESNETS.RES5_DILATION != 1 and depth in BASIC_BLOCKS:
+    if cfg.MODEL.RESNETS.RES5_DILATION != 1 and not has_bottlenecks(depth):
         raise UserError(
             f"{cfg.PROTOCOL or 'this config'} dilates res5, which Detectron2 cannot do for a "
             f"ResNet-{depth}: use a C4 or FPN protocol, or a ResNet-50 or deeper."

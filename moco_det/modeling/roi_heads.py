@@ -9,7 +9,7 @@ from detectron2.modeling.backbone.resnet import BasicBlock, ResNet
 from detectron2.modeling.roi_heads import Res5ROIHeads
 from torch import nn
 
-BASIC_BLOCKS = {18: 2, 34: 3}  # depth -> number of BasicBlocks in res5
+from moco_common.resnet_depths import BLOCKS_PER_STAGE, has_bottlenecks
 
 
 @ROI_HEADS_REGISTRY.register()
@@ -26,8 +26,8 @@ class Res5ROIHeadsAnyDepth(Res5ROIHeads):
         """Return the arguments of ``Res5ROIHeads``, with the res5 of ``MODEL.RESNETS.DEPTH``."""
         arguments: dict[str, Any] = super().from_config(cfg, input_shape)
         resnet = cfg.MODEL.RESNETS
-        if resnet.DEPTH in BASIC_BLOCKS:
-            blocks = BASIC_BLOCKS[resnet.DEPTH]
+        if not has_bottlenecks(resnet.DEPTH):
+            blocks = BLOCKS_PER_STAGE[resnet.DEPTH][-1]
             channels = res5_channels(cfg)
             stage = ResNet.make_stage(
                 BasicBlock,

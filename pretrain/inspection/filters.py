@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from moco_common.text import counted
+from moco_common.weight_growth import growth_warning
 from pretrain.visualization.contact_sheet import enlarged, sheet
 
 DEAD = 0.01  # fraction of the median norm below which a filter is dead
-GROWN = 10.0  # ratio to the initial norm above which weights have grown too large
-GROWTH_MATTERS = (
-    "BN hides this from the loss, but fine-tuning hardly changes such weights; lower "
-    "SOLVER.BASE_LR, raise SOLVER.WARMUP_ITERS, or rescale them with tools/convert.py --rescale."
+GROWTH_REMEDY = (
+    "lower SOLVER.BASE_LR, raise SOLVER.WARMUP_ITERS, or rescale them with tools/convert.py "
+    "--rescale."
 )
 NOISE = 0.8  # roughness above which filters look like their initial values
 INITIAL_NORM = math.sqrt(6)  # initial norm of conv1 at any width, see `growth`
@@ -60,11 +60,9 @@ class Filters:
     def findings(self) -> list[str]:
         """Return conclusions from the figures, one sentence each; often none."""
         said = []
-        if self.norm > GROWN * INITIAL_NORM:
-            said.append(
-                f"the first convolution has grown to a norm of {self.norm:.0f} (initially "
-                f"{INITIAL_NORM:.2f}): {GROWTH_MATTERS}"
-            )
+        factor = self.norm / INITIAL_NORM
+        if grown := growth_warning("the first convolution", factor, GROWTH_REMEDY):
+            said.append(grown)
         if self.dead:
             said.append(
                 f"{self.dead} of {self.count} filters of the first convolution are dead (below a "

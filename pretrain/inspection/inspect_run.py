@@ -13,13 +13,14 @@ from torch import Tensor
 from moco_common import comm
 from moco_common.errors import UserError
 from moco_common.text import counted
+from moco_common.weight_growth import growth_warning
 from pretrain.data.source_base import Source
 from pretrain.data.sources import open_source
 from pretrain.data.transforms.recipes import build_recipes
 from pretrain.engine.health_monitor import patience
 from pretrain.inspection.curves import draw_curves, draw_spectra, last_words
 from pretrain.inspection.dictionary import dictionary_of, judge_prototypes, prototype_use
-from pretrain.inspection.filters import GROWN, GROWTH_MATTERS, draw_filters, growth, measure_filters
+from pretrain.inspection.filters import GROWTH_REMEDY, draw_filters, growth, measure_filters
 from pretrain.inspection.findings import Findings
 from pretrain.inspection.geometry import judge, measure
 from pretrain.inspection.neighbours import (
@@ -169,10 +170,9 @@ def _filters(method: Method, state: Mapping[str, Tensor], seen: Findings) -> Non
     name, factor = growth(state)
     seen.lines["weights"] = f"{name} has grown the most, to {factor:.2f} times its initial norm"
     seen.numbers["largest_growth"] = {"layer": name, "factor": factor}
-    if factor > GROWN and name != "conv1.weight":
-        seen.sentences.append(
-            f"{name} has grown to {factor:.0f} times its initial norm: {GROWTH_MATTERS}"
-        )
+    grown = growth_warning(name, factor, GROWTH_REMEDY)
+    if grown and name != "conv1.weight":  # that one is in the findings on filters
+        seen.sentences.append(grown)
     blocks = " above, ".join(banks) + (" below" if len(banks) > 1 else "")
     seen.draw(f"First convolution: {blocks}", "filters.png", png(draw_filters(banks)))
 

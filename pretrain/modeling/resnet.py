@@ -16,18 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moco_common.errors import UserError
+from moco_common.resnet_depths import BLOCKS_PER_STAGE, has_bottlenecks
 from pretrain.modeling.batch_norm import SplitBatchNorm2d
 
 # Mean and standard deviation of ImageNet's RGB channels, on the scale of uint8 pixels.
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
-BLOCKS_PER_STAGE = {
-    18: (2, 2, 2, 2),
-    34: (3, 4, 6, 3),
-    50: (3, 4, 6, 3),
-    101: (3, 4, 23, 3),
-    152: (3, 8, 36, 3),
-}
 Norm = Callable[[int], nn.Module]
 
 
@@ -149,7 +143,7 @@ class ResNet(nn.Module):
         super().__init__()
         if depth not in BLOCKS_PER_STAGE:
             raise UserError(f"MODEL.DEPTH is {depth}: choose one of {sorted(BLOCKS_PER_STAGE)}.")
-        block = BasicBlock if depth < 50 else Bottleneck
+        block = Bottleneck if has_bottlenecks(depth) else BasicBlock
         if block is BasicBlock and (groups, width_per_group) != (1, 64):
             raise UserError(
                 f"MODEL.GROUPS and MODEL.WIDTH_PER_GROUP need a ResNet with bottlenecks, but "

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from moco_common.errors import UserError
 from moco_common.reader.errors import CheckpointError
 from moco_common.reader.formats import read_checkpoint
+from moco_common.resnet_depths import depth_of
 from moco_common.text import counted
 from pretrain.checkpoint.format import FORMAT
-from pretrain.modeling.resnet import BLOCKS_PER_STAGE, ResNet
+from pretrain.modeling.resnet import ResNet
 
 RANDOM = "random"
 _OURS = FORMAT.rpartition("/")[0] + "/"  # in any version: weights and configuration stay there
@@ -38,11 +39,11 @@ def architecture(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         for stage in (1, 2, 3, 4)
     )
     bottleneck = "layer1.0.conv3.weight" in shapes
-    depths = [d for d, b in BLOCKS_PER_STAGE.items() if b == blocks and (d >= 50) == bottleneck]
+    depth = depth_of(blocks, bottleneck)
     last, expansion = ("conv3", 4) if bottleneck else ("conv2", 1)
     names = ["conv1.weight", *(f"layer{stage}.0.{last}.weight" for stage in (1, 2, 3, 4))]
     inner = shapes.get("layer1.0.conv2.weight", ())
-    if not depths or len(inner) != 4 or any(name not in shapes for name in names):
+    if depth is None or len(inner) != 4 or any(name not in shapes for name in names):
         raise UserError(
             f"the tensors make no ResNet-18, 34, 50, 101 or 152 in torchvision's names (blocks a "
             f"stage: {blocks}): convert the file with tools/convert.py --to torchvision first."
@@ -54,7 +55,7 @@ def architecture(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     high = min((c + 0.5) / f for c, f in zip(channels, full, strict=True))
     groups = inner[0] // inner[1] if bottleneck else 1
     return {
-        "depth": depths[0],
+        "depth": depth,
         "width": (low + high) / 2,
         "groups": groups,
         "width_per_group": round(64 * inner[1] / channels[1]) if bottleneck else 64,

@@ -133,7 +133,7 @@ def test_growth_is_said_where_it_will_be_felt(
     tensors["conv1.weight"] *= 30 * math.sqrt(6) / tensors["conv1.weight"].norm()
     _save(source, tensors)
     assert main([str(source), "-o", str(tmp_path / "a.pkl")]) == 0
-    assert "conv1 has 30 times the norm of a fresh layer" in capsys.readouterr().out
+    assert "conv1 has grown to 30 times the norm of a fresh layer" in capsys.readouterr().out
     assert main([str(source), "-o", str(tmp_path / "a.pkl"), "--rescale"]) == 0
     assert "conv1 had the largest, 30.0 times that" in capsys.readouterr().out
 

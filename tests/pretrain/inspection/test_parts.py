@@ -13,12 +13,12 @@ import torch
 
 from moco_common.errors import UserError
 from moco_common.html_page import render_page
+from moco_common.weight_growth import GROWN
 from pretrain.checkpoint import format as checkpoint
 from pretrain.data.sources import open_source
 from pretrain.engine.train_loop import train
 from pretrain.inspection import dictionary, findings
 from pretrain.inspection.dictionary import dictionary_of, judge_prototypes
-from pretrain.inspection.filters import GROWN
 from pretrain.inspection.geometry import measure
 from pretrain.inspection.inspect_run import Settings, inspect_run
 from pretrain.inspection.neighbours import class_names, sample_images
