@@ -281,6 +281,7 @@ def test_no_way_into_a_tool_runs_what_a_config_says(way, a_run, photo, tmp_path,
     trace, file, heir = tmp_path / "executed", a_run / "config.yaml", tmp_path / "heir.yaml"
     file.write_text(f"OUTPUT_DIR: !!python/object/apply:os.mkdir ['{trace}']\n")
     heir.write_text(f"_BASE_: {file}\n")
+    weights = str(a_run / "model_final.pth")
     (a_run / "model_final.pth").touch()
     drawn = [photo, "-o", str(tmp_path / "o")]
     arguments = {
@@ -288,8 +289,8 @@ def test_no_way_into_a_tool_runs_what_a_config_says(way, a_run, photo, tmp_path,
         "base": ["--config", str(heir)],
         "eval-only": ["--eval-only", "--output-dir", str(a_run)],
         "resume": ["--resume", "--output-dir", str(a_run)],
-        "predict": [*drawn, "--config", str(file), "--weights", "x.pth"],
-        "predict, base": [*drawn, "--config", str(heir), "--weights", "x.pth"],
+        "predict": [*drawn, "--config", str(file), "--weights", weights],
+        "predict, base": [*drawn, "--config", str(heir), "--weights", weights],
         "predict of a run": [*drawn, "--run", str(a_run)],
     }[way]
     assert (predict if "predict" in way else train_net)(arguments) == 1
