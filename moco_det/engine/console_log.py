@@ -138,7 +138,8 @@ class ProgressPrinter(EventWriter):
     def write(self) -> None:
         storage = get_event_storage()
         done = storage.iter + 1
-        if done > self._max_iter:  # called once more after training
+        # Called once more after training, which may have failed within an iteration.
+        if done > self._max_iter or storage.latest().get("lr", (0, -1))[1] != storage.iter:
             return
 
         def smoothed(key: str) -> float:
