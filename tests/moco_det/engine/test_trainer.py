@@ -7,13 +7,16 @@ import torch
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from torch import nn
+from torch.nn import functional as F
 
 from moco_common.errors import UserError
 from moco_det.checkpoint.run_checkpointer import RunCheckpointer
 from moco_det.config.protocols import load_config
+from moco_det.engine.hooks import PreciseBN
 from moco_det.evaluation.results import write_results
 from moco_det.modeling.detector import assert_all_trained, fit_norms
 from tests.conftest import NARROW, QUICK
+from tools.train_net import main
 
 
 def config(protocol="VOC-random", *overrides):
@@ -153,3 +156,29 @@ def test_results_are_json_with_null_for_what_cannot_be_measured(tmp_path):
     assert (results["dataset"], results["iteration"]) == ("voc:DATA:test", 2)
     assert "SOLVER.MAX_ITER 24000 -> 2" in results["deviations"]
     assert results["explanation"] == ["It is short."]
+
+
+def test_a_run_ends_with_the_statistics_of_the_images_of_precise_bn(voc_dir, tmp_path, monkeypatch):
+    """The first BN's inputs, computed with a plain convolution, and their moments in float64."""
+    expected = []
+    update = PreciseBN.update_stats
+
+    def watched(self):
+        update(self)
+        conv = self.model.backbone.stem.conv1
+        pixels = []
+        for _, batch in self.batches():
+            images = self.model.preprocess_image(batch).tensor
+            x = F.conv2d(images, conv.weight, None, conv.stride, conv.padding)
+            pixels.append(x.detach().double().movedim(1, 0).flatten(1))
+        joined = torch.cat(pixels, 1)
+        expected.append((joined.mean(1), joined.var(1, correction=0)))
+
+    monkeypatch.setattr(PreciseBN, "update_stats", watched)
+    train = ["--config", "VOC-random", "--train-data", f"voc:{voc_dir}:trainval", *NARROW, *QUICK]
+    assert main([*train, "TEST.EVAL_PERIOD", "2", "--output-dir", str(tmp_path / "run")]) == 0
+    ((mean, var),) = expected  # after the last iteration, once
+    state = torch.load(tmp_path / "run/model_final.pth", weights_only=True)["model"]
+    at = "backbone.stem.conv1.norm.running"
+    torch.testing.assert_close(state[f"{at}_mean"].double(), mean, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(state[f"{at}_var"].double(), var, rtol=1e-4, atol=1e-4)

@@ -78,6 +78,18 @@ def test_runs_of_two_ranks_resume_bit_for_bit_and_save_the_bank_whole(photograph
     torch.testing.assert_close(bank.norm(dim=1), torch.ones(13))
 
 
+@pytest.mark.parametrize(
+    ("method", "follower"), [("moco", "encoder_k"), ("end-to-end", "encoder_k"), ("byol", "target")]
+)
+def test_the_second_encoder_starts_as_a_copy_of_the_query_encoder(method, follower):
+    built, _ = tiny.build(method)
+    first, second = built.encoder_q.state_dict(), getattr(built, follower).state_dict()
+    assert list(first) == list(second)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    mine = {p.data_ptr() for p in built.encoder_q.parameters()}
+    assert mine.isdisjoint(p.data_ptr() for p in getattr(built, follower).parameters())
+
+
 @pytest.mark.parametrize("method", NEW)
 def test_a_run_of_each_recipe_resumes_bit_for_bit_and_exports_its_encoder(
     method, photographs, tmp_path
