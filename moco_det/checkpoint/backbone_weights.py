@@ -19,7 +19,7 @@ from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 
 from moco_common.errors import UserError
-from moco_common.resnet_depths import depth_of
+from moco_common.resnet import depth_of
 from moco_det.config.defaults import flatten
 from moco_det.conversion import load_detectron2_weights
 

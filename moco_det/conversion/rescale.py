@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from moco_common.weight_growth import growth_warning
+from moco_common.resnet import growth_warning
 from moco_det.conversion.architecture import Architecture
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moco_common.resnet import growth_warning
 from moco_common.text import counted
-from moco_common.weight_growth import growth_warning
 from pretrain.visualization.contact_sheet import enlarged, sheet
 
 DEAD = 0.01  # fraction of the median norm below which a filter is dead

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from moco_common import comm
 from moco_common.errors import UserError
+from moco_common.resnet import growth_warning
 from moco_common.text import counted
-from moco_common.weight_growth import growth_warning
 from pretrain.data.source_base import Source
 from pretrain.data.sources import open_source
 from pretrain.data.transforms.recipes import build_recipes

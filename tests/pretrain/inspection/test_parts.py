@@ -13,7 +13,7 @@ import torch
 
 from moco_common.errors import UserError
 from moco_common.html_page import render_page
-from moco_common.weight_growth import GROWN
+from moco_common.resnet import GROWN
 from pretrain.checkpoint import format as checkpoint
 from pretrain.data.sources import open_source
 from pretrain.engine.train_loop import train
