@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from moco_det.structures.objects import Objects
 from moco_det.visualization.figure import save_pixels
-from moco_det.visualization.palette import palette
+from moco_det.visualization.palette import palette, tint
 from moco_det.visualization.visualizer import DASHED, DOTTED, SOLID, ObjectVisualizer
 
 CELL = 320  # pixels of an image's long side in a grid, and at least of a picture
@@ -35,13 +35,12 @@ def draw_objects(
         right: (N,) whether each detection is right; None where that is not known.
         with_names: whether labels hold the class name.
     """
-    visualizer = ObjectVisualizer(image)
-    colors = palette(len(class_names))[objects.classes] / 255
+    colors = palette(len(class_names))[objects.classes]
+    drawn = image.copy()
     if objects.masks is not None:
         for index in np.argsort(-objects.areas(), kind="stable"):
-            visualizer.draw_binary_mask(
-                objects.masks[index], colors[index], alpha=MASK_OPACITY, area_threshold=0
-            )
+            _draw_mask(drawn, objects.masks[index], colors[index])
+    visualizer = ObjectVisualizer(drawn)
     crowded = len(objects) * CELL**2 > MOST_LABELS * image.shape[0] * image.shape[1]
     labels = _labels(objects, class_names, with_names) if not crowded else None
     ignored = objects.ignored_or_none()
@@ -52,10 +51,9 @@ def draw_objects(
         visualizer.overlay_instances(
             boxes=objects.boxes[chosen],
             labels=labels and [labels[index] for index in np.flatnonzero(chosen)],
-            assigned_colors=list(colors[chosen]),
+            assigned_colors=list(colors[chosen] / 255),
         )
-    drawn: NDArray[np.uint8] = visualizer.output.get_image()
-    return drawn
+    return visualizer.pixels()
 
 
 def save_picture(
@@ -82,6 +80,15 @@ def resize(
         masks = np.stack(soft) > 0.5
     boxes = objects.boxes * np.array([size[0] / width, size[1] / height] * 2)
     return resized, replace(objects, boxes=boxes, masks=masks)
+
+
+def _draw_mask(image: NDArray[np.uint8], mask: NDArray[np.bool_], color: NDArray[np.uint8]) -> None:
+    """Tint a mask and outline it, in place."""
+    x, y, width, height = cv2.boundingRect(mask.astype(np.uint8))
+    image, mask = image[y : y + height, x : x + width], mask[y : y + height, x : x + width]
+    tint(image, mask, color, MASK_OPACITY)
+    inside = cv2.erode(mask.astype(np.uint8), np.ones((3, 3), np.uint8), borderValue=0)
+    image[mask & (inside == 0)] = color
 
 
 def _labels(objects: Objects, class_names: Sequence[str], with_names: bool) -> list[str] | None:

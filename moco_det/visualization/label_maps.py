@@ -1,6 +1,6 @@
 """Label maps of semantic segmentation: drawn on an image, and written as files."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import cv2
@@ -14,13 +14,14 @@ from moco_common.files import replace_file
 from moco_det.structures.label_map import UNLABELLED, LabelMap
 from moco_det.visualization.detections import CELL
 from moco_det.visualization.figure import DPI, literal, save_figure
-from moco_det.visualization.palette import palette
-from moco_det.visualization.visualizer import ObjectVisualizer
+from moco_det.visualization.palette import palette, tint
+from moco_det.visualization.visualizer import ObjectVisualizer, lighter
 
 MOST_IN_LEGEND = 20
 BACKGROUND = ("background", "__background__", "_background_")
 OPACITY = 0.55
 LEAST_NAMED = 0.005  # share of the pixels; the name would hide a smaller area
+ALSO_NAMED = 120_000  # pixels of one area
 ENTRY, LINE = 150, 18  # pixels: width of an entry of the legend, height of a line
 
 
@@ -31,19 +32,33 @@ def draw_labels(
 
     Background and unlabelled pixels remain as they are.
     """
-    visualizer = ObjectVisualizer(image)
-    colors = palette(len(class_names)) / 255
-    for category, share in found.shares().items():
-        name = class_names[category]
-        if name.lower() not in BACKGROUND:
-            visualizer.draw_soft_mask(
-                found.classes == category,
-                colors[category],
-                text=name if share > LEAST_NAMED else None,
-                alpha=OPACITY,
-            )
-    drawn: NDArray[np.uint8] = visualizer.output.get_image()
-    return drawn
+    colors = palette(len(class_names))
+    names = {c: class_names[c] for c in found.shares() if class_names[c].lower() not in BACKGROUND}
+    drawn = image.copy()
+    for category in names:
+        tint(drawn, found.classes == category, colors[category], OPACITY)
+    visualizer = ObjectVisualizer(drawn)
+    for category, name in names.items():
+        for x, y in _places(found.classes == category):
+            visualizer.draw_text(name, (x, y), color=lighter(colors[category]))
+    return visualizer.pixels()
+
+
+def _places(mask: NDArray[np.bool_]) -> Iterator[tuple[float, float]]:
+    """Yield where to name a class: the median x and y of its largest area, and of others as large
+    as `ALSO_NAMED`; none if it covers little of the image."""
+    if mask.mean() <= LEAST_NAMED:
+        return
+    _, areas, boxes, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
+    sizes = boxes[1:, cv2.CC_STAT_AREA]
+    for index in np.flatnonzero((sizes == sizes.max()) | (sizes > ALSO_NAMED)) + 1:
+        left, top, width, height = boxes[index, :4]
+        inside = areas[top : top + height, left : left + width] == index
+        rows, columns = inside.sum(axis=1).cumsum(), inside.sum(axis=0).cumsum()
+        yield (
+            left + float(np.searchsorted(columns, columns[-1] / 2)),
+            top + float(np.searchsorted(rows, rows[-1] / 2)),
+        )
 
 
 def save_label_picture(

@@ -1,4 +1,4 @@
-"""Colours of classes."""
+"""Colours of classes, and pixels tinted with them."""
 
 import colorsys
 from functools import lru_cache
@@ -20,3 +20,10 @@ def palette(count: int) -> NDArray[np.uint8]:
     for index in range(count - len(colors)):
         colors.append(colorsys.hsv_to_rgb(index * 0.618034 % 1, 0.55 + 0.4 * (index % 2), 0.95))
     return np.round(255 * np.array(colors)).astype(np.uint8).reshape(-1, 3)
+
+
+def tint(
+    image: NDArray[np.uint8], mask: NDArray[np.bool_], color: NDArray[np.uint8], opacity: float
+) -> None:
+    """Blend a colour into the pixels (H, W, 3) of a mask (H, W), in place."""
+    image[mask] = np.round((1 - opacity) * image[mask] + opacity * color).astype(np.uint8)

@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from detectron2.utils.visualizer import VisImage, Visualizer
 from matplotlib.font_manager import get_font_names
+from numpy.typing import NDArray
 
 from moco_det.visualization.figure import literal
 
@@ -16,6 +18,11 @@ DOTTED: LineStyle = (0, (1, 1))
 CJK_FONTS = ("Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans JP", "Noto Sans SC", "PingFang SC",
              "Hiragino Sans", "Microsoft YaHei", "WenQuanYi Zen Hei", "IPAGothic")  # fmt: skip
 FONTS = ["DejaVu Sans", *sorted(set(CJK_FONTS) & set(get_font_names()))]
+
+
+def lighter(color: NDArray[np.uint8]) -> NDArray[np.floating]:
+    """The colour of text on black for a class of an RGB colour: (3,) in [0, 1]."""
+    return (color / 255 + 1) / 2
 
 
 class ObjectVisualizer(Visualizer):
@@ -34,6 +41,11 @@ class ObjectVisualizer(Visualizer):
         line_style: Any = None,
     ) -> VisImage:
         return super().draw_box(box_coord, alpha, edge_color, line_style or self.line_style)
+
+    def pixels(self) -> NDArray[np.uint8]:
+        """What is drawn, RGB (H, W, 3)."""
+        drawn: NDArray[np.uint8] = self.output.get_image()
+        return drawn
 
     def draw_text(self, text: str, position: Sequence[float], **options: Any) -> VisImage:
         output = super().draw_text(literal(text), position, **options)
