@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
@@ -16,6 +16,7 @@ from typing import IO, Any, cast
 from moco_common.errors import UserError
 
 _UNFINISHED = ".part"
+_protected: list[Path] = []
 
 
 def check_exists(path: str | Path, advice: str = "check the path") -> None:
@@ -23,6 +24,34 @@ def check_exists(path: str | Path, advice: str = "check the path") -> None:
     ``coco:...``) is no path."""
     if ":" not in str(path) and not Path(path).expanduser().exists():
         raise UserError(f"{path} does not exist: {advice}.")
+
+
+@contextmanager
+def protecting(paths: Iterable[str | Path]) -> Iterator[None]:
+    """Refuse to write over these input files within the block, by whatever path."""
+    before = len(_protected)
+    _protected.extend(path for path in map(Path, paths) if path.is_file())
+    try:
+        yield
+    finally:
+        del _protected[before:]
+
+
+def check_output(path: Path) -> None:
+    """Check that a file may be written, whether or not one is there.
+
+    Raises:
+        UserError: it is an input of this tool, or a device, a pipe or a folder.
+    """
+    if not path.exists():
+        return
+    if not path.is_file():
+        raise UserError(f"{path} is not a regular file and is not replaced: choose another name")
+    for source in _protected:
+        if source.exists() and path.samefile(source):
+            raise UserError(
+                f"{path} is an input ({source}) and is not replaced: choose another output"
+            )
 
 
 @contextmanager
@@ -43,7 +72,8 @@ def replacing(
             stays.
 
     Raises:
-        UserError: the disk is full, or the quota used up.
+        UserError: the disk is full, the quota used up, or it may not be written (see
+            `check_output`).
         OSError: it cannot be written for another reason.
     """
     path = Path(path)
@@ -63,6 +93,7 @@ def new_beside(path: str | Path, suffix: str = "") -> Path:
     """Make a new empty file in the folder of ``path``, which is made where it is missing; the first
     half of `replacing`, for writers that no ``with`` block fits."""
     path = Path(path)
+    check_output(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(
         dir=path.parent, prefix=f".{path.name}.", suffix=_UNFINISHED + suffix

@@ -10,8 +10,8 @@ if __name__ == "__main__":  # run as a file: import from the checkout, not from 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     import tools  # noqa: F401 (handles a Ctrl-C during the imports)
 
-from moco_common.errors import UserError, run_tool
-from moco_common.files import check_exists
+from moco_common.errors import run_tool
+from moco_common.files import check_exists, check_output, protecting
 
 
 def parser() -> argparse.ArgumentParser:
@@ -50,9 +50,9 @@ def work(args: argparse.Namespace) -> None:
     checkpoint, to = args.checkpoint, args.to
     suffix = ".pkl" if to == "detectron2" else "_torchvision.pth"
     output = args.output or checkpoint.with_name(checkpoint.stem + suffix)
-    if output.resolve() == checkpoint.resolve():
-        raise UserError(f"{output} is the checkpoint itself: name another file with -o.")
     check_exists(checkpoint)
+    with protecting([checkpoint]):
+        check_output(output)
     from moco_det.conversion import convert
 
     converted = convert(

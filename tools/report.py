@@ -11,7 +11,7 @@ if __name__ == "__main__":  # run as a file: import from the checkout, not from 
     import tools  # noqa: F401 (handles a Ctrl-C during the imports)
 
 from moco_common.errors import run_tool
-from moco_common.files import check_exists
+from moco_common.files import check_exists, protecting
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,10 +40,12 @@ def work(arguments: argparse.Namespace) -> None:
     for run in arguments.runs:
         check_exists(run, "pass run directories")
     from moco_det.report.build import build_report
-    from moco_det.report.runs import read_runs
+    from moco_det.report.runs import input_files, read_runs
 
-    report = build_report(read_runs(arguments.runs), arguments.output_dir, arguments.pictures)
-    page = report.write(arguments.output_dir)
+    runs = read_runs(arguments.runs)
+    with protecting(input_files(runs)):
+        report = build_report(runs, arguments.output_dir, arguments.pictures)
+        page = report.write(arguments.output_dir)
     if arguments.quiet:
         for note in report.notes:
             print(f"warning: {note}", file=sys.stderr)

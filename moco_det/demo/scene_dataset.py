@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from moco_common.errors import UserError
 from moco_det.demo.scenes import CLASSES, SceneObject, draw_portrait, draw_scene
 
 Record = dict[str, Any]  # a scene, or an object of a COCO file
@@ -38,7 +39,7 @@ def write_scenes(
         root/unlabelled/*.jpg                                          images for pre-training
         root/voc/{Annotations,ImageSets/Main,JPEGImages}               splits train and test
         root/coco/instances_{train,test}.json                          the same with masks as RLE
-        root/scenes.json                                               the parameters, written last
+        root/scenes.json                                               the parameters; at first null
 
     The same arguments give the same files, whatever the number of processes. A folder whose
     scenes.json holds these arguments is left as it is; an unfinished one is started again.
@@ -55,6 +56,12 @@ def write_scenes(
     if stamp.exists() and json.loads(stamp.read_text()) == parameters:
         yield total, total
         return
+    if root.exists() and any(root.iterdir()) and not stamp.exists():
+        raise UserError(
+            f"{root} holds other files, which would be lost: choose another --output-dir"
+        )
+    root.mkdir(parents=True, exist_ok=True)
+    stamp.write_text("null")
     for name in ("unlabelled", "voc", "coco"):
         shutil.rmtree(root / name, ignore_errors=True)
     for folder in ("unlabelled", "voc/Annotations", "voc/ImageSets/Main", "voc/JPEGImages", "coco"):

@@ -19,6 +19,7 @@ from moco_det.checkpoint.run_checkpointer import newest_checkpoints
 from moco_det.config.defaults import is_semantic_model
 from moco_det.config.protocols import load_config
 from moco_det.data.datasets.voc import IMAGE_SUFFIXES
+from moco_det.inference.drawings import drawings_near
 from moco_det.inference.video import VIDEO_SUFFIXES, is_video, video_facts
 from moco_det.modeling.detector import build_detector
 from moco_det.structures.label_map import MOST_CLASSES, UNLABELLED, LabelMap
@@ -171,14 +172,15 @@ def class_names(cfg: CfgNode) -> list[str]:
 def find_images(paths: Sequence[str | Path]) -> list[tuple[Path, Path]]:
     """List (file, name of its picture) for image and video files, and for all those below folders.
 
-    Names are unique and relative to the given folder. Files passed by name are listed whatever
-    their suffix, so that a wrong one is reported.
+    Names are unique and relative to the given folder. What earlier predictions drew is left out.
+    Files passed by name are listed whatever their suffix, so that a wrong one is reported.
 
     Raises:
         UserError: a path does not exist, or there is no image.
     """
     found: list[tuple[Path, Path]] = []
-    for path in map(Path, paths):
+    given = list(map(Path, paths))
+    for path in given:
         if path.is_dir():
             inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
             found += [(p, p.relative_to(path)) for p in inside if p.is_file()]
@@ -186,12 +188,16 @@ def find_images(paths: Sequence[str | Path]) -> list[tuple[Path, Path]]:
             found.append((path, Path(path.name)))
         else:
             raise UserError(f"there is no image, video or folder {path}")
-    if not found:
+    own = drawings_near(given)
+    photos = {file: name for file, name in found if file.resolve() not in own}
+    if not photos:
         kinds = ", ".join(sorted(suffix[1:] for suffix in SUFFIXES))
-        raise UserError(f"no image or video in {', '.join(map(str, paths))} (looked for {kinds})")
+        less = "; drawings of earlier predictions do not count" if found else ""
+        where = ", ".join(map(str, paths))
+        raise UserError(f"no image or video in {where} (looked for {kinds}{less})")
     taken: set[Path] = set()
     named = []
-    for file, name in dict(found).items():
+    for file, name in photos.items():
         suffix, number = ".mp4" if is_video(file) else ".png", 2
         picture = name.with_suffix(suffix)
         while picture in taken:

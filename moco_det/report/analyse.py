@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from moco_common.files import protecting
 from moco_det.report.curves import precision_recall_curves
 from moco_det.report.error_analysis import RunAnalysis, analyse_run, choose_images
 from moco_det.report.example_images import classes_of_runs, draw_images
@@ -96,6 +97,18 @@ def analyse_groups(
     }
     if folder is None:
         return Analysis(dataset.class_names, analyses)
+    with protecting(record["file_name"] for record in dataset.records):
+        return _illustrated(dataset, runs, analyses, folder, suffix, num_images)
+
+
+def _illustrated(
+    dataset: OpenDataset,
+    runs: Mapping[str, Sequence[Run]],
+    analyses: Mapping[str, Sequence[RunAnalysis]],
+    folder: Path,
+    suffix: str,
+    num_images: int,
+) -> Analysis:
     figures = {}
     curves = {label: [run.precision for run in found] for label, found in analyses.items()}
     path = folder / f"precision-recall-{suffix}.png"

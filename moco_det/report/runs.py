@@ -17,6 +17,8 @@ import yaml
 from moco_common.errors import UserError
 from moco_det.config.defaults import flatten
 
+FILES = ("config.yaml", "metrics.json", "results.json")
+
 
 @dataclass
 class Run:
@@ -138,6 +140,13 @@ def read_run(path: str | Path) -> Run:
     return run
 
 
+def input_files(runs: Iterable[Run]) -> list[Path]:
+    """The files of runs, and those that the names of their test sets contain."""
+    files = [run.path / name for run in runs for name in FILES]
+    names = {str(run.results["dataset"]) for run in runs if run.results}
+    return files + [Path(part) for name in names for part in name.split(":")]
+
+
 def strip_trial(path: str | Path, seed: int | None = None) -> str:
     """Return a directory's name without `-seed0`, `_trial_3`, or its bare seed (`_0` with seed 0).
 
@@ -154,7 +163,7 @@ def strip_trial(path: str | Path, seed: int | None = None) -> str:
 
 
 def _is_run_dir(path: Path) -> bool:
-    return any((path / name).exists() for name in ("config.yaml", "metrics.json", "results.json"))
+    return any((path / name).exists() for name in FILES)
 
 
 def _read_config(run: Run) -> dict[str, Any]:

@@ -84,6 +84,8 @@ def resize(
 
 def _draw_mask(image: NDArray[np.uint8], mask: NDArray[np.bool_], color: NDArray[np.uint8]) -> None:
     """Tint a mask and outline it, in place."""
+    if not mask.any():
+        return
     x, y, width, height = cv2.boundingRect(mask.astype(np.uint8))
     image, mask = image[y : y + height, x : x + width], mask[y : y + height, x : x + width]
     tint(image, mask, color, MASK_OPACITY)

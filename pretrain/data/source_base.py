@@ -1,7 +1,9 @@
 """The base class of all image sources."""
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from functools import cache
 
 import numpy as np
 
@@ -36,6 +38,12 @@ class Source(ABC):
     @abstractmethod
     def name(self, index: int) -> str:
         """Return the name of one image for messages: its path, if it has one."""
+
+    def files_in(self, folder: str | os.PathLike[str]) -> list[str]:
+        """Return the paths of the images directly in a folder, which nothing may write over."""
+        here, resolve = os.path.realpath(folder), cache(os.path.realpath)
+        names = map(self.name, range(len(self)))
+        return [name for name in names if resolve(os.path.dirname(name)) == here]
 
     def stream(
         self, batches: Iterator[np.ndarray], batch_size: int, seed: int

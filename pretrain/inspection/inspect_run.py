@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moco_common import comm
 from moco_common.errors import UserError
+from moco_common.files import protecting
 from moco_common.resnet import growth_warning
 from moco_common.text import counted
 from pretrain.data.source_base import Source
@@ -90,7 +91,13 @@ def inspect_run(settings: Settings, say: Say = print) -> dict[str, Any]:
     source = None if settings.no_images else _open_images(run, settings)
     folder = settings.output or run.folder / "inspection"
     folder.mkdir(parents=True, exist_ok=True)
-    seen = Findings(folder)
+    with protecting(source.files_in(folder) if source is not None else ()):
+        return _inspect(run, source, settings, Findings(folder), say)
+
+
+def _inspect(
+    run: InspectedRun, source: Source | None, settings: Settings, seen: Findings, say: Say
+) -> dict[str, Any]:
     method = run.build()
     _curves(run, method, seen)
     if run.state is not None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from fvcore.common.config import CfgNode
 
-from moco_common.files import replace_file
+from moco_common.files import check_output, protecting, replace_file
 from moco_common.text import counted
 from pretrain.data.decoding import decode
 from pretrain.data.loader import build_batches
@@ -21,12 +21,12 @@ _SIDE = 160  # side in pixels to which smaller views are enlarged, by a whole fa
 
 def write_views(cfg: CfgNode, path: str, n: int = 8) -> str:
     """Draw the first ``n`` samples of the run that ``cfg`` describes; return a line about it."""
-    source = open_source(cfg.DATA)
+    source, target = open_source(cfg.DATA), Path(path)
+    with protecting([*source.files_in(target.parent), *cfg.DATA]):
+        check_output(target)
     picture = views_picture(
         source, build_recipes(cfg), min(n, len(source)), method=cfg.METHOD, seed=cfg.SEED
     )
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
     replace_file(target, lambda file: file.write(picture))
     return f"{path}: {min(n, len(source))} of {counted(len(source), 'image')}, each with its views"
 

@@ -370,7 +370,7 @@ def test_the_command_line_prints_the_account_and_the_proof(
     ("arguments", "words"),
     [
         (["absent.pth"], "does not exist"),
-        (["OURS", "-o", "OURS"], "the checkpoint itself"),
+        (["OURS", "-o", "OURS"], "is an input"),
         (["OURS", "-o", "a.onnx"], ".pkl, .pth, .safetensors"),
         (["OURS", "--to", "torchvision", "-o", "a.pkl"], ".pth, .safetensors"),
         (["OURS", "--prefix", "nowhere."], "--prefix nowhere."),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
+from moco_common.errors import UserError
 from moco_det.data.register import register
 from moco_det.demo.scene_dataset import write_scenes
 from moco_det.demo.scenes import CLASSES, Kind, draw_portrait, draw_scene, texture
@@ -42,10 +43,19 @@ def test_a_finished_folder_is_left_alone_and_an_unfinished_one_begun_anew(tmp_pa
     write(tmp_path)
     before = digest(tmp_path)
     assert write(tmp_path) == [(14, 14)]
-    (tmp_path / "scenes.json").unlink()
+    (tmp_path / "scenes.json").write_text("null")
     (tmp_path / "unlabelled" / "stray.jpg").write_bytes(b"half an image")
     write(tmp_path)
     assert digest(tmp_path) == before
+
+
+def test_a_folder_of_somebody_else_is_not_emptied(tmp_path: Path) -> None:
+    photo = tmp_path / "voc" / "photo.jpg"
+    photo.parent.mkdir()
+    photo.write_bytes(b"precious")
+    with pytest.raises(UserError, match="would be lost"):
+        write(tmp_path)
+    assert photo.read_bytes() == b"precious"
 
 
 def test_both_layouts_hold_the_same_objects_and_masks_fill_their_boxes(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Prediction with a real, narrow detector: what it finds, writes, skips and refuses."""
 
 import json
+import os
 from pathlib import Path
 
 import cv2
@@ -13,7 +14,9 @@ from pycocotools import mask as mask_codec
 
 from moco_common.errors import UserError
 from moco_det.config.protocols import get_protocol
+from moco_det.inference.predict_folder import predict
 from moco_det.inference.predictor import (
+    Detector,
     build_predictor,
     class_names,
     find_images,
@@ -151,6 +154,92 @@ def test_unreadable_images_are_named_and_the_others_are_done(box_run, photo, cap
     assert [Path(i["file_name"]).name for i in content["images"]] == ["b.png"]
     assert [Path(f["file_name"]).name for f in content["failed"]] == ["a.png", "c.jpg"]
     assert (out / "b.png").exists()
+
+
+@pytest.mark.parametrize("way", ["folder", "relative", "link", "hard link", "not an input"])
+def test_a_photograph_is_never_replaced_by_its_drawing(box_run, photo, capsys, monkeypatch, way):
+    folder, _, _ = box_run
+    before, out, given = photo.read_bytes(), photo.parent, photo
+    monkeypatch.chdir(photo.parent)
+    if way == "relative":
+        out, given = "sub/..", "./photo.png"
+        (photo.parent / "sub").mkdir()
+    elif way in ("link", "hard link"):
+        out = photo.parent / "out"
+        out.mkdir()
+        (os.link if way == "hard link" else os.symlink)(photo, out / "photo.png")
+    elif way == "not an input":
+        given = photo.with_name("photo.jpg")
+        cv2.imwrite(str(given), cv2.imread(str(photo)))
+    assert main(["--run", str(folder), str(given), "-o", str(out)]) == 1
+    error = capsys.readouterr().err
+    assert "photo.png is not a drawing" in error
+    assert len(error.splitlines()) == 1
+    assert photo.read_bytes() == before
+    assert not list(photo.parent.rglob("predictions.json"))
+
+
+def test_a_video_and_a_coco_file_of_the_user_are_not_replaced(box_run, photo, capsys):
+    folder, _, _ = box_run
+    video = write_video(photo.with_name("clip.mp4"), [np.zeros((64, 96, 3), np.uint8)] * 2)
+    before = video.read_bytes()
+    assert main(["--run", str(folder), str(video), "-o", str(photo.parent)]) == 1
+    assert video.read_bytes() == before
+    own = photo.with_name("predictions.json")
+    own.write_text('{"images": [], "categories": [], "annotations": []}')
+    jpeg = photo.with_name("other.jpg")
+    cv2.imwrite(str(jpeg), np.zeros((64, 96, 3), np.uint8))
+    assert main(["--run", str(folder), str(jpeg), "-o", str(photo.parent)]) == 1
+    assert "predictions.json is not a drawing" in capsys.readouterr().err
+    assert "failed" not in own.read_text()
+
+
+@pytest.mark.parametrize("out", [".", "drawn", "../elsewhere"])
+def test_drawings_are_not_predicted_on_and_may_be_drawn_again(box_run, tmp_path, out, monkeypatch):
+    folder, _, _ = box_run
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    monkeypatch.chdir(photos)
+    cv2.imwrite("a.jpg", np.zeros((64, 96, 3), np.uint8))
+    arguments = ["--run", str(folder), "-o", out]
+    for given in (
+        ["."],
+        ["."],
+        [str(photos)],
+        sorted(p.name for p in photos.iterdir() if p.suffix),
+    ):
+        given = [name for name in given if name != "predictions.json"]
+        assert main([*arguments, *given]) is None
+        content = json.loads(Path(out, "predictions.json").read_text())
+        assert [Path(i["file_name"]).name for i in content["images"]] == ["a.jpg"]
+    cv2.imwrite("b.jpg", np.zeros((64, 96, 3), np.uint8))
+    assert main([*arguments, "b.jpg"]) is None
+    assert main([*arguments, "."]) is None  # also replaces what the run before the last drew
+    content = json.loads(Path(out, "predictions.json").read_text())
+    assert len(content["images"]) == 2
+    with pytest.raises(UserError, match="drawings of earlier predictions do not count"):
+        find_images([Path(out, "a.png")])
+
+
+def test_what_is_done_is_kept_when_the_model_fails(box_run, tmp_path):
+    folder, _, _ = box_run
+    for name in ("a.png", "b.png", "c.png"):
+        cv2.imwrite(str(tmp_path / name), np.zeros((64, 96, 3), np.uint8))
+    detector = predictor_of_run(folder, 0.05)
+    calls = iter([detector, detector])  # and then no more: StopIteration in a generator
+
+    class Failing(Detector):
+        def __init__(self):
+            self.class_names = detector.class_names
+
+        def __call__(self, image):
+            return next(calls)(image)
+
+    images = find_images([tmp_path])
+    with pytest.raises(RuntimeError):
+        list(predict(Failing(), images, tmp_path / "out"))
+    content = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert [image["picture"] for image in content["images"]] == ["a.png", "b.png"]
 
 
 def test_pictures_of_equal_names_do_not_replace_each_other(tmp_path):

@@ -163,6 +163,15 @@ def test_a_mask_tints_its_pixels_only(tmp_path):
     assert (picture[int(55 * scale), int(70 * scale)] == 128).all()
 
 
+def test_an_empty_mask_changes_nothing_and_a_full_one_reaches_the_edges():
+    found = objects([[0, 0, 96, 64]] * 2)
+    found.masks = np.stack([np.zeros((64, 96), bool), np.ones((64, 96), bool)])
+    picture = draw_objects(GREY, found.select(np.array([0])), ["a"], with_names=False)
+    assert (picture[20:40, 20:40] == 128).all()
+    picture = draw_objects(GREY, found, ["a"], with_names=False)
+    assert (picture != 128).any(axis=2).all()
+
+
 def test_the_hole_of_a_mask_is_not_tinted():
     ring = np.zeros((1, 64, 96), bool)
     ring[0, 10:50, 10:50] = True
