@@ -22,7 +22,8 @@ _SIDE = 160  # side in pixels to which smaller views are enlarged, by a whole fa
 def write_views(cfg: CfgNode, path: str, n: int = 8) -> str:
     """Draw the first ``n`` samples of the run that ``cfg`` describes; return a line about it."""
     source, target = open_source(cfg.DATA), Path(path)
-    with protecting([*source.files_in(target.parent), *cfg.DATA]):
+    files = [part for spec in cfg.DATA for part in spec.split(":")]
+    with protecting([*files, *source.files_in(target.parent)]):
         check_output(target)
     picture = views_picture(
         source, build_recipes(cfg), min(n, len(source)), method=cfg.METHOD, seed=cfg.SEED

@@ -31,6 +31,7 @@ from tests.moco_det.report_cases import (
     write_predictions,
     write_run,
 )
+from tools.report import main
 
 
 def random_objects(rng, count, scored):
@@ -164,6 +165,28 @@ def test_the_report_holds_what_the_predictions_show(tmp_path):
     assert report.notes == []
     alone = replace(table, analysis=replace(analysis, runs={"moco": runs[:1]}))
     assert "summed over 1 run; rows" in details(alone)[-1].note
+
+
+@pytest.mark.parametrize("name", ["report.json", "worst-0.jpg"])
+def test_the_report_replaces_neither_the_annotations_nor_an_image(tmp_path, capsys, name):
+    paths = two_groups(tmp_path / "runs", predictions=True)
+    data = tmp_path / "data"
+    annotations = data / "own.json"
+    if name == "report.json":
+        annotations = annotations.rename(data / name)
+        out = data
+    else:
+        out = data / "images"
+        (out / "1.jpg").rename(out / name)
+        annotations.write_text(annotations.read_text().replace('"1.jpg"', f'"{name}"'))
+    before = (out / name).read_bytes()
+    for path in paths:
+        results = json.loads((path / "results.json").read_text())
+        results["dataset"] = f"coco:{annotations}:{data / 'images'}"
+        (path / "results.json").write_text(json.dumps(results))
+    main([*map(str, paths), "-o", str(out)])
+    assert f"{name} is an input" in "".join(capsys.readouterr())
+    assert (out / name).read_bytes() == before
 
 
 def test_many_classes_are_listed_by_their_confusions(tmp_path):

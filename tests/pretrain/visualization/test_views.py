@@ -1,4 +1,5 @@
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from pretrain.data.transforms.recipes import build_recipes, view_recipes
 from pretrain.visualization.contact_sheet import GAP, heading
 from pretrain.visualization.views import views_picture
 from tests.pretrain import tiny
+from tools.pretrain import main
 
 STRIP = 20  # pixels of the headings above the rows
 
@@ -133,3 +135,19 @@ def test_streamed_images_are_shown_too(source):
     stream.__dict__.update(source.__dict__)
     recipes = view_recipes("moco-v2", crop_size=160)
     assert views_picture(stream, recipes, 2) == views_picture(source, recipes, 2)
+
+
+@pytest.mark.parametrize("target", ["photos/a.png", "photos/sub/../a.png", "link", "list.txt"])
+def test_views_replace_no_input(tmp_path, monkeypatch, capsys, target):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos" / "sub").mkdir(parents=True)
+    Image.new("RGB", (40, 40)).save("photos/a.png")
+    Path("list.txt").write_text("photos/a.png\n")
+    Path("link").symlink_to("list.txt")
+    before = Path(target).read_bytes()
+    words = "INPUT.CROP_SIZE 32 SOLVER.BATCH_SIZE 1".split()
+    for data in (["photos", "list.txt"], ["list.txt"]):
+        given = ["--config", "small-data", "--data", *data, "--output-dir", "run"]
+        assert main([*given, "--show-views", target, *words]) == 1
+        assert "is an input" in capsys.readouterr().err
+    assert Path(target).read_bytes() == before
