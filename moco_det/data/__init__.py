@@ -1,1 +1,1 @@
-"""Data sets by SPEC: registered, sampled, mapped to training examples."""
+"""Data sets: readers, registration, sampling and mapping to training examples."""

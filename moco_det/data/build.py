@@ -1,6 +1,7 @@
-"""The data of a run: specs and names into a config, everything read and checked beforehand."""
+"""Settle the data of a run: read, check and register its data sets, and adapt the config."""
 
 import difflib
+import functools
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +12,12 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from moco_common.errors import UserError
 from moco_common.text import counted
 from moco_det.config.defaults import is_semantic_model
-from moco_det.data.datasets.sem_seg import is_semantic, register_semantic
-from moco_det.data.label_subsets import register_label_share
-from moco_det.data.register import dataset_report
-from moco_det.data.register import register as register_detection
+from moco_det.data.catalog import dataset_report
+from moco_det.data.datasets.sem_seg import is_semantic
+from moco_det.data.datasets.voc import VOCFolder
+from moco_det.data.register import OwnData, check_known, is_spec, read
 
-# What Detectron2 needs to read some of its own data sets, by their evaluator_type.
+# Packages that some of Detectron2's data sets need, by their evaluator_type.
 NEEDED = {
     "lvis": (("lvis",), "pip install lvis"),
     "cityscapes_instance": (
@@ -33,19 +34,22 @@ def settle_data(
     test_data: str | None,
     eval_only: bool,
 ) -> list[str]:
-    """Own data into the config, in place: specs, classes, masks, keypoints.
+    """Register the data sets of a run and adapt the config to them, in place.
+
+    ``DATASETS`` keeps the specs, which are the names in Detectron2's catalogs. Each file is read
+    once.
 
     Args:
         cfg: the config so far.
         explicit: keys that the user has set.
         train_data, test_data: specs from the command line.
-        eval_only: the training data are not needed, where the config knows its classes.
+        eval_only: whether the training data are skipped where the config lists their classes.
 
     Returns:
         Lines about the data for the log.
 
     Raises:
-        UserError: data that are missing, unreadable or of another kind than the protocol needs.
+        UserError: data are missing or unreadable, or not of the kind that the protocol needs.
     """
     if train_data:
         cfg.DATASETS.TRAIN = tuple(train_data)
@@ -58,16 +62,13 @@ def settle_data(
         raise UserError(f"one run has one test set, not {', '.join(cfg.DATASETS.TEST)}.")
     if eval_only and not cfg.DATASETS.TEST:
         raise UserError("nothing to evaluate on: give --test-data SPEC.")
+    train = () if eval_only and cfg.DATASETS.CLASSES else cfg.DATASETS.TRAIN
+    classes = _register(cfg, train)
+    own = [name for name in train if dataset_report(name)]
+    if own:
+        cfg.DATASETS.CLASSES = list(classes or ())
     notes = []
-    train: list[str] = []
-    if not eval_only or not cfg.DATASETS.CLASSES:
-        train = _register_training(cfg)
-        own = [name for name in train if dataset_report(name)]
-        if own:
-            cfg.DATASETS.CLASSES = _own_classes(cfg, own[0])
-    classes = _classes(cfg, train)
-    test = [_register(cfg, spec, classes) for spec in cfg.DATASETS.TEST]
-    for title, names in (("train", train), ("test", test)):
+    for title, names in (("train", train), ("test", cfg.DATASETS.TEST)):
         for name in names:
             report = dataset_report(name)
             if report is None and (title == "test" or not eval_only):
@@ -82,48 +83,58 @@ def settle_data(
             "every run"
         )
     _settle_classes(cfg, explicit, classes)
-    return notes + _settle_masks(cfg, explicit, train) + _settle_keypoints(cfg, train)
+    return notes + _settle_masks(cfg, explicit, own) + _settle_keypoints(cfg, own)
 
 
-def with_registered_data(cfg: CfgNode, eval_only: bool) -> CfgNode:
-    """A copy whose data sets are names in this process's catalog, instead of specs."""
-    named = cfg.clone()
-    named.defrost()
-    classes = _classes(cfg)
-    if not eval_only:
-        share, seed = cfg.DATASETS.LABEL_SHARE, cfg.DATASETS.LABEL_SEED
-        names = [_register(cfg, spec, classes) for spec in cfg.DATASETS.TRAIN]
-        named.DATASETS.TRAIN = tuple(register_label_share(name, share, seed) for name in names)
-    named.DATASETS.TEST = tuple(_register(cfg, spec, classes) for spec in cfg.DATASETS.TEST)
-    named.freeze()
-    return named
+def _register(cfg: CfgNode, train: Sequence[str]) -> list[str] | None:
+    """Read and register training sets and the test set, each once, with one list of classes.
+
+    Returns:
+        The classes in the order of the classifier: the config's, or all that the training sets
+        have. None where none are known.
+    """
+    voc_folder = functools.cache(VOCFolder)
+    data: dict[str, OwnData | None] = {}
+    for spec in dict.fromkeys([*train, *cfg.DATASETS.TEST]):
+        _check_kind(cfg, spec)
+        data[spec] = read(spec, voc_folder)
+    found = [own.classes if (own := data[spec]) else _known_classes(cfg, spec) for spec in train]
+    union = dict.fromkeys(name for classes in found for name in classes)
+    classes = list(cfg.DATASETS.CLASSES or union) or None
+    for spec, own in data.items():
+        if own is not None:
+            own.register(classes, strict=cfg.DATASETS.STRICT)
+        else:
+            _check_known(cfg, spec, classes)
+    return classes
 
 
-def _register(cfg: CfgNode, spec: str, classes: Sequence[str] | None) -> str:
-    """A name in the catalog for a spec or a name, of the kind that the model needs."""
+def _check_kind(cfg: CfgNode, spec: str) -> None:
+    """Check that a spec is of the kind that the model needs."""
     semantic = is_semantic_model(cfg)
-    if not semantic and not is_semantic(spec):
-        return register_detection(spec, classes, strict=cfg.DATASETS.STRICT)
-    if semantic and is_semantic(spec):
-        return register_semantic(spec, classes, strict=cfg.DATASETS.STRICT)
-    if not semantic:
+    if is_semantic(spec) and not semantic:
         raise UserError(f"{spec} has no objects: {cfg.PROTOCOL or 'this model'} detects objects.")
-    if spec not in DatasetCatalog:
+    if semantic and not is_semantic(spec) and (is_spec(spec) or spec not in DatasetCatalog):
         near = difflib.get_close_matches(spec, DatasetCatalog.list(), n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise UserError(
-            f"'{spec}' is no data set of pixel labels{hint}: write semseg:IMAGES:LABELS or a name "
-            "that Detectron2 knows."
+            f"'{spec}' is not a data set of pixel labels{hint}: write semseg:IMAGES:LABELS or a "
+            "name that Detectron2 knows."
         )
-    known = MetadataCatalog.get(spec).get("stuff_classes")
-    if known is None or (classes is not None and list(known) != list(classes)):
-        why = "has no pixel labels" if known is None else "has other classes than the training set"
-        raise UserError(f"{spec} {why}: give data that have.")
-    return spec
+
+
+def _check_known(cfg: CfgNode, name: str, classes: Sequence[str] | None) -> None:
+    if not is_semantic_model(cfg):
+        check_known(name, classes)
+        return
+    known = _known_classes(cfg, name)
+    if not known or (classes is not None and known != list(classes)):
+        why = "has other classes than the training set" if known else "has no pixel labels"
+        raise UserError(f"{name} {why}: choose another data set.")
 
 
 def _settle_classes(cfg: CfgNode, explicit: Sequence[str], classes: Sequence[str] | None) -> None:
-    """The data's number of classes into the head."""
+    """Set the number of classes of the head to that of the data."""
     section = "SEM_SEG_HEAD" if is_semantic_model(cfg) else "ROI_HEADS"
     head = cfg.MODEL[section]
     if not classes or len(classes) == head.NUM_CLASSES:
@@ -137,21 +148,20 @@ def _settle_classes(cfg: CfgNode, explicit: Sequence[str], classes: Sequence[str
     head.NUM_CLASSES = len(classes)
 
 
-def _settle_masks(cfg: CfgNode, explicit: Sequence[str], train: Sequence[str]) -> list[str]:
-    own = [MetadataCatalog.get(name) for name in train if dataset_report(name)]
+def _settle_masks(cfg: CfgNode, explicit: Sequence[str], own: Sequence[str]) -> list[str]:
     if not own or not cfg.MODEL.MASK_ON:
         return []
-    if not all(metadata.has_masks for metadata in own):
+    data = [MetadataCatalog.get(name) for name in own]
+    if not all(metadata.has_masks for metadata in data):
         if "MODEL.MASK_ON" in explicit:
             raise UserError("MODEL.MASK_ON is set, but the training data have no masks.")
         cfg.MODEL.MASK_ON = False
         return ["masks      off: the training data have boxes only"]
-    cfg.INPUT.MASK_FORMAT = own[0].mask_format
-    return [f"masks      on, {own[0].mask_format}"]
+    cfg.INPUT.MASK_FORMAT = data[0].mask_format
+    return [f"masks      on, {data[0].mask_format}"]
 
 
-def _settle_keypoints(cfg: CfgNode, train: Sequence[str]) -> list[str]:
-    own = [name for name in train if dataset_report(name)]
+def _settle_keypoints(cfg: CfgNode, own: Sequence[str]) -> list[str]:
     if not own or not cfg.MODEL.KEYPOINT_ON:
         return []
     names = [list(MetadataCatalog.get(name).get("keypoint_names") or []) for name in own]
@@ -163,32 +173,14 @@ def _settle_keypoints(cfg: CfgNode, train: Sequence[str]) -> list[str]:
     return [f"keypoints  {len(names[0])}, of which a flip swaps {counted(pairs, 'pair')}"]
 
 
-def _own_classes(cfg: CfgNode, name: str) -> list[str]:
+def _known_classes(cfg: CfgNode, name: str) -> list[str]:
+    """The classes of one of Detectron2's data sets, as far as its catalog knows them."""
     key = "stuff_classes" if is_semantic_model(cfg) else "thing_classes"
-    return list(MetadataCatalog.get(name).get(key, ()))
-
-
-def _classes(cfg: CfgNode, train: Sequence[str] = ()) -> list[str] | None:
-    """Class names in the order of the classifier: own data's, else the training set's."""
-    known = list(cfg.DATASETS.CLASSES)
-    for name in train:
-        known = known or _own_classes(cfg, name)
-    return known or None
-
-
-def _register_training(cfg: CfgNode) -> list[str]:
-    """Register the training sets with one list of classes: the config's, or all they have."""
-    known = _classes(cfg)
-    names = [_register(cfg, spec, known) for spec in cfg.DATASETS.TRAIN]
-    lists = [_classes(cfg, [name]) or [] for name in names]
-    if known is None and any(found != lists[0] for found in lists):
-        union = list(dict.fromkeys(name for found in lists for name in found))
-        names = [_register(cfg, spec, union) for spec in cfg.DATASETS.TRAIN]
-    return names
+    return list(MetadataCatalog.get(name).get(key) or ()) if name in DatasetCatalog else []
 
 
 def _check_builtin(name: str) -> None:
-    """Detectron2's data sets are found below ``DETECTRON2_DATASETS``: say so before the run."""
+    """Check that the files of one of Detectron2's data sets are there."""
     metadata = MetadataCatalog.get(name)
     for key in ("json_file", "dirname", "image_root", "image_dir", "gt_dir"):
         path = metadata.get(key)
@@ -197,7 +189,7 @@ def _check_builtin(name: str) -> None:
                 f"{name} is not on this machine ({path} is missing): set DETECTRON2_DATASETS to "
                 "the folder that holds it, or give your own data with --train-data and --test-data."
             )
-    packages, mend = NEEDED.get(metadata.get("evaluator_type"), ((), ""))
+    packages, fix = NEEDED.get(metadata.get("evaluator_type"), ((), ""))
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
-        raise UserError(f"{name} needs {' and '.join(missing)}: {mend}.")
+        raise UserError(f"{name} needs {' and '.join(missing)}: {fix}.")

@@ -1,4 +1,4 @@
-"""From a record of a data set to a training example."""
+"""Mappers from records of a data set to inputs of the model."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,7 @@ from moco_det.data.datasets.label_files import read_labels
 
 
 class RandomScale(T.Augmentation):
-    """Resize by a factor drawn from [smallest, largest]; labels by their nearest neighbour."""
+    """Resize by a factor drawn from [smallest, largest]; labels by nearest neighbour."""
 
     def __init__(self, smallest: float, largest: float) -> None:
         super().__init__()
@@ -31,12 +31,12 @@ class RandomScale(T.Augmentation):
 
 
 class SemanticMapper:
-    """One record of a data set -> a training example.
+    """Mapper from a record with pixel labels to a training example.
 
-    Detectron2's ``DatasetMapper`` would read a palette's colours as labels.
+    Detectron2's ``DatasetMapper`` would read the colours of a palette as labels.
 
     Args:
-        augmentations: of image and labels together.
+        augmentations: applied to image and labels together.
         image_format: "RGB" or "BGR".
     """
 
@@ -48,8 +48,8 @@ class SemanticMapper:
     def from_config(cls, cfg: CfgNode) -> "SemanticMapper":
         """Scale by ``INPUT.SCALE_TRAIN``, crop to ``INPUT.CROP.SIZE``, flip.
 
-        What is smaller than the crop is padded where the batch is put together, behind
-        normalisation: with the mean colour, and with labels that are ignored.
+        Images smaller than the crop are padded after normalisation, when the batch is assembled:
+        with the mean colour, and with ignored labels.
         """
         smallest, largest = cfg.INPUT.SCALE_TRAIN
         augmentations: list[T.Augmentation] = [
@@ -93,10 +93,18 @@ class CheckedMapper(DatasetMapper):
 
 
 def build_train_mapper(cfg: CfgNode) -> Callable[[dict[str, Any]], Any]:
-    """What turns a record of the training set into an example for the model."""
+    """Return the function that turns a record of the training set into a training example."""
     return SemanticMapper.from_config(cfg) if is_semantic_model(cfg) else CheckedMapper(cfg, True)
 
 
 def build_test_mapper(cfg: CfgNode) -> CheckedMapper:
-    """The mapper of the test set, whose labels the evaluator reads."""
-    return CheckedMapper(cfg, False)
+    """Return the function that turns a record of the test set into an input of the model.
+
+    ``CheckedMapper(cfg, False)`` would look up the keypoints of the training set, which an
+    evaluation alone does not read.
+    """
+    return CheckedMapper(
+        False,
+        augmentations=detection_utils.build_augmentation(cfg, False),
+        image_format=cfg.INPUT.FORMAT,
+    )

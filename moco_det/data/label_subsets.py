@@ -16,26 +16,26 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from moco_common.errors import UserError
 
-CANDIDATES = 128  # images of which the best is taken
+CANDIDATES = 128  # images from which the best is taken
 
 
 def register_label_share(name: str, share: float, seed: int) -> str:
-    """Register a subset of a data set that is in the catalog; returns its name.
+    """Register a subset of a registered data set, and return its name.
 
     Args:
-        name: of the whole data set.
-        share: of its images, in (0, 1]; at least one is kept. 1 registers nothing new.
-        seed: which of the possible subsets.
+        name: the whole data set.
+        share: share of its images, in (0, 1]; at least one is kept. 1 registers nothing.
+        seed: selects one of the possible subsets.
 
     Raises:
-        UserError: a share outside (0, 1].
+        UserError: the share is outside (0, 1].
     """
     if not 0 < share <= 1:
         raise UserError(f"DATASETS.LABEL_SHARE must be in (0, 1], not {share:g}.")
     if share == 1:
         return name
     subset = f"{name}_{share:g}_of_labels_{seed}"
-    records = DatasetCatalog.get(name)  # which also fills the metadata of Detectron2's own
+    records = DatasetCatalog.get(name)  # also fills the metadata of Detectron2's own data sets
     chosen = {image_key(record) for record in choose(records, share, seed)}
 
     def load() -> list[dict[str, Any]]:
@@ -54,9 +54,9 @@ def register_label_share(name: str, share: float, seed: int) -> str:
 def choose(
     records: Sequence[Mapping[str, Any]], share: float, seed: int
 ) -> list[Mapping[str, Any]]:
-    """The subset of Detectron2's dataset dicts; it does not depend on their order.
+    """Choose a subset of Detectron2's dataset dicts, whatever their order.
 
-    A class counts once an image; images without objects are a class of their own. Records without
+    A class counts once per image; images without objects are a class of their own. Records without
     ``annotations`` (semantic labels) are drawn at random.
     """
     ordered = sorted(records, key=lambda record: _draw(image_key(record), seed))
@@ -71,7 +71,7 @@ def choose(
 
 
 def stratified_prefix(labels: Sequence[Sequence[int]], count: int) -> list[int]:
-    """The first ``count`` indices of the stratified order of images with these classes.
+    """Return the first ``count`` indices of the stratified order of some images.
 
     Args:
         labels: the classes of each image, in random order.
@@ -107,7 +107,7 @@ def stratified_prefix(labels: Sequence[Sequence[int]], count: int) -> list[int]:
 
 
 def image_key(record: Mapping[str, Any]) -> str:
-    """What names an image wherever its data set lies."""
+    """An image's name, which does not depend on the location of its data set."""
     return str(record.get("image_id", Path(record["file_name"]).name))
 
 

@@ -1,18 +1,16 @@
-"""Own data sets by a short text, checked as they are read.
+"""Own data sets by spec, checked as they are read.
 
 ``voc:DIR:SPLIT`` is a folder in PASCAL VOC layout, ``coco:JSON:IMAGES`` an annotation file in COCO
-format with its image folder; any other text is a name that Detectron2 knows already. The number
-and the names of the classes are read from the data.
+format with its image folder, ``semseg:IMAGES:LABELS`` images with label files. Any other text is
+the name of a data set that Detectron2 knows. The classes are read from the data.
 """
 
 from __future__ import annotations
 
 import difflib
-import hashlib
 import os
-import pickle
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,103 +19,169 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from moco_common.errors import UserError
 from moco_common.files import write_json_atomically
 from moco_common.text import counted
+from moco_det.data.catalog import Record, add_to_catalogs, dataset_report
 from moco_det.data.datasets.coco import read_coco
-from moco_det.data.datasets.findings import DatasetReport, collector_paused
-from moco_det.data.datasets.voc import read_voc
+from moco_det.data.datasets.findings import DatasetReport, SemanticReport, collector_paused
+from moco_det.data.datasets.sem_seg import IGNORE_LABEL, is_semantic, read_semantic
+from moco_det.data.datasets.voc import VOCFolder
 
-__all__ = ["DatasetReport", "dataset_report", "register", "write_findings"]
-FORMS = "voc:DIR:SPLIT, coco:JSON:IMAGES or a name that Detectron2 knows"
+__all__ = ["DatasetReport", "OwnData", "dataset_report", "read", "register", "write_findings"]
+FORMS = "voc:DIR:SPLIT, coco:JSON:IMAGES, semseg:IMAGES:LABELS or a name that Detectron2 knows"
 
 
 def register(spec: str, classes: Sequence[str] | None = None, *, strict: bool = False) -> str:
-    """Read and check a data set, and register it with Detectron2.
+    """Read and check a data set, and register it with Detectron2 under its spec.
 
-    The data are read at each call, so what is registered is what is on the disk. Catalogs belong
-    to a process: call it in every process that loads data.
+    Each call reads the data anew. Catalogs belong to a process.
 
     Args:
         spec: ``voc:DIR:SPLIT`` (the split ``all`` needs no ``ImageSets``), ``coco:JSON:IMAGES``,
-            or one of Detectron2's own names, which passes through unchanged.
+            ``semseg:IMAGES:LABELS``, or one of Detectron2's own names.
         classes: class names in the order of the training set, for a test set. By default the data
-            set's own: of a VOC folder all classes of the folder, sorted, so that its splits
-            agree; of a COCO file its categories by id.
-        strict: whether anything wrong in the data is an error instead of an entry in the report.
+            set's own: for a VOC folder all classes of the folder, sorted, so that its splits
+            agree; for a COCO file its categories by id.
+        strict: whether a finding is an error instead of an entry in the report.
 
     Returns:
-        The name in ``DatasetCatalog`` and ``MetadataCatalog``, safe in file names. Annotations
-        hold ``bbox``, ``bbox_mode`` (XYXY_ABS), ``category_id`` (contiguous), ``iscrowd`` and, by
+        The name in ``DatasetCatalog`` and ``MetadataCatalog``, which is the spec. Annotations hold
+        ``bbox``, ``bbox_mode`` (XYXY_ABS), ``category_id`` (contiguous), ``iscrowd`` and, by
         format, ``difficult`` or ``area``, ``segmentation`` and ``keypoints``. Metadata:
         ``thing_classes``, ``evaluator_type`` ("voc" | "coco"), ``has_masks``, ``mask_format``
-        ("polygon" | "bitmask"), ``spec`` and, for COCO, ``thing_dataset_id_to_contiguous_id``
-        and the ``keypoint_*`` that Detectron2 looks up, where the data have keypoints.
+        ("polygon" | "bitmask"), ``report`` and, for COCO, ``thing_dataset_id_to_contiguous_id``
+        and Detectron2's ``keypoint_*``, where the data have keypoints. Records with pixel labels
+        hold ``sem_seg_file_name``; their metadata ``stuff_classes``, ``ignore_label``,
+        ``evaluator_type`` "sem_seg" and ``report``.
 
     Raises:
-        UserError: if the data set cannot be read, has no usable image, or has a class that
+        UserError: the data set cannot be read, has no usable image, or has a class that
             ``classes`` lacks.
     """
+    data = read(spec)
+    if data is None:
+        check_known(spec, classes)
+    else:
+        data.register(classes, strict=strict)
+    return spec
+
+
+@dataclass
+class OwnData:
+    """A data set as it was read, before its classes are numbered.
+
+    Attributes:
+        records: one for each usable image, with class names under ``category_id``.
+        classes: the data set's own class names.
+        metadata: what else Detectron2's catalog keeps.
+    """
+
+    spec: str
+    records: list[Record]
+    classes: list[str]
+    metadata: dict[str, Any]
+    report: DatasetReport
+
+    def register(self, classes: Sequence[str] | None = None, *, strict: bool = False) -> None:
+        """Number the classes and register the data set, once; see :func:`register`."""
+        report = self.report
+        report.classes = list(self.classes if classes is None else classes)
+        report.images = len(self.records)
+        if not report.classes:
+            raise UserError(f"{self.spec} names no class: it has no object with a class name")
+        if is_semantic(self.spec):
+            self._check_labels(report.classes)
+            self.metadata["stuff_classes"] = report.classes
+        else:
+            self._number_classes(report.classes)
+            self.metadata["thing_classes"] = report.classes
+            counts = [len(record["annotations"]) for record in self.records]
+            report.objects, report.images_without_objects = sum(counts), counts.count(0)
+        if strict and report.findings:
+            raise UserError(f"{counted(len(report.findings), 'fault')} in {report.summary()}")
+        add_to_catalogs(self.spec, self.records, {**self.metadata, "report": report})
+
+    def _check_labels(self, classes: list[str]) -> None:
+        allowed = min(len(classes), IGNORE_LABEL)
+        if len(self.classes) > allowed:
+            found = counted(len(self.classes), "class")
+            raise UserError(f"{self.spec} has {found}, but there can be only {allowed}.")
+
+    def _number_classes(self, classes: list[str]) -> None:
+        """Replace class names by their indices, in place."""
+        index = {name: number for number, name in enumerate(classes)}
+        for record in self.records:
+            for annotation in record["annotations"]:
+                name = annotation["category_id"]
+                if name not in index:
+                    raise UserError(
+                        f"{self.spec} has the class '{name}' ({record['image_id']}), which the "
+                        f"training set lacks: its classes are {', '.join(classes[:20])}"
+                    )
+                annotation["category_id"] = index[name]
+        if "category_ids" in self.metadata:
+            ids = contiguous_ids(self.metadata.pop("category_ids"), classes)
+            self.metadata["thing_dataset_id_to_contiguous_id"] = ids
+
+
+def read(spec: str, voc_folder: Callable[[Path], VOCFolder] = VOCFolder) -> OwnData | None:
+    """Read a data set; None for a name that is not a spec.
+
+    Args:
+        voc_folder: reads a VOC folder; a cached one reads it once for several splits.
+
+    Raises:
+        UserError: the data set cannot be read, or has no usable image or no class.
+    """
+    if not is_spec(spec):
+        return None
     kind, _, rest = spec.partition(":")
-    if kind not in ("voc", "coco") or not rest:
-        return _known_to_detectron2(spec, classes)
-    report = DatasetReport(spec)
+    report = SemanticReport(spec) if is_semantic(spec) else DatasetReport(spec)
     with collector_paused():
-        records, found, metadata, title = _read(kind, spec, rest, report)
+        if is_semantic(spec):
+            records, classes = read_semantic(spec, report)
+            metadata = {"evaluator_type": "sem_seg", "ignore_label": IGNORE_LABEL}
+        elif kind == "voc":
+            folder, split = _two_parts(spec, *rest.rpartition(":")[::2])
+            records, classes = voc_folder(Path(folder).expanduser()).read(split, report)
+            metadata = {"evaluator_type": "voc", "has_masks": False, "mask_format": "polygon"}
+            metadata["split"] = split
+        else:
+            file, images = map(Path, _two_parts(spec, *_split_at_json(rest)))
+            records, classes, metadata = read_coco(file.expanduser(), images.expanduser(), report)
+            metadata["evaluator_type"] = "coco"
     if not records:
         raise UserError(f"{spec} has no usable image{_commonest(report)}")
-
-    thing_classes = list(found if classes is None else classes)
-    if not thing_classes:
-        raise UserError(f"{spec} names no class: it has no object with a class name")
-    _number_classes(spec, records, thing_classes)
-    if kind == "coco":
-        ids = metadata.pop("category_ids")
-        metadata["thing_dataset_id_to_contiguous_id"] = _contiguous_ids(ids, thing_classes)
-
-    report.classes = thing_classes
-    report.images = len(records)
-    report.objects = sum(len(record["annotations"]) for record in records)
-    report.images_without_objects = sum(not record["annotations"] for record in records)
-    if strict and report.findings:
-        raise UserError(f"{counted(len(report.findings), 'fault')} in {report.summary()}")
-
-    name = _catalog_name(kind, title, f"{spec}\0{Path.cwd()}\0{classes and list(classes)}")
-    for catalog in (DatasetCatalog, MetadataCatalog):
-        if name in catalog:
-            catalog.remove(name)
-    # Callers change the dicts they get, so each call must return fresh ones; unpickling our own
-    # bytes is several times faster than a deep copy.
-    packed = pickle.dumps(records, protocol=pickle.HIGHEST_PROTOCOL)
-    DatasetCatalog.register(name, lambda: pickle.loads(packed))
-    MetadataCatalog.get(name).set(thing_classes=thing_classes, report=report, **metadata)
-    return name
+    return OwnData(spec, records, classes, metadata, report)
 
 
-def _read(
-    kind: str, spec: str, rest: str, report: DatasetReport
-) -> tuple[list[dict[str, Any]], list[str], dict[str, Any], str]:
-    """Records with class names, the class names, metadata and a title."""
-    metadata: dict[str, Any] = {"evaluator_type": kind, "spec": spec}
-    if kind == "voc":
-        folder, split = _two_parts(spec, *rest.rpartition(":")[::2])
-        records, found = read_voc(Path(folder).expanduser(), split, report)
-        metadata |= {"has_masks": False, "mask_format": "polygon", "split": split}
-        return records, found, metadata, f"{Path(folder).absolute().name}_{split}"
-    json_file, images = _two_parts(spec, *_split_at_json(rest))
-    records, found, more = read_coco(
-        Path(json_file).expanduser(), Path(images).expanduser(), report
-    )
-    return records, found, metadata | more, Path(json_file).stem
+def is_spec(text: str) -> bool:
+    """Whether :func:`read` reads the data set of this name, not Detectron2."""
+    kind, _, rest = text.partition(":")
+    return is_semantic(text) or (kind in ("voc", "coco") and bool(rest))
 
 
-def dataset_report(name: str) -> DatasetReport | None:
-    """The report of a data set registered by :func:`register`; None for Detectron2's own."""
-    return MetadataCatalog.get(name).get("report") if name in MetadataCatalog else None
+def check_known(name: str, classes: Sequence[str] | None) -> None:
+    """Check that Detectron2 knows a data set, with these classes.
+
+    Raises:
+        UserError: it does not, or the data set has other classes.
+    """
+    if name not in DatasetCatalog:
+        close = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)
+        hint = f" (did you mean {' or '.join(close)}?)" if close else ""
+        raise UserError(f"'{name}' is not a data set{hint}: write {FORMS}")
+    own = MetadataCatalog.get(name).get("thing_classes")
+    if classes is not None and own is not None and list(own) != list(classes):
+        raise UserError(
+            f"the classes of {name} are not those of the training set "
+            f"({len(own)} and {len(classes)}): test on data with the same classes"
+        )
 
 
 def write_findings(names: Iterable[str], path: str | os.PathLike[str]) -> int:
-    """Write everything wrong in some registered data sets into one JSON file, atomically.
+    """Write all findings of some registered data sets into one JSON file, atomically.
 
     Args:
-        names: what :func:`register` returned; Detectron2's own data sets are left out.
+        names: in the catalogs; Detectron2's own data sets are left out.
 
     Returns:
         The number of findings. Each holds ``kind``, ``file``, ``object`` and ``action``.
@@ -131,58 +195,7 @@ def write_findings(names: Iterable[str], path: str | os.PathLike[str]) -> int:
     return sum(len(report.findings) for report in reports)
 
 
-def _two_parts(spec: str, first: str, second: str) -> tuple[str, str]:
-    if not first or not second:
-        raise UserError(f"'{spec}' is not a data set: write {FORMS}")
-    return first, second
-
-
-def _split_at_json(rest: str) -> tuple[str, str]:
-    """Split JSON:IMAGES behind ``.json``, so that either path may hold a colon."""
-    at = rest.find(".json:")
-    if at >= 0:
-        return rest[: at + 5], rest[at + 6 :]
-    first, _, second = rest.rpartition(":")
-    return first, second
-
-
-def _known_to_detectron2(name: str, classes: Sequence[str] | None) -> str:
-    if name not in DatasetCatalog:
-        close = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)
-        hint = f" (did you mean {' or '.join(close)}?)" if close else ""
-        raise UserError(f"'{name}' is not a data set{hint}: write {FORMS}")
-    own = MetadataCatalog.get(name).get("thing_classes")
-    if classes is not None and own is not None and list(own) != list(classes):
-        raise UserError(
-            f"the classes of {name} are not those of the training set "
-            f"({len(own)} and {len(classes)}): test on data with the same classes"
-        )
-    return name
-
-
-def _commonest(report: DatasetReport) -> str:
-    groups = report.groups()
-    if not groups:
-        return ": its list of images is empty"
-    (kind, _), found = max(groups.items(), key=lambda item: len(item[1]))
-    return f": {len(found):,} x {kind} (first: {found[0].file} {found[0].object})".rstrip()
-
-
-def _number_classes(spec: str, records: list[dict[str, Any]], classes: list[str]) -> None:
-    """Replace class names by their index, in place."""
-    index = {name: number for number, name in enumerate(classes)}
-    for record in records:
-        for annotation in record["annotations"]:
-            name = annotation["category_id"]
-            if name not in index:
-                raise UserError(
-                    f"{spec} has the class '{name}' ({record['image_id']}), which the training "
-                    f"set lacks: its classes are {', '.join(classes[:20])}"
-                )
-            annotation["category_id"] = index[name]
-
-
-def _contiguous_ids(ids: dict[str, int], classes: list[str]) -> dict[int, int]:
+def contiguous_ids(ids: dict[str, int], classes: list[str]) -> dict[int, int]:
     """Category id -> class index, one to one; classes that the file lacks get unused ids."""
     unused = max(ids.values(), default=0) + 1
     mapping = {}
@@ -195,6 +208,24 @@ def _contiguous_ids(ids: dict[str, int], classes: list[str]) -> dict[int, int]:
     return mapping
 
 
-def _catalog_name(kind: str, title: str, identity: str) -> str:
-    slug = re.sub(r"[^A-Za-z0-9-]+", "_", title).strip("_")[:40] or "data"
-    return f"{kind}_{slug}_{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
+def _two_parts(spec: str, first: str, second: str) -> tuple[str, str]:
+    if not first or not second:
+        raise UserError(f"'{spec}' is not a data set: write {FORMS}")
+    return first, second
+
+
+def _split_at_json(rest: str) -> tuple[str, str]:
+    """Split JSON:IMAGES after ``.json``, so that either path may hold a colon."""
+    at = rest.find(".json:")
+    if at >= 0:
+        return rest[: at + 5], rest[at + 6 :]
+    first, _, second = rest.rpartition(":")
+    return first, second
+
+
+def _commonest(report: DatasetReport) -> str:
+    groups = report.groups()
+    if not groups:
+        return ": its list of images is empty"
+    (kind, _), found = max(groups.items(), key=lambda item: len(item[1]))
+    return f": {len(found):,} x {kind} (first: {found[0].file} {found[0].object})".rstrip()

@@ -1,9 +1,9 @@
-"""Which image comes when, and with what random numbers: functions of the seed and the position.
+"""The order of the images and their random numbers, as functions of seed and position.
 
 A micro-batch is what one process sees in one forward pass. Rank r of W takes, in pass a of A of
 iteration t, micro-batch (t A + a) W + r of one endless sequence. So A passes of W processes see
-what one pass of A W processes sees, any number of loader workers makes the same batches, and a
-resumed run goes on from its iteration number alone.
+what one pass of A W processes sees, the batches do not depend on the number of loader workers, and
+a run resumes from its iteration number alone.
 """
 
 import itertools
@@ -19,24 +19,27 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList, get_detection_dataset_dicts
+from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.data.samplers import RepeatFactorTrainingSampler
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from moco_common.errors import UserError
+from moco_common.images import DecodeError, read_picture
 from moco_common.text import counted
+from moco_det.data.label_subsets import register_label_share
 
-# Sequences of micro-batches that have nothing in common.
+# Independent sequences of micro-batches.
 TRAINING, PRECISE_BN, PREFLIGHT = range(3)
-_ORDER, _SAMPLE, _MODEL = range(3)  # what random numbers are for
-WORKERS_GRACE = 60  # seconds that a worker goes on after it was told to end
+_ORDER, _SAMPLE, _MODEL = range(3)  # purposes of random numbers
+WORKERS_GRACE = 60  # seconds that a worker continues after SIGTERM
 Mapper = Callable[[dict[str, Any]], dict[str, Any]]
 Batch = list[dict[str, Any]]
 
 
 def seed_model(seed: int, sequence: int, number: int) -> None:
-    """Seed what a forward pass draws (which anchors and regions are sampled) for a micro-batch.
+    """Seed the sampling of anchors and regions in the forward pass of a micro-batch.
 
-    All generators are set: torch's, on all devices, NumPy's and Python's.
+    Sets all generators: torch's, on all devices, NumPy's and Python's.
     """
     _seed(seed, _MODEL, sequence, number, torch.manual_seed)
 
@@ -52,7 +55,7 @@ def _seed(
 
 @contextmanager
 def _seeded_sample(seed: int, sequence: int, position: int) -> Iterator[None]:
-    """Detectron2's augmentations draw from the global generators, which are put back after."""
+    """Seed the global generators, which Detectron2's augmentations use, and restore them after."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     # Not torch.manual_seed: a forked worker must not touch CUDA.
     _seed(seed, _SAMPLE, sequence, position, torch.default_generator.manual_seed)
@@ -65,17 +68,17 @@ def _seeded_sample(seed: int, sequence: int, position: int) -> Iterator[None]:
 
 
 class MicroBatches(Sampler[list[tuple[int, int]]]):
-    """The sequence of micro-batches, of which it yields some: lists of (position, image).
+    """Sampler of micro-batches, lists of (position, image), from one endless sequence.
 
-    Epoch after epoch, every image comes once (or as often as ``repeats`` says), in an order drawn
-    anew from the seed. Images of one group are batched together, as Detectron2 does for wide and
-    tall ones to save padding; it does so in each process, here it is done once for all.
+    Each epoch contains every image once (or ``repeats`` times), in a new order drawn from the
+    seed. Images of one group are batched together, as Detectron2 does for wide and tall ones to
+    save padding; there each process groups its own images, here the whole sequence is grouped.
 
     Args:
         groups: the group of each image, 0 or 1.
-        batch_size: images of a micro-batch.
-        numbers: which micro-batches, ascending.
-        repeats: how often each image comes in an epoch, 1 or more, on average if it is no integer.
+        batch_size: images per micro-batch.
+        numbers: the micro-batches to yield, ascending.
+        repeats: occurrences of each image in an epoch, 1 or more; a fraction is an average.
     """
 
     def __init__(
@@ -128,14 +131,14 @@ class MicroBatches(Sampler[list[tuple[int, int]]]):
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """The images that are trained on.
+    """The images to train on.
 
     Attributes:
         images: records in Detectron2's format.
-        sizes: int64 (N, 2), width and height; None where the data set does not tell them.
-        objects: int64 (N,), annotated objects of each image.
+        sizes: int64 (N, 2), width and height; None where the data set lacks them.
+        objects: int64 (N,), annotated objects per image.
         repeats: see :class:`MicroBatches`.
-        grouped: whether wide and tall images are batched apart.
+        grouped: whether wide and tall images are batched separately.
     """
 
     images: Sequence[dict[str, Any]]
@@ -146,7 +149,7 @@ class TrainingSet:
 
     @property
     def groups(self) -> np.ndarray:
-        """uint8 (N,): 0 for wide images, 1 for the others; all 0 where they are not told apart."""
+        """uint8 (N,): 0 for wide images, 1 for the others; all 0 without grouping."""
         if self.sizes is None or not self.grouped:
             return np.zeros(len(self.images), np.uint8)
         return (self.sizes[:, 0] <= self.sizes[:, 1]).astype(np.uint8)
@@ -164,9 +167,9 @@ class TrainingSet:
         """Yields ``(number, batch)`` for the micro-batches of ``numbers``.
 
         Args:
-            mapper: makes a model's input of a record; its random numbers depend on the seed, the
-                sequence and the position of the image alone.
-            num_workers: processes that do it; 0 does it in this one, with the same result.
+            mapper: turns a record into an input of the model; its random numbers depend only on
+                the seed, the sequence and the position of the image.
+            num_workers: loader processes; with 0 this process maps, with the same result.
 
         Raises:
             UserError: an image cannot be read.
@@ -185,7 +188,7 @@ class TrainingSet:
             num_workers=num_workers,
             collate_fn=list,
             worker_init_fn=_start_worker,
-            generator=torch.Generator(),  # or else starting it would draw from the global one
+            generator=torch.Generator(),  # starting it draws from this one, not the global one
             # Forked workers share the records with this process.
             multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
         )
@@ -201,7 +204,7 @@ class TrainingSet:
 
 
 class _Mapped(Dataset[dict[str, Any] | UserError]):
-    """Item (position, image) is the input that ``mapper`` makes, or the error that says why not."""
+    """Item (position, image) is the mapper's result, or the error where the image is unreadable."""
 
     def __init__(
         self, images: Sequence[dict[str, Any]], mapper: Mapper, seed: int, sequence: int
@@ -214,10 +217,22 @@ class _Mapped(Dataset[dict[str, Any] | UserError]):
         try:
             with _seeded_sample(self.seed, self.sequence, position):
                 return self.mapper(record)
-        except (OSError, ValueError, SyntaxError) as error:  # what Pillow and Detectron2 raise
-            # Returned: an error that is raised in a worker arrives with the worker's traceback.
+        # Returned: an error that is raised in a worker arrives with the worker's traceback.
+        except UserError as error:
+            return error
+        except (OSError, ValueError, SyntaxError) as error:
+            if not isinstance(error, SizeMismatchError) and _can_be_read(record):
+                raise  # a bug, not the image
             reason = " ".join(str(error).split()) or type(error).__name__
-            return UserError(f"cannot read {record.get('file_name')}: {reason}.")
+            return UserError(f"cannot read {record['file_name']}: {reason}.")
+
+
+def _can_be_read(record: Mapping[str, Any]) -> bool:
+    try:
+        read_picture(record["file_name"])
+    except (OSError, DecodeError):
+        return False
+    return True
 
 
 def _start_worker(worker: int) -> None:
@@ -230,19 +245,21 @@ def _start_worker(worker: int) -> None:
 
 
 def load_training_set(cfg: CfgNode) -> TrainingSet:
-    """The images of ``DATASETS.TRAIN``, filtered and repeated as the config says.
+    """Load the images of ``DATASETS.TRAIN``, filtered and repeated according to the config.
 
     Raises:
-        UserError: no image has an object, or a sampler that has no resumable form here.
+        UserError: no image has an object, or the sampler is not supported.
     """
     keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
+    share_of_labels, seed = cfg.DATASETS.LABEL_SHARE, cfg.DATASETS.LABEL_SEED
+    names = [register_label_share(n, share_of_labels, seed) for n in cfg.DATASETS.TRAIN]
     try:
         records = get_detection_dataset_dicts(
-            cfg.DATASETS.TRAIN,
+            names,
             filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
             min_keypoints=keypoints,
         )
-    except AssertionError as error:  # Detectron2's word for data sets without a usable image
+    except AssertionError as error:  # raised by Detectron2 if no image is usable
         raise UserError(f"there is nothing to train on: {error}") from error
     name = cfg.DATALOADER.SAMPLER_TRAIN
     repeats = None
@@ -272,10 +289,10 @@ def _objects(record: Mapping[str, Any]) -> int:
 
 
 def share(cfg: CfgNode, world_size: int) -> int:
-    """Images of a micro-batch: the batch over processes and passes.
+    """Return the images per micro-batch: the batch divided by processes and passes.
 
     Raises:
-        UserError: they do not divide it.
+        UserError: the batch is not divisible.
     """
     batch, passes = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATION_STEPS
     if passes < 1:
@@ -289,5 +306,5 @@ def share(cfg: CfgNode, world_size: int) -> int:
 
 
 def numbers(first: int, last: int, *, passes: int, rank: int, world_size: int) -> range:
-    """The micro-batches of one rank in iterations [first, last)."""
+    """Return the micro-batches of one rank in iterations [first, last)."""
     return range(first * passes * world_size + rank, last * passes * world_size, world_size)

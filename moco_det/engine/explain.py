@@ -1,4 +1,4 @@
-"""``train_net --explain``: what would be run, or all about one key of the config."""
+"""``train_net --explain``: a description of a run, or of one key of the config."""
 
 import inspect
 import re
@@ -16,7 +16,7 @@ WIDTH = 100
 
 
 def explain(options: Options) -> None:
-    """Print what ``--explain`` asks for: one key, or the run that the command line stands for.
+    """Print the description of a key, or of the run that the command line defines.
 
     Raises:
         UserError: an unknown key, or a contradiction in the run.
@@ -29,13 +29,13 @@ def explain(options: Options) -> None:
 
 
 def explain_run(cfg: CfgNode, notes: Iterable[str] = ()) -> str:
-    """What ``--explain`` prints of a run: notes on this machine, the resolved keys, sentences.
+    """Describe a run: notes on this machine, the resolved keys, explanatory sentences.
 
     Args:
         cfg: the resolved config.
-        notes: lines about device, weights, data and schedule, as a run logs them.
+        notes: lines about device, weights, data and schedule, as in the log of the run.
     """
-    lines = [*notes, "", "resolved, where Detectron2's default is another:"]
+    lines = [*notes, "", "resolved, where it differs from Detectron2's default:"]
     changed = differences(default_config(), cfg)
     lines += [f"  {line}" for line in changed if line.split(" ", 1)[0] not in HOUSEKEEPING]
     lines.append("")
@@ -45,11 +45,10 @@ def explain_run(cfg: CfgNode, notes: Iterable[str] = ()) -> str:
 
 
 def explain_key(key: str) -> str:
-    """What ``--explain KEY`` prints: what a key decides, its default, its value in each protocol
-    and where that comes from.
+    """Describe a key: its meaning, its default, and its value in each protocol with the source.
 
     Raises:
-        UserError: an unknown key; the nearest are named.
+        UserError: the key is unknown; the message lists the nearest ones.
     """
     check_keys([key], where="the command line")
     default = flatten(default_config())[key]
@@ -77,7 +76,7 @@ def explain_key(key: str) -> str:
 
 
 def _comment(key: str) -> str:
-    """What is written above a key where it is defined, here or in Detectron2."""
+    """Return the comment above the definition of a key, here or in Detectron2."""
     for source, root in (
         (inspect.getsource(add_moco_det_config), "cfg"),
         (inspect.getsource(defaults), "_C"),

@@ -1,4 +1,4 @@
-"""Before a long run: does its worst batch fit into memory, and what does if it does not."""
+"""Memory check before a run: whether its worst batch fits, and with which settings it would."""
 
 import random
 import resource
@@ -31,22 +31,22 @@ from moco_det.data.samplers import (
 from moco_det.engine.train_step import forward_backward, precision
 from moco_det.modeling.batch_norm import replace_sync_bn
 
-HEADROOM = 0.95  # of the memory that there is: allocators and libraries round up
+HEADROOM = 0.95  # usable share of the memory: allocators and libraries round up
 
 
 class GPUMemory:
-    """Memory that torch holds on the current GPU."""
+    """Memory of torch on the current GPU."""
 
     def reset(self) -> None:
         """Begin a new peak."""
         torch.cuda.reset_peak_memory_stats()
 
     def peak(self) -> float:
-        """Most bytes that tensors have taken since `reset`."""
+        """Peak of the bytes in tensors since `reset`."""
         return float(torch.cuda.max_memory_allocated())
 
     def limit(self) -> float:
-        """Bytes that this process may take: its own and what is free."""
+        """Bytes that this process can have: its own and the free ones."""
         free, _ = torch.cuda.mem_get_info()
         return float(free + torch.cuda.memory_reserved())
 
@@ -55,12 +55,12 @@ class CPUMemory:
     """Resident memory of this process."""
 
     def reset(self) -> None:
-        """Begin a new peak, where the system lets one."""
-        with suppress(OSError):  # without it the peak is that of the process's life, no less
-            Path("/proc/self/clear_refs").write_text("5")  # Linux's way to start it anew
+        """Begin a new peak, where the system supports it."""
+        with suppress(OSError):  # else the peak is that of the whole process
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM on Linux
 
     def peak(self) -> float:
-        """Most bytes that the process has had in memory since `reset`."""
+        """Peak of the resident bytes since `reset`."""
         status = _numbers("/proc/self/status")
         if "VmHWM" in status:
             return status["VmHWM"] * 1024.0
@@ -68,7 +68,7 @@ class CPUMemory:
         return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
     def limit(self) -> float:
-        """What it has, and its share of what the machine, or the container, has left."""
+        """Its own bytes and its share of the free ones of the machine or container."""
         free = [_numbers("/proc/meminfo").get("MemAvailable", float("inf")) * 1024]
         for most, used in (  # version 2 of control groups, version 1
             ("memory.max", "memory.current"),
@@ -86,7 +86,7 @@ class CPUMemory:
 
 
 def _numbers(path: str) -> dict[str, int]:
-    """``Name:  123 kB`` lines of a file in /proc; nothing where there is none."""
+    """The ``Name:  123 kB`` lines of a file in /proc; empty if there is no such file."""
     try:
         lines = [line.split() for line in Path(path).read_text().splitlines()]
     except OSError:
@@ -99,7 +99,7 @@ def _numbers(path: str) -> dict[str, int]:
 
 
 def agree(value: float, operation: Any) -> float:
-    """The greatest or smallest value of all processes."""
+    """Reduce a value over all processes."""
     if comm.get_world_size() == 1:
         return value
     device = "cuda" if dist.get_backend() == dist.Backend.NCCL else "cpu"
@@ -115,7 +115,7 @@ def in_gb(count: float) -> str:
 
 @dataclass(frozen=True)
 class Report:
-    """What the worst batch needs.
+    """The memory that the worst batch needs.
 
     Attributes:
         size: width and height of its images, padded.
@@ -178,14 +178,14 @@ def preflight(
 ) -> Report:
     """Run forward and backward on the largest images with the most objects; measure the memory.
 
-    First with one image and with two, then, if that promises to fit, with as many as a pass has.
-    Weights, gradients, buffers, modes and random numbers are afterwards what they were, bit for
-    bit. All processes call it together.
+    First with one image and with two, then, if the result promises to fit, with a whole pass.
+    Weights, gradients, buffers, modes and random states are restored bit for bit. All processes
+    call this together.
 
     Args:
-        cfg: the run's; ``DATASETS.TRAIN`` are names in the catalog.
+        cfg: the config of the run, whose data sets are registered.
         model: loaded, on its device, not wrapped.
-        training_set: its images, if they are read already.
+        training_set: the images, if they are loaded already.
     """
     world_size = comm.get_world_size()
     images, batch = share(cfg, world_size), cfg.SOLVER.IMS_PER_BATCH
@@ -249,7 +249,7 @@ def _worst_image(
     item = build_train_mapper(largest)(training_set.images[index])
     own_height, own_width = item["image"].shape[1:]
     width, height = _canvas(cfg, training_set)
-    if (own_width > own_height) != (width > height):  # lying or standing takes the same memory
+    if (own_width > own_height) != (width > height):  # landscape and portrait take the same memory
         width, height = height, width
     right, below = max(0, width - own_width), max(0, height - own_height)
     item["image"] = F.pad(item["image"], (0, right, 0, below))
@@ -280,7 +280,7 @@ def _canvas(cfg: CfgNode, training_set: TrainingSet) -> tuple[int, int]:
 
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
-    """Put a model's buffers, gradients and modes, and all random numbers, back as they were."""
+    """Restore a model's buffers, gradients and modes, and all random states, on exit."""
     devices = {p.device for p in model.parameters() if p.is_cuda}
     states = random.getstate(), np.random.get_state()
     modes = [(module, module.training) for module in model.modules()]

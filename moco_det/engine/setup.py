@@ -1,4 +1,4 @@
-"""From a command line to a plan: everything that can be settled, and refused, before training."""
+"""Turn a command line into a plan: everything that can be settled or refused before training."""
 
 import textwrap
 from collections.abc import Sequence
@@ -17,16 +17,16 @@ from moco_det.checkpoint.detector_weights import holds_detector
 from moco_det.config.key_descriptions import explanation
 from moco_det.config.protocols import GROUP_NORM, deviations, load_config, split_name, stated_keys
 from moco_det.config.schedule_scaling import scale_schedule
-from moco_det.data.build import settle_data, with_registered_data
+from moco_det.data.build import settle_data
 from moco_det.data.samplers import share
 from moco_det.engine.train_step import precision
 
-__all__ = ["Options", "Plan", "prepare", "trials", "with_registered_data"]
+__all__ = ["Options", "Plan", "prepare", "trials"]
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line of ``train_net`` says; see its help."""
+    """Options of ``train_net``; see its help."""
 
     config: str | None = None
     train_data: Sequence[str] = ()
@@ -40,12 +40,12 @@ class Options:
     trial: int | None = None
     strict: bool = False
     explain: str | None = None  # a key, "" for the whole run, None to train
-    quiet: bool = False  # print nothing but warnings
+    quiet: bool = False  # print warnings only
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A resolved run, small enough to be sent to every process."""
+    """A resolved run, small enough to be passed to every process."""
 
     cfg: CfgNode
     notes: list[str] = field(default_factory=list)
@@ -57,12 +57,12 @@ class Plan:
 
 
 def prepare(options: Options) -> Plan:
-    """Resolve everything that can be known before training: config, architecture, data, schedule.
+    """Settle config, architecture, data and schedule, and register the data sets.
 
-    To explain a run is to resolve what is given; weights and data may then be missing.
+    With ``explain``, weights and data may be missing.
 
     Raises:
-        UserError: any contradiction or missing thing.
+        UserError: something is contradictory or missing.
     """
     explaining = options.explain is not None
     output_dir = _output_dir(options)
@@ -105,6 +105,7 @@ def prepare(options: Options) -> Plan:
     notes += _wrapped("scaled", scaled)
     _check_solver(cfg, world_size)
     notes += _wrapped("deviates", [line for line in deviations(cfg) if line not in scaled])
+    cfg.freeze()
     return Plan(
         cfg,
         notes,
@@ -117,9 +118,9 @@ def prepare(options: Options) -> Plan:
 
 
 def trials(plan: Plan, count: int | None) -> list[Plan]:
-    """The run itself, or ``count`` of them: seeds SEED, SEED + 1, ... into ``trial_0``, ...
+    """Return the run or ``count`` trials of it: seeds SEED, SEED + 1, ... in ``trial_0``, ...
 
-    With ``--resume``, finished trials are left out.
+    With ``--resume``, finished trials are skipped.
     """
     if count is None:
         if not plan.eval_only:
@@ -128,8 +129,10 @@ def trials(plan: Plan, count: int | None) -> list[Plan]:
     plans = []
     for k in range(count):
         cfg = plan.cfg.clone()
+        cfg.defrost()
         cfg.SEED += k
         cfg.OUTPUT_DIR = str(Path(plan.cfg.OUTPUT_DIR, f"trial_{k}"))
+        cfg.freeze()
         if plan.resume and Path(cfg.OUTPUT_DIR, "results.json").is_file() and not plan.eval_only:
             continue
         if not plan.eval_only:
@@ -140,7 +143,7 @@ def trials(plan: Plan, count: int | None) -> list[Plan]:
 
 
 def _wrapped(title: str, changes: Sequence[str]) -> list[str]:
-    """Changes as lines of a readable length under one title."""
+    """Wrap changes into lines of readable length under one title."""
     text = ", ".join(change.replace(" ", "\xa0") for change in changes)  # break between them only
     lines = textwrap.wrap(text, 100, break_long_words=False, break_on_hyphens=False)
     return [f"{title:<10} {line}".replace("\xa0", " ") for line in lines]
@@ -157,20 +160,20 @@ def _settle_device(cfg: CfgNode, explicit: Sequence[str], world_size: int) -> li
 
 
 def _output_dir(options: Options) -> Path | None:
-    """The run directory on the command line; a single trial has its own below it."""
+    """Return the run directory; a single trial has its own below that of the command line."""
     if options.trial is None:
         return Path(options.output_dir) if options.output_dir else None
     if options.trials is not None:
-        raise UserError("--trial K is one of the runs of --trials N: give one of the two.")
+        raise UserError("--trial and --trials exclude each other: pass one of the two.")
     if options.trial < 0:
-        raise UserError(f"--trial counts from 0: {options.trial} is none.")
+        raise UserError(f"--trial must be at least 0, not {options.trial}.")
     if not options.output_dir:
-        raise UserError("--trial K needs --output-dir DIR, where its folder trial_K goes.")
+        raise UserError("--trial K needs --output-dir DIR, the parent of its folder trial_K.")
     return Path(options.output_dir, f"trial_{options.trial}")
 
 
 def _config_of_run(own: Path | None, options: Options) -> str:
-    """The config that a run has left in its directory, to go on with it or to evaluate it."""
+    """Return the config of an existing run, to resume or evaluate it."""
     goes_on = options.resume or options.eval_only
     if own and own.is_file() and (goes_on or options.explain is not None):
         return str(own)
@@ -179,7 +182,7 @@ def _config_of_run(own: Path | None, options: Options) -> str:
 
 
 def _check_start(cfg: CfgNode) -> None:
-    """A protocol says whether it starts from weights; the weights must agree."""
+    """Check that weights are given if, and only if, the protocol starts from weights."""
     base, start = split_name(cfg.PROTOCOL)
     path = cfg.MODEL.WEIGHTS
     if cfg.PROTOCOL and start == "random" and path:
@@ -204,7 +207,7 @@ def _check_dilation(cfg: CfgNode) -> None:
 
 
 def _settle_weights(cfg: CfgNode, explicit: Sequence[str]) -> list[str]:
-    """Architecture and pixel statistics from the weights."""
+    """Take architecture and pixel statistics from the weights."""
     path, like = cfg.MODEL.WEIGHTS, cfg.MODEL.ARCHITECTURE_FROM
     if like and path:
         raise UserError(
@@ -234,12 +237,12 @@ def _check_solver(cfg: CfgNode, world_size: int) -> None:
 
 
 def _check_output_dir(directory: Path, resume: bool) -> None:
-    """Refuse a folder with another run in it; what a start leaves that trained nothing is none."""
+    """Refuse a folder with another run; one that ended before training does not count."""
     if resume or comm.rank() > 0 or not directory.is_dir():
         return
     left = (".", "log.txt", "findings.json", run_lock.NAME)
     if any(not entry.name.startswith(left) for entry in directory.iterdir()):
         finished = "a finished run" if (directory / "results.json").is_file() else "files already"
         raise UserError(
-            f"{directory} holds {finished}: choose another --output-dir, or go on with --resume."
+            f"{directory} holds {finished}: choose another --output-dir, or continue with --resume."
         )

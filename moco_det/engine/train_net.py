@@ -1,11 +1,13 @@
-"""A run from its plan: start the processes, train, evaluate."""
+"""Fine-tuning from the command line: settle the run, start its processes, train, evaluate."""
 
 import os
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
@@ -13,7 +15,7 @@ from detectron2.utils.env import seed_all_rng
 from moco_common import comm as ranks
 from moco_common.errors import UserError
 from moco_common.files import full_disk_left_to_caller, remove_unfinished, replace_text
-from moco_common.launch import launch, under_torchrun
+from moco_common.launch import check_processes, launch, restarted, under_torchrun
 from moco_common.run_lock import RunLock
 from moco_common.text import duration
 from moco_det.checkpoint.detector_weights import (
@@ -23,7 +25,7 @@ from moco_det.checkpoint.detector_weights import (
     read_detector,
 )
 from moco_det.checkpoint.run_checkpointer import newest_checkpoints
-from moco_det.data.build import with_registered_data
+from moco_det.data.catalog import SharedData, add_entries, own_entries
 from moco_det.data.register import write_findings
 from moco_det.data.samplers import TrainingSet, load_training_set
 from moco_det.engine.console_log import log, logging_to
@@ -32,35 +34,72 @@ from moco_det.engine.setup import Options, Plan, prepare, trials
 from moco_det.engine.trainer import build_trainer, evaluate
 from moco_det.modeling.detector import build_detector
 
-FINDINGS = "findings.json"  # everything that was wrong in own data, with file and object
+FINDINGS = "findings.json"  # all faults of own data, with file and object
 PREFLIGHTS = ("auto", "always", "only", "never")
 
 
 def train_net(options: Options) -> None:
-    """Do what the command line says: one run, or ``trials`` of them with consecutive seeds.
+    """Run once, or ``trials`` times with consecutive seeds.
 
     Raises:
-        UserError: a mistake in the input, found before anything is written where that can be.
+        UserError: the input is wrong; nothing is written if that is known beforehand.
         Stopped: a signal ended the run; its state is saved.
     """
+    if under_torchrun():
+        check_processes(options.num_gpus)
+        launch(_settle_and_run, options.num_gpus, options)
+        return
     plan = prepare(options)
-    launch(_run_trials, options.num_gpus, plan, options.trials)
+    data = SharedData(_data_sets(plan.cfg)) if options.num_gpus > 1 else None
+    launch(_run_trials, options.num_gpus, plan, options.trials, data)
 
 
-def _run_trials(plan: Plan, count: int | None) -> None:
-    """Do this rank's part of the runs; all ranks resume if one was restarted."""
+def _data_sets(cfg: CfgNode) -> tuple[str, ...]:
+    return (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
+
+
+def _run_trials(plan: Plan, count: int | None, data: SharedData | None) -> None:
+    """Do this rank's part of the runs."""
     if ranks.world_size() > 1:
-        local = int(os.environ["LOCAL_WORLD_SIZE"]) if under_torchrun() else ranks.world_size()
-        comm.create_local_process_group(local)
-    plan = replace(plan, resume=bool(ranks.maximum(int(plan.resume))))
+        comm.create_local_process_group(ranks.world_size())
+    if data is not None:
+        data.register()
     for trial in trials(plan, count):
         run(trial)
 
 
+def _settle_and_run(options: Options) -> None:
+    """Settle the runs and read their data on the first rank of torchrun's, and run on all.
+
+    Hosts need not share a folder: the data are broadcast. All ranks resume if one was restarted.
+    """
+    if ranks.world_size() > 1:
+        comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+    resume = bool(ranks.maximum(int(options.resume or restarted())))
+    settled: list[Any] = [None, None, None]
+    if comm.is_main_process():
+        try:
+            plan = replace(prepare(options), resume=resume)
+            settled = [trials(plan, options.trials), own_entries(_data_sets(plan.cfg)), None]
+        except UserError as error:
+            settled[2] = error
+    comm.all_gather(None)  # wait for the reading without occupying a GPU
+    if ranks.world_size() > 1:
+        dist.broadcast_object_list(settled)
+    plans, data, mistake = settled
+    if mistake is not None:
+        raise mistake
+    if not comm.is_main_process():
+        add_entries(data)
+    for plan in plans:
+        run(plan)
+
+
 def run(plan: Plan) -> None:
-    """Train and evaluate one resolved run; every rank calls this together."""
+    """Train and evaluate one resolved run, whose data are registered; all ranks call this."""
+    cfg = plan.cfg
     rank = comm.get_rank()
-    output_dir = Path(plan.cfg.OUTPUT_DIR)
+    output_dir = Path(cfg.OUTPUT_DIR)
     writes = rank == 0 and not plan.eval_only
     with (
         RunLock(output_dir, held=writes),
@@ -72,19 +111,19 @@ def run(plan: Plan) -> None:
                 remove_unfinished(folder)
         for note in plan.notes:
             log.info(note)
-        cfg = with_registered_data(plan.cfg, plan.eval_only)
         if writes:
-            write_findings([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST], output_dir / FINDINGS)
-        seed_all_rng(plan.cfg.SEED % 2**31)  # the same weights on all ranks
+            write_findings(_data_sets(cfg), output_dir / FINDINGS)
+        seed_all_rng(cfg.SEED % 2**31)  # the same weights on all ranks
         torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
         model = build_detector(cfg)
         if plan.eval_only:
-            _evaluate_only(plan, cfg, model)
+            _evaluate_only(plan, model)
         else:
-            _train(plan, cfg, model)
+            _train(plan, model)
 
 
-def _train(plan: Plan, cfg: CfgNode, model: torch.nn.Module) -> None:
+def _train(plan: Plan, model: torch.nn.Module) -> None:
+    cfg = plan.cfg
     output_dir = Path(cfg.OUTPUT_DIR)
     resuming = plan.resume and bool(newest_checkpoints(output_dir))
     if cfg.MODEL.WEIGHTS and not resuming:
@@ -94,12 +133,12 @@ def _train(plan: Plan, cfg: CfgNode, model: torch.nn.Module) -> None:
     training_set = load_training_set(cfg)
     if not _fits(cfg, model, training_set):
         return
-    trainer = build_trainer(cfg, model, plan.cfg, training_set=training_set, resume=resuming)
+    trainer = build_trainer(cfg, model, training_set=training_set, resume=resuming)
     if comm.is_main_process():
-        replace_text(output_dir / "config.yaml", plan.cfg.dump())
+        replace_text(output_dir / "config.yaml", cfg.dump())
     if trainer.start_iter >= trainer.max_iter:
         if cfg.DATASETS.TEST:
-            evaluate(cfg, model, run=plan.cfg, iteration=trainer.max_iter)
+            evaluate(cfg, model, iteration=trainer.max_iter)
         return
     start = time.perf_counter()
     trainer.fit()
@@ -107,10 +146,10 @@ def _train(plan: Plan, cfg: CfgNode, model: torch.nn.Module) -> None:
 
 
 def _fits(cfg: CfgNode, model: torch.nn.Module, training_set: TrainingSet) -> bool:
-    """Try the worst batch, where the config wants it; whether to go on.
+    """Try the worst batch if the config asks for it; return whether to train.
 
     Raises:
-        UserError: it does not fit.
+        UserError: the batch does not fit.
     """
     when = cfg.PREFLIGHT
     if when not in PREFLIGHTS:
@@ -125,8 +164,9 @@ def _fits(cfg: CfgNode, model: torch.nn.Module, training_set: TrainingSet) -> bo
     return bool(when != "only")
 
 
-def _evaluate_only(plan: Plan, cfg: CfgNode, model: torch.nn.Module) -> None:
-    """Evaluate the weights that the user names, else the run's newest, else the config's."""
+def _evaluate_only(plan: Plan, model: torch.nn.Module) -> None:
+    """Evaluate the weights from the command line, else the run's newest, else the config's."""
+    cfg = plan.cfg
     path = cfg.MODEL.WEIGHTS
     newest = newest_checkpoints(cfg.OUTPUT_DIR)
     if newest and "MODEL.WEIGHTS" not in plan.explicit:
@@ -134,15 +174,10 @@ def _evaluate_only(plan: Plan, cfg: CfgNode, model: torch.nn.Module) -> None:
     if not path or not holds_detector(path):
         raise UserError(
             f"nothing to evaluate: there is no checkpoint in {cfg.OUTPUT_DIR}, and MODEL.WEIGHTS "
-            f"({path or 'empty'}) is no detector."
+            f"({path or 'empty'}) is not a detector: train first, or set MODEL.WEIGHTS."
         )
     checkpoint = read_detector(path)
     load_detector(model, checkpoint["model"], source=path)
     log.info("loaded     %s: the whole detector", path)
     iteration = checkpoint.get("iteration")
-    evaluate(
-        cfg,
-        model,
-        run=plan.cfg,
-        iteration=None if iteration is None else iteration + 1,
-    )
+    evaluate(cfg, model, iteration=None if iteration is None else iteration + 1)

@@ -1,4 +1,4 @@
-"""One optimisation step, made of one or several forward and backward passes."""
+"""One optimisation step of one or several forward and backward passes."""
 
 import math
 import time
@@ -31,9 +31,9 @@ class TrainStep:
         batches: starts the micro-batches of iterations [first, last): ``(number, batch)`` each,
             ``passes`` an iteration.
         optimizer: steps once for all passes.
-        passes: micro-batches of a step.
-        seed: with the number of a micro-batch it decides what the model draws.
-        dtype: of autocast, None for none; with float16 (GPU only) the loss is scaled.
+        passes: micro-batches per step.
+        seed: with the number of a micro-batch, it determines the random numbers of the model.
+        dtype: dtype of autocast, None to disable it; with float16 (GPU only) the loss is scaled.
     """
 
     def __init__(
@@ -68,8 +68,8 @@ class TrainStep:
             seconds that the slowest process waited for data, ``data_time``.
 
         Raises:
-            UserError: on every process, if a loss of any is not finite. Neither weights nor
-                optimizer have changed then.
+            UserError: on every process, if a loss of any is not finite. Weights and optimizer are
+                unchanged.
         """
         self.optimizer.zero_grad()
         rows: list[dict[str, Tensor]] = []
@@ -106,7 +106,7 @@ class TrainStep:
         table = torch.stack([torch.stack(list(row.values())) for row in rows])  # passes x losses
         mean = table.mean(0)
         if comm.get_world_size() > 1:
-            dist.all_reduce(mean)  # what is not finite stays so: all processes see it
+            dist.all_reduce(mean)  # a loss that is not finite stays so on all processes
             mean /= comm.get_world_size()
         losses = dict(zip(rows[0], mean.tolist(), strict=True))
         if not all(map(math.isfinite, losses.values())):
@@ -119,7 +119,7 @@ class TrainStep:
             raise UserError(
                 f"the loss is not finite in iteration {iteration + 1} ({wrong}), on the images "
                 f"{found}; nothing was saved since the last checkpoint: lower SOLVER.BASE_LR or "
-                "lengthen SOLVER.WARMUP_ITERS, and go on with --resume."
+                "lengthen SOLVER.WARMUP_ITERS, and continue with --resume."
             )
         return {"total_loss": sum(losses.values()), **losses}
 
@@ -134,7 +134,7 @@ class TrainStep:
         return state if self.scaler is None else state | {"grad_scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`; without a scaler in it, with a new one."""
+        """Restore `state_dict`; without a scaler in it, keep a new one."""
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scaler is not None and "grad_scaler" in state:
             self.scaler.load_state_dict(state["grad_scaler"])
@@ -149,7 +149,7 @@ def forward_backward(
     """Add the gradient of a batch to those of the parameters.
 
     Args:
-        dtype: of autocast; None for none.
+        dtype: dtype of autocast; None to disable it.
         scale: applied to the loss before the backward pass.
 
     Returns:
@@ -164,10 +164,10 @@ def forward_backward(
 
 
 def precision(cfg: CfgNode) -> torch.dtype | None:
-    """What autocast computes in; None without it.
+    """Return the dtype of autocast; None without autocast.
 
     Raises:
-        UserError: an unknown precision, or one that the device does not do.
+        UserError: the precision is unknown, or the device does not support it.
     """
     if not cfg.SOLVER.AMP.ENABLED:
         return None

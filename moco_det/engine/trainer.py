@@ -1,4 +1,4 @@
-"""The fine-tuning run: Detectron2's loop with what transfer needs.
+"""The fine-tuning loop: Detectron2's ``TrainerBase`` with resumable, reproducible training.
 
 ``build_trainer`` and ``evaluate`` read the config; ``Trainer`` takes explicit arguments.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog, build_detection_test_loader
+from detectron2.data import build_detection_test_loader
 from detectron2.engine import HookBase, TrainerBase, create_ddp_model, hooks
 from detectron2.evaluation import inference_on_dataset
 from detectron2.solver import build_lr_scheduler, build_optimizer
@@ -48,9 +48,9 @@ log = logging.getLogger(__name__)
 class Trainer(TrainerBase):
     """A training run: step, schedule, checkpoints and hooks, on one process or under DDP.
 
-    Not ``DefaultTrainer``: its constructor gives DDP a device id, which processes on CPUs have
-    not. State and files are the same. Nothing else is needed to go on: which images come and what
-    is drawn at random follow from the seed and the iteration.
+    ``DefaultTrainer`` does not serve: its constructor gives DDP a device id, which processes on
+    CPUs lack. State and files are the same. They suffice to resume: the images and all random
+    numbers follow from the seed and the iteration.
 
     Args:
         step: takes one optimisation step; owns model, batches and optimizer.
@@ -85,7 +85,7 @@ class Trainer(TrainerBase):
         self.storage.put_scalars(**self.step(self.iter))
 
     def resume(self) -> bool:
-        """Go on from the newest checkpoint of the run directory; False where there is none."""
+        """Resume from the newest checkpoint of the run directory; False if there is none."""
         if self.checkpointer.load_newest() is None:
             return False
         self.start_iter = self.iter + 1  # the checkpoint holds the iteration that was just done
@@ -95,8 +95,8 @@ class Trainer(TrainerBase):
         """Train from ``start_iter`` to ``max_iter``.
 
         Raises:
-            UserError: an image that cannot be read, or a loss or weight that is not finite.
-            Stopped: the run was asked to stop, and has saved its state.
+            UserError: an image cannot be read, or a loss or weight is not finite.
+            Stopped: a signal ended the run; its state is saved.
         """
         self.step.start(self.start_iter, self.max_iter)
         self.step.model.train()
@@ -105,7 +105,7 @@ class Trainer(TrainerBase):
                 self.train(self.start_iter, self.max_iter)
         except Stopped:  # after the last line of progress
             done = min(self.iter + 1, self.max_iter)
-            log.warning("stopped    after iteration %d, saved: go on with --resume", done)
+            log.warning("stopped    after iteration %d, saved: continue with --resume", done)
             raise
         finally:
             self.step.close()
@@ -121,22 +121,20 @@ class Trainer(TrainerBase):
 def build_trainer(
     cfg: CfgNode,
     model: nn.Module,
-    run: CfgNode,
     *,
     training_set: TrainingSet | None = None,
     resume: bool = False,
 ) -> Trainer:
-    """The trainer of a loaded model.
+    """Build the trainer of a loaded model.
 
     Args:
-        cfg: the config whose ``DATASETS`` are names in the catalog.
+        cfg: the config of the run, whose data sets are registered.
         model: from :func:`build_detector`, weights loaded, not wrapped.
-        run: the config that is recorded, with the data sets as the user gave them.
-        training_set: its images, if they are read already.
-        resume: go on from the run's newest checkpoint, if there is one.
+        training_set: the images, if they are loaded already.
+        resume: whether to resume from the newest checkpoint of the run, if there is one.
 
     Raises:
-        UserError: a layer or a BN would not be trained, or a batch that cannot be shared.
+        UserError: a layer or a BN would not be trained, or the batch is not divisible.
     """
     assert_all_trained(model, cfg.MODEL.BACKBONE.FREEZE_AT)
     world_size = comm.get_world_size()
@@ -183,7 +181,7 @@ def build_trainer(
         )
     if comm.is_main_process():
         trainer.register_hooks([TerminalBar()])  # first: its figure is then that of the line above
-    trainer.register_hooks(_build_hooks(cfg, trainer, run, precise))
+    trainer.register_hooks(_build_hooks(cfg, trainer, precise))
     if resume and trainer.resume():
         log.info("resumed    at iteration %d of %d", trainer.start_iter, trainer.max_iter)
     if comm.is_main_process():
@@ -192,17 +190,14 @@ def build_trainer(
 
 
 def _build_hooks(
-    cfg: CfgNode,
-    trainer: Trainer,
-    run: CfgNode,
-    precise: PreciseBN | None,
+    cfg: CfgNode, trainer: Trainer, precise: PreciseBN | None
 ) -> Sequence[HookBase | None]:
     """In Detectron2's order: statistics, then checkpoint, then evaluation; the writers follow."""
     proxy = weakref.proxy(trainer)
 
     def test() -> dict[str, Any]:
         done = min(proxy.iter + 1, proxy.max_iter)
-        return evaluate(cfg, proxy.model, run=run, iteration=done)
+        return evaluate(cfg, proxy.model, iteration=done)
 
     return [
         hooks.IterationTimer(),
@@ -224,19 +219,12 @@ def _build_writer(cfg: CfgNode, start_iter: int) -> HookBase:
     return Writers(writers, cfg.LOG_PERIOD, metrics.parent)
 
 
-def evaluate(
-    cfg: CfgNode,
-    model: nn.Module,
-    *,
-    run: CfgNode | None = None,
-    iteration: int | None = None,
-) -> dict[str, Any]:
+def evaluate(cfg: CfgNode, model: nn.Module, *, iteration: int | None = None) -> dict[str, Any]:
     """Evaluate on the test set and write ``results.json``.
 
     Args:
-        cfg: a config whose ``DATASETS.TEST`` is the name of one registered data set.
-        model: the detector; all ranks call this together, each sees its share of the images.
-        run: the config to record (``cfg`` by default).
+        cfg: the config of the run, whose test set is registered.
+        model: the detector. All ranks call this together; each evaluates its share of the images.
         iteration: how long the model was trained, for the record.
 
     Returns:
@@ -244,16 +232,17 @@ def evaluate(
         the first rank, AP in percent; an empty dict on the others.
     """
     (name,) = cfg.DATASETS.TEST
-    metadata = MetadataCatalog.get(name)
     evaluator = build_evaluator(
         name,
         tasks=evaluated_tasks(cfg, name),
         output_dir=str(Path(cfg.OUTPUT_DIR, "inference")),
         sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
     )
-    workers = min(cfg.DATALOADER.NUM_WORKERS, cpu_count())
     loader = build_detection_test_loader(
-        cfg, name, mapper=build_test_mapper(cfg), num_workers=workers
+        cfg,
+        name,
+        mapper=build_test_mapper(cfg),
+        num_workers=min(cfg.DATALOADER.NUM_WORKERS, cpu_count()),
     )
     loop = Loop("evaluating", len(loader), say=log.info, period=10.0)
     with printing_to_log():  # pycocotools prints its tables
@@ -263,6 +252,5 @@ def evaluate(
     results = {task: with_classes_apart(scores) for task, scores in results.items()}
     for task, scores in results.items():
         log.info("%-10s %s", task, headline(scores))
-    recorded = run or cfg
-    write_results(recorded, results, metadata.get("spec", name), iteration, explanation(recorded))
+    write_results(cfg, results, name, iteration, explanation(cfg))
     return results

@@ -1,9 +1,10 @@
-"""Evaluators, chosen by a data set's metadata."""
+"""Evaluators by ``evaluator_type``, the key by which Detectron2 registers its data sets."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -16,23 +17,29 @@ from moco_det.evaluation.lvis_evaluation import LVISEvaluator
 from moco_det.evaluation.pascal_voc_evaluation import VOCEvaluator
 from moco_det.evaluation.sem_seg_evaluation import SemanticEvaluator
 
-__all__ = [
-    "CityscapesInstanceEvaluator",
-    "InstanceEvaluator",
-    "LVISEvaluator",
-    "SemanticEvaluator",
-    "VOCEvaluator",
-    "build_evaluator",
-]
-# evaluator_type -> the tasks that its metrics know.
-TASKS = {
-    "voc": ("bbox",),
-    "pascal_voc": ("bbox",),
-    "coco": ("bbox", "segm", "keypoints"),
-    "lvis": ("bbox", "segm"),
-    "cityscapes_instance": ("segm",),
-    "cityscapes_sem_seg": ("sem_seg",),
-    "sem_seg": ("sem_seg",),
+__all__ = ["build_evaluator", "evaluated_tasks"]
+
+
+class _Kind(NamedTuple):
+    """How data sets of one ``evaluator_type`` are evaluated."""
+
+    evaluator: Callable[..., DatasetEvaluator]
+    tasks: tuple[str, ...]  # that its metrics know
+    options: tuple[str, ...] = ()  # of `build_evaluator` that it takes
+
+
+_VOC = _Kind(VOCEvaluator, ("bbox",), ("output_dir", "metric"))
+_SEMANTIC = _Kind(SemanticEvaluator, ("sem_seg",))
+_KINDS = {
+    "voc": _VOC,
+    "pascal_voc": _VOC,
+    "coco": _Kind(
+        InstanceEvaluator, ("bbox", "segm", "keypoints"), ("output_dir", "tasks", "sigmas")
+    ),
+    "lvis": _Kind(LVISEvaluator, ("bbox", "segm"), ("output_dir", "tasks")),
+    "cityscapes_instance": _Kind(CityscapesInstanceEvaluator, ("segm",), ("output_dir",)),
+    "cityscapes_sem_seg": _SEMANTIC,
+    "sem_seg": _SEMANTIC,
 }
 
 
@@ -45,15 +52,15 @@ def build_evaluator(
     metric: str | None = None,
     sigmas: Sequence[float] = (),
 ) -> DatasetEvaluator:
-    """The evaluator for a registered data set.
+    """Return the evaluator for a registered data set.
 
     Args:
         dataset_name: a name in Detectron2's catalogs, such as one from
             :func:`moco_det.data.register.register`.
-        tasks: some of "bbox", "segm", "keypoints" and "sem_seg"; by default what the predictions
-            and the data both hold.
-        output_dir: where the predictions go, as ``coco_instances_results.json``, and what else the
-            evaluator writes.
+        tasks: some of "bbox", "segm", "keypoints" and "sem_seg"; by default those that
+            the predictions and the data both hold.
+        output_dir: for the predictions, ``coco_instances_results.json``, and the evaluator's
+            other files.
         distributed: whether the predictions of all ranks are gathered; all must then call it.
         metric: VOC only: "11-point" or "all-point"; by default 11-point for VOC 2007.
         sigmas: of the object keypoint similarity, one a keypoint; by default COCO's.
@@ -67,59 +74,44 @@ def build_evaluator(
         UserError: the data set is not registered, lacks what ``tasks`` asks for, or its metrics
             need a package that is not installed.
     """
-    if dataset_name not in DatasetCatalog:
-        raise UserError(f"'{dataset_name}' is not registered: register the data set first")
-    kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
-    if kind not in TASKS:
-        raise UserError(
-            f"there is no evaluator for {dataset_name}, whose evaluator_type is {kind!r}: "
-            f"there are {', '.join(TASKS)}"
-        )
-    if tasks is not None and not set(tasks) <= set(TASKS[kind]):
-        known = " and ".join(TASKS[kind])
-        only = "has boxes only" if TASKS[kind] == ("bbox",) else f"is evaluated for {known}"
+    kind = _kind(dataset_name)
+    if tasks is not None and not set(tasks) <= set(kind.tasks):
+        known = " and ".join(kind.tasks)
+        only = "has boxes only" if kind.tasks == ("bbox",) else f"is evaluated for {known}"
         raise UserError(f"{dataset_name} {only}: it cannot be evaluated for {tasks}")
-    if kind in ("voc", "pascal_voc"):
-        return VOCEvaluator(
-            dataset_name, output_dir=output_dir, distributed=distributed, metric=metric
-        )
-    if kind in ("sem_seg", "cityscapes_sem_seg"):
-        return SemanticEvaluator(dataset_name, distributed=distributed)
-    if kind == "cityscapes_instance":
-        return CityscapesInstanceEvaluator(
-            dataset_name, output_dir=output_dir, distributed=distributed
-        )
-    if kind == "lvis":
-        return LVISEvaluator(
-            dataset_name,
-            tasks=("bbox", "segm") if tasks is None else tasks,
-            output_dir=output_dir,
-            distributed=distributed,
-        )
-    return InstanceEvaluator(
-        dataset_name, tasks=tasks, output_dir=output_dir, distributed=distributed, sigmas=sigmas
-    )
-
-
-_KINDS = {
-    "voc": ("bbox",),
-    "pascal_voc": ("bbox",),
-    "sem_seg": ("sem_seg",),
-    "cityscapes_sem_seg": ("sem_seg",),
-    "cityscapes_instance": ("segm",),
-}
+    options = {"output_dir": output_dir, "tasks": tasks, "metric": metric, "sigmas": sigmas}
+    taken = {name: options[name] for name in kind.options}
+    return kind.evaluator(dataset_name, distributed=distributed, **taken)
 
 
 def evaluated_tasks(cfg: CfgNode, dataset_name: str) -> tuple[str, ...]:
-    """The tasks that both the model and a registered data set have.
+    """Return the tasks that both the model and a registered data set have.
 
-    Returns:
-        Some of "bbox", "segm" and "keypoints", or "sem_seg".
+    Raises:
+        UserError: there is none.
     """
-    metadata = MetadataCatalog.get(dataset_name)
-    kind = metadata.evaluator_type
-    if kind in _KINDS:
-        return _KINDS[kind]
-    masks = cfg.MODEL.MASK_ON and metadata.get("has_masks", True)
-    keypoints = cfg.MODEL.KEYPOINT_ON and metadata.get("keypoint_names")
-    return ("bbox", *(["segm"] if masks else []), *(["keypoints"] if keypoints else []))
+    metadata, tasks = MetadataCatalog.get(dataset_name), _kind(dataset_name).tasks
+    lacking = set()
+    if not (cfg.MODEL.MASK_ON and metadata.get("has_masks", True)):
+        lacking.add("segm")
+    if not (cfg.MODEL.KEYPOINT_ON and metadata.get("keypoint_names")):
+        lacking.add("keypoints")
+    common = tuple(task for task in tasks if task not in lacking)
+    if not common:
+        raise UserError(
+            f"{dataset_name} is evaluated for {' and '.join(tasks)}, which the model does not "
+            "predict: choose another protocol or test set."
+        )
+    return common
+
+
+def _kind(dataset_name: str) -> _Kind:
+    if dataset_name not in DatasetCatalog:
+        raise UserError(f"'{dataset_name}' is not registered: register the data set first")
+    kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
+    if kind not in _KINDS:
+        raise UserError(
+            f"there is no evaluator for {dataset_name}, whose evaluator_type is {kind!r}: "
+            f"there are {', '.join(_KINDS)}"
+        )
+    return _KINDS[kind]

@@ -22,7 +22,7 @@ from moco_common.files import write_json_atomically
 from moco_det.data.datasets.label_files import read_labels
 from moco_det.evaluation.gather import PREDICTIONS_FILE, images_once, shares_of_ranks
 
-# Cityscapes' label ids. An instance has the id label * 1000 + number, a group its label alone.
+# Cityscapes' label ids. An instance has the id label * 1000 + number, a group its label.
 LABELS = {
     "person": 24,
     "rider": 25,
@@ -39,7 +39,7 @@ MIN_PIXELS = 100  # smaller annotated instances need not be found
 
 
 class Overlaps(NamedTuple):
-    """What one class of one image comes to, for P predictions and G annotated regions.
+    """The overlaps of one class in one image, for P predictions and G annotated regions.
 
     Attributes:
         scores: (P,) float64.
@@ -77,7 +77,7 @@ class CityscapesInstanceEvaluator(DatasetEvaluator):
         self.reset()
 
     def reset(self) -> None:
-        """Forget what was counted."""
+        """Clear the counts."""
         # Of each image its id, its overlaps by class, and its predictions in COCO's format.
         self.found: list[tuple[str, list[Overlaps], list[dict[str, Any]]]] = []
 

@@ -29,7 +29,7 @@ OTHER_SIGMA = 0.07  # the mean of COCO's 17, for keypoints that nobody has measu
 
 
 class _Share(NamedTuple):
-    """What one process predicted: its images, the results of each, and the tasks these carry."""
+    """The predictions of one process: its images, the results of each, and their tasks."""
 
     images: list[Any]
     results: list[list[dict[str, Any]]]
@@ -41,8 +41,8 @@ class InstanceEvaluator(DatasetEvaluator):
 
     Data sets with a ``json_file`` (Detectron2's own) are evaluated on that file, own ones on what
     their reader kept. Writes the predictions in COCO's result format. The results have the names
-    of Detectron2's ``COCOEvaluator``; unlike there, nothing detected is an AP of 0, and AP by
-    class is right for any order of the classes' ids.
+    of Detectron2's ``COCOEvaluator``. Unlike there, no detection at all is an AP of 0, and AP by
+    class is correct for any order of the category ids.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class InstanceEvaluator(DatasetEvaluator):
             max_detections, library: as in :func:`moco_det.evaluation.coco_metrics.coco_metrics`.
 
         Raises:
-            UserError: the data lack what ``tasks`` asks for.
+            UserError: the data lack one of the ``tasks``.
         """
         metadata = MetadataCatalog.get(dataset_name)
         self._name = dataset_name

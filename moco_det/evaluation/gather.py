@@ -1,4 +1,4 @@
-"""The shares of all ranks, gathered so that every image counts once."""
+"""Gathering of the predictions of all ranks, each image once."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from detectron2.utils import comm
 from moco_common.errors import UserError
 
 logger = logging.getLogger(__name__)
-Share = TypeVar("Share")  # what one rank has seen, as an evaluator keeps it
+Share = TypeVar("Share")  # what an evaluator keeps on one rank
 PREDICTIONS_FILE = "coco_instances_results.json"  # Detectron2's name for COCO's result format
 
 
 def shares_of_ranks(share: Share, distributed: bool) -> list[Share] | None:
-    """What every rank has gathered for itself, in rank order, on the first rank; None elsewhere.
+    """Gather the shares of all ranks, in rank order, on the first rank; None elsewhere.
 
     Args:
-        distributed: False where each rank evaluates alone: its own share only. If True, all ranks
-            must call.
+        distributed: whether to gather; all ranks must then call this. If False, the result is
+            this rank's share alone.
     """
     if not distributed:
         return [share]
@@ -31,21 +31,21 @@ def shares_of_ranks(share: Share, distributed: bool) -> list[Share] | None:
 def images_once(
     dataset_name: str, seen: Sequence[Any], expected: Iterable[Any] | None = None
 ) -> list[int]:
-    """Which of the evaluated images count, each once: a repeated one would change the metric.
+    """Select each evaluated image once, as a repeated one would change the metric.
 
-    A sampler that fills up the shares of its processes gives some images to two of them; only
-    the first of equal ones is taken, and a warning says how many were not.
+    A sampler that pads the shares of its processes gives some images to two of them. Only the
+    first occurrence counts, with a warning.
 
     Args:
-        seen: the image ids in the order of their predictions, of all processes.
+        seen: the image ids of all processes, in the order of their predictions.
         expected: the data set's image ids.
 
     Returns:
         Indices into ``seen``, in the order of ``expected`` (of ``seen`` where there is none), so
-        that what follows does not depend on how the images were shared out.
+        that the result does not depend on the distribution over processes.
 
     Raises:
-        UserError: an image is unknown, or was not evaluated.
+        UserError: an image is unknown or was not evaluated.
     """
     first: dict[Any, int] = {}
     for index, image in enumerate(seen):

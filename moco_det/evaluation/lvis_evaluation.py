@@ -34,7 +34,7 @@ class LVISEvaluator(DatasetEvaluator):
 
     Args:
         dataset_name: registered by Detectron2 as LVIS; its metadata name the JSON file.
-        tasks: some of "bbox" and "segm".
+        tasks: some of "bbox" and "segm"; by default both.
         output_dir: where the predictions go.
         distributed: whether the predictions of all ranks are gathered; all must then call it.
 
@@ -46,7 +46,7 @@ class LVISEvaluator(DatasetEvaluator):
         self,
         dataset_name: str,
         *,
-        tasks: Sequence[str],
+        tasks: Sequence[str] | None = None,
         output_dir: str | os.PathLike[str],
         distributed: bool = True,
     ) -> None:
@@ -54,13 +54,13 @@ class LVISEvaluator(DatasetEvaluator):
             raise UserError("LVIS's metrics need hotcoco: pip install 'moco-det[fast-eval]'.")
         self.metadata = MetadataCatalog.get(dataset_name)
         self.dataset_name = dataset_name
-        self.tasks = tuple(tasks)
+        self.tasks = tuple(tasks or ("bbox", "segm"))
         self.output_dir = Path(output_dir)
         self.distributed = distributed
         self.reset()
 
     def reset(self) -> None:
-        """Forget the predictions."""
+        """Clear the predictions."""
         # Of each image its id and what was found in it.
         self.found: list[tuple[Any, list[dict[str, Any]]]] = []
 

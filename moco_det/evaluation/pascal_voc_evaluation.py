@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Share(NamedTuple):
-    """What one process predicted: few large arrays, which are gathered faster than many."""
+    """The predictions of one process, in a few large arrays that are gathered quickly."""
 
     images: list[Any]
     counts: list[int]  # detections of each image
@@ -46,7 +46,7 @@ class VOCEvaluator(DatasetEvaluator):
     Writes the predictions and ``voc_results.json`` (AP of each class at each IoU threshold).
 
     In own data, a class without a countable object has AP NaN and is left out of the means; in
-    Detectron2's own data sets it is what Detectron2 makes of it (see
+    Detectron2's own data sets it has the value that Detectron2 gives it (see
     :func:`moco_det.evaluation.pascal_voc_ap.average_precisions`). VOC's test sets have no such
     class.
     """
@@ -65,7 +65,7 @@ class VOCEvaluator(DatasetEvaluator):
         self.metric = metric or ("11-point" if year == 2007 else "all-point")
         if self.metric not in METRICS:
             raise UserError(f"'{metric}' is no VOC metric: use one of {', '.join(METRICS)}")
-        self._name, self._spec = dataset_name, metadata.get("spec", dataset_name)
+        self._name = dataset_name
         self._classes: list[str] = list(metadata.thing_classes)
         self._output_dir = None if output_dir is None else Path(output_dir)
         self._distributed = distributed
@@ -126,7 +126,7 @@ class VOCEvaluator(DatasetEvaluator):
             if not used.all():
                 absent = ", ".join(np.array(self._classes)[~used])
                 logger.warning(
-                    f"warning: {self._spec} has no object of {absent}: not in the mean AP"
+                    f"warning: {self._name} has no object of {absent}: not in the mean AP"
                 )
         # Row by row, and then over the rows: the order in which upstream adds up.
         means = [float(np.mean(row[used])) if used.any() else float("nan") for row in precisions]

@@ -1,4 +1,4 @@
-"""``results.json``: what was run, and its scores."""
+"""``results.json``: the record of a run and its scores."""
 
 import json
 import math
@@ -20,14 +20,14 @@ def write_results(
     iteration: int | None,
     explanation: Sequence[str] = (),
 ) -> Path:
-    """Write ``OUTPUT_DIR/results.json``: what was run, and its scores.
+    """Write ``OUTPUT_DIR/results.json``: the record of a run and its scores.
 
     Args:
-        cfg: the config that is recorded.
+        cfg: the config of the run.
         results: scores by task, in percent.
         dataset: the test set as the user named it.
-        iteration: how long the model was trained.
-        explanation: sentences on what the run was and what its deviations do.
+        iteration: number of iterations that the model was trained for.
+        explanation: sentences on the run and the effects of its deviations.
     """
     protocol, initialisation = split_name(cfg.PROTOCOL)
     record = {
@@ -47,7 +47,7 @@ def write_results(
 
 
 def _finite(value: Any) -> Any:
-    """NaN (no object of a class or size in the test set) is null in JSON."""
+    """Replace NaN (no object of a class or size in the test set) by None, null in JSON."""
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
     if isinstance(value, float) and not math.isfinite(value):
@@ -56,7 +56,7 @@ def _finite(value: Any) -> Any:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that runs; None where it is installed or git is not there."""
+    """Return the commit of the running checkout; None if installed, or without git."""
     here = Path(__file__).resolve().parents[1]
     try:
         done = subprocess.run(
@@ -68,17 +68,18 @@ def _commit() -> str | None:
     return done.stdout.strip() or None if done.returncode == 0 and inside else None
 
 
-# The metric that stands for a task in one line of the log.
+# The metrics of a task that appear in its line of the log.
 HEADLINES = ("AP", "AP50", "AP75", "mIoU", "pACC")
 
 
 def headline(scores: Mapping[str, Any]) -> str:
-    """``"AP 40.12  AP50 61.00  AP75 43.20"``, of one task."""
+    """Format the main scores of a task: ``"AP 40.12  AP50 61.00  AP75 43.20"``."""
     return "  ".join(f"{key} {scores[key]:.2f}" for key in HEADLINES if key in scores)
 
 
 def with_classes_apart(scores: Mapping[str, float]) -> dict[str, Any]:
-    """``{"AP": 40, "AP-cat": 50}`` -> ``{"AP": 40, "per_class": {"cat": 50}}``."""
+    """Separate the classes: ``{"AP": 40, "AP-cat": 50}`` becomes ``{"AP": 40, "per_class":
+    {"cat": 50}}``."""
     overall: dict[str, Any] = {k: v for k, v in scores.items() if "-" not in k}
     overall["per_class"] = {k.partition("-")[2]: v for k, v in scores.items() if "-" in k}
     return overall

@@ -38,7 +38,7 @@ class SemanticEvaluator(DatasetEvaluator):
         self.reset()
 
     def reset(self) -> None:
-        """Forget what was counted."""
+        """Clear the counts."""
         # Of each image its file and its confusion matrix, sparse: flat indices and counts.
         self.counted: list[tuple[str, np.ndarray, np.ndarray]] = []
 

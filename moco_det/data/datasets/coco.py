@@ -1,4 +1,4 @@
-"""Reads a COCO annotation file with its image folder.
+"""Reader of COCO annotation files and their image folders.
 
 Lin et al., "Microsoft COCO: Common Objects in Context", ECCV 2014; the format is the COCO API's.
 """
@@ -43,11 +43,11 @@ def read_coco(
     Returns:
         Detectron2's dataset dicts, with class *names* under ``category_id``, and ``area`` (square
         pixels) in each annotation; the class names by category id; and the metadata
-        ``has_masks``, ``mask_format``, ``category_ids`` (class name -> id in the file) and, of
+        ``has_masks``, ``mask_format``, ``category_ids`` (class name -> id in the file) and, with
         keypoints, ``keypoint_names``, ``keypoint_flip_map`` and ``keypoint_connection_rules``.
 
     Raises:
-        UserError: if the file is no COCO annotation file or the folder is not there.
+        UserError: the file is not a COCO annotation file, or the folder does not exist.
     """
     content = _load(json_file)
     if not image_folder.is_dir():
@@ -119,7 +119,7 @@ def _read_categories(
     first_ids: dict[str, int] = {}
     for key in sorted(read):
         name, kind = read[key]
-        if len(kinds[name]) > 1:  # a mouse is an animal and a device: two classes, not one
+        if len(kinds[name]) > 1:  # a mouse is an animal or a device: two classes
             report.add(
                 "category name twice", json_file.name, f"'{name}'", action="told apart by kind"
             )
@@ -251,9 +251,9 @@ def read_object(
     """One object as Detectron2's annotation, or None where it cannot be used.
 
     Args:
-        obj: its name for the report, under ``file``.
+        obj: the name of the object in the report, under ``file``.
         names: category id -> class name, which goes under ``category_id``.
-        skeleton: of the keypoints to read, if any.
+        skeleton: the keypoints to read, if any.
     """
     mask: Mask | None = None
     if entry.get("segmentation"):
@@ -302,7 +302,8 @@ def read_object(
 
 
 def unify_masks(records: list[Json], report: DatasetReport) -> Json:
-    """Make all masks of one kind; objects without one among masks, or masks among boxes, go."""
+    """Bring all masks into one form. The minority goes: objects without a mask in a data set of
+    masks, or the masks in a data set of boxes."""
     annotations = [item for record in records for item in record["annotations"]]
     masked = sum("segmentation" in item for item in annotations)
     has_masks = masked > 0 and 2 * masked >= len(annotations)
@@ -320,7 +321,7 @@ def unify_masks(records: list[Json], report: DatasetReport) -> Json:
                 kind = "object without a mask in a data set of masks"
                 report.add(kind, record["file_name"], obj, action="object skipped")
         record["annotations"] = complete
-    # Crowds are RLE in COCO itself and never trained on: they do not decide.
+    # Crowds do not count: they are RLE in COCO itself, and never trained on.
     kinds = {
         type(item["segmentation"])
         for record in records

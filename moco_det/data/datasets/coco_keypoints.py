@@ -107,7 +107,7 @@ def read_keypoints(
 
 
 def _names(value: Any) -> tuple[str, ...] | None:
-    """Names that tell their keypoints apart, or None."""
+    """The names if they are unique, else None."""
     if not isinstance(value, list) or not all(isinstance(n, str) and n.strip() for n in value):
         return None
     names = tuple(name.strip() for name in value)

@@ -17,7 +17,7 @@ Mask = list[list[float]] | dict[str, Any]
 
 
 class MaskError(Exception):
-    """Why a mask cannot be read, in a few words."""
+    """A mask cannot be read; the message is the reason, in a few words."""
 
 
 def read_mask(segmentation: Any, frame: Frame) -> tuple[Mask, int]:
@@ -27,7 +27,7 @@ def read_mask(segmentation: Any, frame: Frame) -> tuple[Mask, int]:
         The mask, and how many invalid polygons were left out of it.
 
     Raises:
-        MaskError: if nothing of it can be used.
+        MaskError: no part of it can be used.
     """
     if isinstance(segmentation, dict):
         return _read_rle(segmentation, frame), 0
@@ -64,7 +64,7 @@ def _read_rle(rle: dict[str, Any], frame: Frame) -> Mask:
         raise MaskError("RLE of another size than the image")
     size = expected  # equal, and whole numbers for sure
     runs = _decode_counts(counts)
-    # pycocotools writes pixels as the runs tell it, also beyond the image: sum them first.
+    # pycocotools does not check that the runs stay within the image: sum them first.
     if len(runs) == 0 or runs.min() < 0 or runs.sum() != size[0] * size[1]:
         raise MaskError("RLE that does not add up to the image")
     if runs[1::2].sum() == 0:
@@ -79,7 +79,7 @@ def _read_rle(rle: dict[str, Any], frame: Frame) -> Mask:
 
 
 def _turn(pixels: np.ndarray, frame: Frame) -> np.ndarray:
-    """Turn an (H, W) array as the frame's matrix (a quarter turn, perhaps mirrored) says."""
+    """Apply the frame's matrix, a quarter turn that may be mirrored, to an (H, W) array."""
     assert frame.matrix is not None
     turned = pixels.T
     if frame.matrix[0, 1] < 0:

@@ -1,4 +1,4 @@
-"""Findings: what is wrong in a data set, and what was done about it."""
+"""Findings: faults in a data set, and how each was handled."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moco_common.text import counted
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing wrong in a data set, and what was done about it."""
+    """One fault in a data set, and how it was handled."""
 
     kind: str
     file: str
@@ -25,7 +25,7 @@ class Finding:
 
 @dataclass
 class DatasetReport:
-    """What a reader found: the size of the data set and everything wrong in it, each once."""
+    """The size of a data set and all its faults, each once."""
 
     spec: str
     images: int = 0
@@ -35,11 +35,11 @@ class DatasetReport:
     findings: list[Finding] = field(default_factory=list)
 
     def add(self, kind: str, file: object, obj: str = "", *, action: str) -> None:
-        """Note what is wrong with a file, or with an object in it, and what was done about it."""
+        """Record a fault of a file, or of an object in it, and how it was handled."""
         self.findings.append(Finding(kind, str(file), obj, action))
 
     def groups(self) -> dict[tuple[str, str], list[Finding]]:
-        """Findings by (kind, action), in the order in which they were first met."""
+        """Findings by (kind, action), in order of first occurrence."""
         groups: dict[tuple[str, str], list[Finding]] = {}
         for finding in self.findings:
             groups.setdefault((finding.kind, finding.action), []).append(finding)
@@ -72,10 +72,20 @@ class DatasetReport:
         write_json_atomically(path, self.as_dict())
 
 
+class SemanticReport(DatasetReport):
+    """A report that counts images and classes; there are no objects."""
+
+    def summary(self) -> str:
+        """One line about the data set, then one for each kind of finding with its first case."""
+        images, classes = counted(self.images, "image", ","), counted(len(self.classes), "class")
+        first = f"{self.spec}: {images} with labels, {classes}"
+        return "\n".join([first, *super().summary().splitlines()[1:]])
+
+
 @contextlib.contextmanager
 def collector_paused() -> Iterator[None]:
-    """Keep Python's cyclic collector from walking all the objects of a large data set, again and
-    again while they are made: none of them is garbage, and it takes a third of the time."""
+    """Pause Python's cyclic garbage collector while a large data set is built: it would walk all
+    the new objects repeatedly, find no garbage, and take a third of the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""The frame of an image: size and rotation, and the transform from the annotation's frame."""
+"""Frames of images: size, rotation, and the transform from the annotated frame."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class ImageHeader:
 
 
 def read_header(path: str | os.PathLike[str]) -> ImageHeader | str:
-    """Read an image's header without decoding it. Returns what is wrong if it is unusable."""
+    """Read an image's header without decoding the pixels; the reason where it is unusable."""
     try:
         with open_picture(path) as image:
             # On a PNG without these keys getexif() would decode the whole image to look for a chunk
-            # behind the pixels.
+            # after the pixels.
             tagged = image.format != "PNG" or any(key in image.info for key in PNG_EXIF_KEYS)
             return ImageHeader(image.width, image.height, orientation(image) if tagged else 1)
     except FileNotFoundError:
@@ -52,14 +52,14 @@ def read_header(path: str | os.PathLike[str]) -> ImageHeader | str:
 
 
 def read_headers(paths: Sequence[str | os.PathLike[str]]) -> list[ImageHeader | str]:
-    """:func:`read_header` of many files, in threads: the waiting is on the disk."""
+    """:func:`read_header` of many files, in threads, as the time is spent waiting for the disk."""
     chunks = [paths[start : start + 64] for start in range(0, len(paths), 64)]
     with ThreadPoolExecutor(max_workers=16) as pool:
         read = pool.map(lambda chunk: [read_header(path) for path in chunk], chunks)
         return [header for chunk in read for header in chunk]
 
 
-ROUNDING = 0.01  # pixels: a box that leaves the image by less is rounding, not a mistake
+ROUNDING = 0.01  # pixels by which rounding may move a box out of its image
 
 
 @dataclass(frozen=True)
@@ -116,10 +116,11 @@ def find_frame(
         header: the image file's header.
         size: (width, height) that the annotation states, None if it states none.
         boxes: the annotated boxes (x0, y0, x1, y1), counted from 0.
-        report: where a mend is noted, under ``file``.
+        report: records corrections under ``file``.
 
     Returns:
-        The way into the frame that Detectron2 reads, or None if it cannot be told: skip the image.
+        The way into the frame that Detectron2 reads; None, and the image must be skipped, if the
+        annotated frame is ambiguous.
     """
     shown, stored = header.shown, header.stored
     if size is None:
@@ -151,7 +152,7 @@ def find_frame(
 def mend_box(
     box: Sequence[float], frame: Frame, report: DatasetReport, file: str, obj: str
 ) -> list[float] | None:
-    """Clip a box (x0, y0, x1, y1) to its image. None if nothing is left of it: skip the object."""
+    """Clip a box (x0, y0, x1, y1) to its image; None if nothing of it remains."""
     x0, y0, x1, y1 = box
     if 0 <= x0 < x1 <= frame.width and 0 <= y0 < y1 <= frame.height:  # nearly all
         return [float(x0), float(y0), float(x1), float(y1)]

@@ -1,4 +1,4 @@
-"""Label maps on disk, as semantic segmentation reads them."""
+"""Label files of semantic segmentation."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from moco_common.images import DecodeError, open_picture
 
 
 def read_labels(path: str | Path) -> np.ndarray:
-    """(H, W) labels of a PNG: grey values, or the indices of a palette (as VOC's own files have).
+    """Read the (H, W) labels of a PNG: grey values or, as in VOC's files, palette indices.
 
     Raises:
         UserError: the file cannot be read, or holds colours instead of labels.
@@ -18,8 +18,8 @@ def read_labels(path: str | Path) -> np.ndarray:
         with open_picture(path, deep=True) as image:
             if image.mode not in ("L", "P", "I", "I;16"):
                 raise UserError(
-                    f"{path} is a picture of mode {image.mode}, not labels: write one grey value "
-                    "or palette index a pixel."
+                    f"{path} has the mode {image.mode}, so it holds no labels: write one grey "
+                    "value or palette index per pixel."
                 )
             return np.array(image, dtype=np.int64)
     except (OSError, DecodeError) as error:

@@ -1,20 +1,16 @@
-"""Data sets of images and label files: ``semseg:IMAGES:LABELS``, and VOC 2012's segmentation.
+"""Reader of images with label files: ``semseg:IMAGES:LABELS``, and VOC 2012's segmentation.
 
 Detectron2 registers Cityscapes' semantic labels but not VOC's.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-import pickle
-from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from moco_common.errors import UserError
 from moco_common.text import counted
@@ -25,8 +21,8 @@ from moco_det.data.datasets.voc import IMAGE_SUFFIXES
 
 IGNORE_LABEL = 255
 CLASS_FILE = "classes.txt"
-# The train_aug split (10,582 images) is VOC's own train set and what Hariharan et al. 2011,
-# "Semantic Contours from Inverse Detectors", annotated besides.
+# The train_aug split (10,582 images) is VOC's train set with the annotations of Hariharan et
+# al. 2011, "Semantic Contours from Inverse Detectors".
 VOC_SPLITS = {
     "voc_2012_sem_seg_train_aug": ("train_aug", "trainaug"),
     "voc_2012_sem_seg_val": ("val",),
@@ -39,81 +35,33 @@ VOC_CLASSES = (
 Pairs = list[tuple[Path, Path]]
 
 
-class SemanticReport(DatasetReport):
-    """A report that counts images and classes; there are no objects."""
-
-    def summary(self) -> str:
-        """One line about the data set, then one for each kind of finding with its first case."""
-        images, classes = counted(self.images, "image", ","), counted(len(self.classes), "class")
-        first = f"{self.spec}: {images} with labels, {classes}"
-        return "\n".join([first, *super().summary().splitlines()[1:]])
-
-
 def is_semantic(spec: str) -> bool:
-    """Whether :func:`register_semantic` knows a data set by this text."""
+    """Whether :func:`read_semantic` reads the data set of this name."""
     return spec.startswith("semseg:") or spec in VOC_SPLITS
 
 
-def register_semantic(
-    spec: str, classes: Sequence[str] | None = None, *, strict: bool = False
-) -> str:
-    """Read, check and register images with label files.
+def read_semantic(spec: str, report: DatasetReport) -> tuple[list[dict[str, Any]], list[str]]:
+    """Read images with label files.
 
     Args:
-        spec: ``semseg:IMAGES:LABELS``, two folders whose files pair up by name; labels are grey or
-            palette PNGs with the class of each pixel, 255 where it is not counted, and the names
-            of the classes may stand in ``LABELS/classes.txt``, one a line. Or
+        spec: ``semseg:IMAGES:LABELS``, two folders whose files pair up by name. Labels are grey or
+            palette PNGs with the class of each pixel, 255 where it is not counted;
+            ``LABELS/classes.txt`` may hold the names of the classes, one a line. Or
             ``voc_2012_sem_seg_train_aug`` or ``voc_2012_sem_seg_val``: ``VOC2012`` below
             ``DETECTRON2_DATASETS``, with ``SegmentationClassAug``.
-        classes: those of the training set, for a test set.
-        strict: whether anything wrong in the data is an error instead of an entry in the report.
 
     Returns:
-        The name in Detectron2's catalogs. Records hold ``file_name``, ``sem_seg_file_name``,
-        ``image_id``, ``width`` and ``height``. Metadata: ``stuff_classes``, ``ignore_label``,
-        ``evaluator_type`` "sem_seg", ``spec``, ``report``.
+        Records with ``file_name``, ``sem_seg_file_name``, ``image_id``, ``width`` and ``height``;
+        and the names of the classes.
 
     Raises:
-        UserError: the data cannot be read, have no usable image, or have a label that is no class.
+        UserError: a folder or a split is missing, or a label has no class name.
     """
-    report = SemanticReport(spec)
     if spec in VOC_SPLITS:
-        pairs, found, name = _voc_pairs(spec), VOC_CLASSES, spec
-    else:
-        pairs = _folder_pairs(spec, report)
-        found = _class_names(pairs, spec, report)
-        name = "semseg_" + hashlib.sha256(f"{spec}\0{os.getcwd()}".encode()).hexdigest()[:8]
-    report.classes = list(found if classes is None else classes)
-    if len(found) > len(report.classes) or len(found) > IGNORE_LABEL:
-        allowed = min(len(report.classes), IGNORE_LABEL)
-        raise UserError(
-            f"{spec} has {counted(len(found), 'class')}, but there can be only {allowed}."
-        )
-    records = _records(pairs, report)
-    report.images = len(records)
-    if not records:
-        first = f" (first: {report.findings[0].kind})" if report.findings else ""
-        raise UserError(f"{spec} has no usable image{first}.")
-    if strict and report.findings:
-        raise UserError(f"{counted(len(report.findings), 'fault')} in {report.summary()}")
-    _register(name, records)
-    MetadataCatalog.get(name).set(
-        stuff_classes=report.classes,
-        ignore_label=IGNORE_LABEL,
-        evaluator_type="sem_seg",
-        spec=spec,
-        report=report,
-    )
-    return name
-
-
-def _register(name: str, records: list[dict[str, Any]]) -> None:
-    for catalog in (DatasetCatalog, MetadataCatalog):
-        if name in catalog:
-            catalog.remove(name)
-    packed = pickle.dumps(records)  # callers change the dicts they get
-    load: Callable[[], Any] = lambda: pickle.loads(packed)  # noqa: E731
-    DatasetCatalog.register(name, load)
+        return _records(_voc_pairs(spec), report), list(VOC_CLASSES)
+    pairs = _folder_pairs(spec, report)
+    classes = _class_names(pairs, spec, report)
+    return _records(pairs, report), classes
 
 
 def _voc_pairs(spec: str) -> Pairs:
@@ -132,7 +80,7 @@ def _voc_pairs(spec: str) -> Pairs:
 
 
 def _folder_pairs(spec: str, report: DatasetReport) -> Pairs:
-    """Images and labels of the same name; what has no partner is named in the report."""
+    """Pairs of images and labels with the same name; the report lists those without a partner."""
     first, _, second = spec.removeprefix("semseg:").rpartition(":")
     images, labels = Path(first).expanduser(), Path(second).expanduser()
     for folder in (images, labels):
@@ -148,9 +96,9 @@ def _folder_pairs(spec: str, report: DatasetReport) -> Pairs:
 
 
 def _class_names(pairs: Pairs, spec: str, report: DatasetReport) -> list[str]:
-    """From ``classes.txt`` beside the labels, else one for each number up to the largest label.
+    """Class names from ``classes.txt``, or one for each number up to the largest label.
 
-    Labels that cannot be read leave ``pairs``, in place.
+    Pairs with unreadable labels are removed from ``pairs``, in place.
     """
     with ThreadPoolExecutor(max_workers=8) as pool:
         largest = list(pool.map(_largest_label, [labels for _, labels in pairs]))

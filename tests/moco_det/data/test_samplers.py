@@ -4,6 +4,7 @@ import itertools
 import random
 from collections import Counter
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -152,6 +153,17 @@ def test_an_image_that_cannot_be_read_is_named_in_one_line(workers):
     )
     with pytest.raises(UserError, match=r"^cannot read broken.jpg: image file is truncated \(3"):
         list(batches)
+
+
+def test_a_bug_on_a_sound_image_is_not_called_damage(tmp_path):
+    def mapper(record):
+        raise ValueError("a bug of ours")
+
+    cv2.imwrite(str(tmp_path / "sound.png"), np.zeros((4, 4, 3), np.uint8))
+    records = [{"file_name": str(tmp_path / "sound.png")}]
+    training_set = TrainingSet(records, None, np.array([1]))
+    with pytest.raises(ValueError, match="a bug of ours"):
+        list(training_set.batches(mapper, 1, seed=3, sequence=TRAINING, numbers=range(1)))
 
 
 def test_a_batch_that_cannot_be_shared_is_refused():

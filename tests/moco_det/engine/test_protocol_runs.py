@@ -15,8 +15,8 @@ from detectron2.data.datasets import builtin
 
 from moco_common.errors import UserError
 from moco_det.config.protocols import get_protocol, protocol_names
-from moco_det.data.build import with_registered_data
 from moco_det.data.datasets.coco_keypoints import flip_map
+from moco_det.data.samplers import load_training_set
 from moco_det.engine.setup import Options, prepare
 from moco_det.evaluation.build import evaluated_tasks
 from moco_det.evaluation.results import headline, with_classes_apart
@@ -104,10 +104,13 @@ def test_a_protocol_trains_saves_and_evaluates_on_its_own_data(
 
 def test_a_tenth_of_the_labels_is_what_a_preview_trains_on(datasets_root):
     """Of two times two images one each: at least one is kept of every data set."""
-    cfg = with_registered_data(get_protocol("VOC-10pct"), eval_only=False)
-    assert [len(DatasetCatalog.get(name)) for name in cfg.DATASETS.TRAIN] == [1, 1]
-    assert cfg.DATASETS.TEST == ("voc_2007_test",)
-    assert len(DatasetCatalog.get("voc_2007_trainval")) == 2
+    cfg = get_protocol("VOC-10pct")
+    chosen = {record["file_name"] for record in load_training_set(cfg).images}
+    assert len(chosen) == 2
+    for name in cfg.DATASETS.TRAIN:
+        images = {record["file_name"] for record in DatasetCatalog.get(name)}
+        assert len(images) == 2
+        assert len(images & chosen) == 1
 
 
 def test_own_images_with_pixel_labels(datasets_root, tmp_path, capsys):
@@ -136,9 +139,13 @@ def test_own_keypoints_from_a_coco_file(datasets_root, tmp_path, capsys):
     for item in content["annotations"]:
         item["keypoints"] = item["keypoints"][:9]
         item["num_keypoints"] = 3
-    (tmp_path / "points.json").write_text(json.dumps(content))
-    spec = f"coco:{tmp_path / 'points.json'}:{datasets_root / 'coco/train2017'}"
-    args = ["--config", "COCO-keypoints-2x-random", "--train-data", spec, "--test-data", spec]
+    train, test = (
+        f"coco:{tmp_path / name}:{datasets_root / 'coco/train2017'}"
+        for name in ("train.json", "test.json")
+    )
+    for name in ("train.json", "test.json"):
+        (tmp_path / name).write_text(json.dumps(content))
+    args = ["--config", "COCO-keypoints-2x-random", "--train-data", train, "--test-data", test]
     assert main([*args, "--output-dir", str(tmp_path / "run"), *SMALL]) == 0, (
         capsys.readouterr().err
     )
@@ -147,6 +154,12 @@ def test_own_keypoints_from_a_coco_file(datasets_root, tmp_path, capsys):
     assert {"bbox", "keypoints"} <= results.keys()
     state = torch.load(tmp_path / "run/model_final.pth", weights_only=True)["model"]
     assert state["roi_heads.keypoint_head.score_lowres.bias"].shape == (3,)
+    # A new process evaluates without the training set.
+    DatasetCatalog.remove(train)
+    MetadataCatalog.remove(train)
+    assert main(["--eval-only", "--output-dir", str(tmp_path / "run")]) == 0
+    again = json.loads((tmp_path / "run/results.json").read_text())
+    assert again["keypoints"] == results["keypoints"]
 
 
 def test_data_of_another_kind_than_the_protocols_are_refused(datasets_root, voc_dir, tmp_path):
@@ -157,7 +170,7 @@ def test_data_of_another_kind_than_the_protocols_are_refused(datasets_root, voc_
 
     assert "has no objects" in error("VOC", f"semseg:{tmp_path}:{tmp_path}")
     assert "has no pixel labels" in error("VOC-semseg", "coco_2017_train")
-    assert "is no data set of pixel labels" in error("VOC-semseg", f"voc:{voc_dir}:trainval")
+    assert "is not a data set of pixel labels" in error("VOC-semseg", f"voc:{voc_dir}:trainval")
 
 
 @pytest.mark.parametrize(
@@ -181,6 +194,8 @@ def test_a_model_is_evaluated_for_what_it_and_the_data_both_have():
     assert evaluated_tasks(keypoints, "coco_2017_val") == ("bbox",)
     assert evaluated_tasks(masks, "coco_2017_val") == ("bbox", "segm")
     assert evaluated_tasks(masks, "voc_2007_test") == ("bbox",)
+    with pytest.raises(UserError, match="evaluated for segm, which the model does not predict"):
+        evaluated_tasks(get_protocol("VOC"), "cityscapes_fine_instance_seg_val")
     assert evaluated_tasks(get_protocol("VOC-semseg"), "cityscapes_fine_sem_seg_val") == (
         "sem_seg",
     )

@@ -78,7 +78,7 @@ def test_a_stopped_a_crashed_and_a_damaged_run_end_as_the_whole_one(voc_dir, tmp
 
     meanwhile(0, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert main([*train, "--output-dir", str(parts)]) == 143
-    stop = "stopped    after iteration 1, saved: go on with --resume"
+    stop = "stopped    after iteration 1, saved: continue with --resume"
     assert capsys.readouterr().err.splitlines()[-1] == stop
     assert (parts / "log.txt").read_text().splitlines()[-1].endswith(stop)  # no line after it
     assert (parts / "last_checkpoint").read_text() == "model_0000000.pth"

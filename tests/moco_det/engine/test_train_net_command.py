@@ -247,9 +247,9 @@ def test_two_processes_on_the_cpu_train_and_evaluate(voc_args, tmp_path):
             "MODEL.BACKBONE.FREEZE_AT is 2",
         ),
         (["--config", "VOC-random", "--trials", "0"], "--trials must be at least 1"),
-        (["--config", "VOC-random", "--trials", "2", "--trial", "0"], "give one of the two"),
-        (["--config", "VOC-random", "--trial", "-1"], "--trial counts from 0"),
-        (["--config", "VOC-semseg-random"], "is no data set of pixel labels"),
+        (["--config", "VOC-random", "--trials", "2", "--trial", "0"], "pass one of the two"),
+        (["--config", "VOC-random", "--trial", "-1"], "--trial must be at least 0, not -1"),
+        (["--config", "VOC-semseg-random"], "is not a data set of pixel labels"),
         (["--config", "COCO-keypoints-2x-random"], "the training data have no keypoints"),
     ],
 )

@@ -132,7 +132,7 @@ def trained(config, spec, output_dir, world_size=1):
     cfg.DATASETS.TEST = ()
     torch.manual_seed(0)
     model = build_detector(cfg)
-    trainer = build_trainer(cfg, model, cfg)
+    trainer = build_trainer(cfg, model)
     trainer.fit()
     assert all(p.isfinite().all() for p in model.parameters())
     return dict(model.named_parameters())

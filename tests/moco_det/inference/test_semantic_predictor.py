@@ -7,13 +7,14 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from detectron2.data import DatasetCatalog
 from matplotlib.axes import Axes
 from PIL import Image
 from pycocotools import mask as mask_codec
 
 from moco_det.config.protocols import get_protocol, load_config
 from moco_det.data.datasets.label_files import read_labels
-from moco_det.data.datasets.sem_seg import register_semantic
+from moco_det.data.register import register
 from moco_det.inference.predictor import Segmenter, class_names, load_image, predictor_of_run
 from moco_det.inference.video import read_frames
 from moco_det.structures.label_map import UNLABELLED, LabelMap
@@ -95,7 +96,8 @@ def test_command_writes_pictures_labels_and_json(run, photo, capsys):
     # What was written is a data set.
     (out / "labels").mkdir()
     (out / first["labels"]).rename(out / "labels/photo.png")
-    assert register_semantic(f"semseg:{photo.parent}:{out / 'labels'}").startswith("semseg_")
+    spec = f"semseg:{photo.parent}:{out / 'labels'}"
+    assert len(DatasetCatalog.get(register(spec))) == 1
 
 
 def test_a_video_is_drawn_and_has_one_entry_a_frame(run, tmp_path):

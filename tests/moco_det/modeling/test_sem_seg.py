@@ -16,7 +16,7 @@ from moco_common.errors import UserError
 from moco_det.config.protocols import load_config
 from moco_det.data.dataset_mapper import RandomScale, SemanticMapper
 from moco_det.data.datasets.label_files import read_labels
-from moco_det.data.datasets.sem_seg import register_semantic
+from moco_det.data.register import register
 from moco_det.evaluation.sem_seg_evaluation import SemanticEvaluator, confusion, scores
 from moco_det.modeling.sem_seg_head import FCNHead, upsample_aligned
 from tests.moco_det.ranks import on_ranks
@@ -97,7 +97,7 @@ def test_labels_are_a_palettes_indices_and_not_its_colours(tmp_path):
     Image.fromarray(np.zeros((2, 3, 3), np.uint8)).save(tmp_path / "rgb.png")
     assert (read_labels(tmp_path / "palette.png") == labels).all()
     assert (read_labels(tmp_path / "grey.png") == labels).all()
-    with pytest.raises(UserError, match=r"rgb\.png is a picture of mode RGB, not labels"):
+    with pytest.raises(UserError, match=r"rgb\.png has the mode RGB, so it holds no labels"):
         read_labels(tmp_path / "rgb.png")
 
 
@@ -209,7 +209,7 @@ def predictions(name):
 
 
 def _evaluate_a_share(rank, folder):
-    name = register_semantic(f"semseg:{folder}/images:{folder}/labels")
+    name = register(f"semseg:{folder}/images:{folder}/labels")
     evaluator = SemanticEvaluator(name)
     for index, (record, output) in enumerate(predictions(name)):
         if index % 2 == rank or index == 0:  # a sampler that gives one image to both
@@ -218,7 +218,7 @@ def _evaluate_a_share(rank, folder):
 
 
 def test_two_processes_measure_what_one_does_and_count_each_image_once(tmp_path):
-    name = register_semantic(write_pairs(tmp_path))
+    name = register(write_pairs(tmp_path))
     evaluator = SemanticEvaluator(name, distributed=False)
     pairs = []
     for record, output in predictions(name):
@@ -240,7 +240,7 @@ def test_own_images_and_labels_pair_up_by_name_and_what_is_wrong_is_named(tmp_pa
     cv2.imwrite(str(tmp_path / "labels/2.png"), np.zeros((3, 3), np.uint8))
     cv2.imwrite(str(tmp_path / "labels/stray.png"), np.zeros((3, 3), np.uint8))
     (tmp_path / "labels/classes.txt").write_text("ground\nsky\ncar\n")
-    name = register_semantic(spec)
+    name = register(spec)
     records = DatasetCatalog.get(name)
     assert [(r["image_id"], r["width"], r["height"]) for r in records] == [("0", 8, 6), ("1", 8, 6)]
     metadata = MetadataCatalog.get(name)
@@ -253,8 +253,8 @@ def test_own_images_and_labels_pair_up_by_name_and_what_is_wrong_is_named(tmp_pa
     }
     assert ": 2 images with labels, 3 classes\n  1 x labels missing" in metadata.report.summary()
     with pytest.raises(UserError, match="3 faults in"):
-        register_semantic(spec, strict=True)
+        register(spec, strict=True)
     with pytest.raises(UserError, match="has 3 classes, but there can be only 2"):
-        register_semantic(spec, classes=["a", "b"])
+        register(spec, classes=["a", "b"])
     with pytest.raises(UserError, match="there is no folder"):
-        register_semantic("semseg:nowhere:nothing")
+        register("semseg:nowhere:nothing")

@@ -21,7 +21,7 @@ from pycocotools import mask as coco_mask
 import moco_det  # noqa: F401
 from moco_common.errors import UserError
 from moco_det.data.datasets.findings import DatasetReport
-from moco_det.data.datasets.voc import read_voc
+from moco_det.data.datasets.voc import VOCFolder
 from moco_det.data.register import register
 
 WIDTH, HEIGHT = 64, 48
@@ -236,7 +236,7 @@ def check_voc(folder, data):
     (folder / "Annotations" / "1.xml").write_bytes(data)
     report = DatasetReport("fuzz")
     try:
-        records, classes = read_voc(folder, "all", report)
+        records, classes = VOCFolder(folder).read("all", report)
     except UserError:
         return False
     if not records:
