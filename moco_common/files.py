@@ -26,6 +26,25 @@ def check_exists(path: str | Path, advice: str = "check the path") -> None:
         raise UserError(f"{path} does not exist: {advice}.")
 
 
+def make_folder(folder: Path, option: str) -> None:
+    """Make a folder for results where it is missing, and check that files can be made in it.
+
+    Args:
+        option: the command-line option that names the folder, for the message.
+
+    Raises:
+        UserError: it is a file, or it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with full_disk_explained(folder), tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be written ({error.strerror}): choose another folder with {option}."
+        ) from None
+
+
 @contextmanager
 def protecting(paths: Iterable[str | Path]) -> Iterator[None]:
     """Refuse to write over these input files within the block, by whatever path."""

@@ -78,6 +78,28 @@ def shared(state: dict[str, Any]) -> dict[str, Tensor]:
     return {name: x for name, x in tensors if not name.endswith(own)}
 
 
+def check_commands(cfg: CfgNode, folder: Path) -> None:
+    """Check that a resumed run executes no command but its own. All ranks must call this, before
+    the data are opened.
+
+    Raises:
+        UserError: ``DATA`` contains a ``pipe:`` that the newest checkpoint does not.
+    """
+    commands = [spec for spec in cfg.DATA if "pipe:" in spec]
+    if not commands:
+        return
+    path, state, _ = _newest(folder)
+    if state is None:
+        return
+    recorded = yaml.safe_load(state["config"])["DATA"]
+    for command in commands:
+        if command not in recorded:
+            raise UserError(
+                f"{command!r} is not the command of {path}, whose DATA is {recorded!r}: pass the "
+                f"same command to resume the run, or choose another --output-dir."
+            )
+
+
 def restore(
     cfg: CfgNode, folder: Path, method: Method, take_step: TrainStep, images: int
 ) -> tuple[int, list[str]]:

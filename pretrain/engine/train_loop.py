@@ -29,7 +29,7 @@ from pretrain.data.transforms.recipes import build_recipes
 from pretrain.engine.health_monitor import Monitor, patience
 from pretrain.engine.metrics import Scalars, SkippedImages
 from pretrain.engine.progress import Progress
-from pretrain.engine.resume import capture, restore, shared
+from pretrain.engine.resume import capture, check_commands, restore, shared
 from pretrain.engine.train_step import TrainStep
 from pretrain.methods import build_method
 from pretrain.methods.base import Method
@@ -56,6 +56,9 @@ def train(cfg: CfgNode, resume: bool = False, quiet: bool = False, profile: int 
     _check(cfg)
     config = run_config(cfg).dump()
     folder, main = Path(cfg.OUTPUT_DIR), comm.rank() == 0
+    resume = bool(comm.maximum(int(resume)))
+    if resume:
+        check_commands(cfg, folder)
     source = open_source(cfg.DATA)
     total = total_steps(
         len(source),
@@ -86,7 +89,6 @@ def train(cfg: CfgNode, resume: bool = False, quiet: bool = False, profile: int 
         RunLock(folder, held=main),
         Snapshots(folder, keep=cfg.CHECKPOINT.KEEP) as snapshots,
     ):
-        resume = bool(comm.maximum(int(resume)))
         if not resume and checkpoint.candidates(folder):
             raise UserError(
                 f"{folder} already contains a run: pass --resume to continue it, or choose another "
@@ -105,6 +107,8 @@ def train(cfg: CfgNode, resume: bool = False, quiet: bool = False, profile: int 
                 folder, start=start, total=total, batch_size=cfg.SOLVER.BATCH_SIZE, quiet=quiet
             )
             progress.say(_banner(cfg, images, total, device, start))
+            if start:
+                progress.say(f"data: {', '.join(cfg.DATA)}")
             if cpu_count() < cfg.DATALOADER.NUM_WORKERS:
                 progress.say(
                     f"DATALOADER.NUM_WORKERS is {cfg.DATALOADER.NUM_WORKERS}, but there are only "

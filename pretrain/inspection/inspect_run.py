@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moco_common import comm
 from moco_common.errors import UserError
-from moco_common.files import protecting
+from moco_common.files import make_folder, protecting
 from moco_common.resnet import growth_warning
 from moco_common.text import counted
 from pretrain.data.source_base import Source
@@ -90,7 +90,7 @@ def inspect_run(settings: Settings, say: Say = print) -> dict[str, Any]:
     run = open_run(settings.run)
     source = None if settings.no_images else _open_images(run, settings)
     folder = settings.output or run.folder / "inspection"
-    folder.mkdir(parents=True, exist_ok=True)
+    _make_folder(folder, unasked=settings.output is None)
     with protecting(source.files_in(folder) if source is not None else ()):
         return _inspect(run, source, settings, Findings(folder), say)
 
@@ -126,11 +126,18 @@ def _inspect(
     return seen.write(run)
 
 
+def _make_folder(folder: Path, unasked: bool) -> None:
+    if unasked and (folder.is_symlink() or (folder / "features").is_symlink()):
+        raise UserError(f"{folder} leads elsewhere, by a link: choose the output folder with -o.")
+    make_folder(folder, "-o")
+
+
 def _open_images(run: InspectedRun, settings: Settings) -> Source:
     if settings.data:
         return open_source(settings.data)
+    specs = run.image_specs()
     try:
-        return open_source(list(run.cfg.DATA))
+        return open_source(specs)
     except UserError as error:
         raise UserError(
             f"the run's images have moved ({error}): give their new location with --data, or skip "

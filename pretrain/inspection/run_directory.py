@@ -47,6 +47,25 @@ class InspectedRun:
             return int(self.state["step"])
         return int(self.records[-1]["iteration"]) if self.records else 0
 
+    def image_specs(self) -> list[str]:
+        """Return the run's own images, which its files name, if they may be opened unasked.
+
+        A run may come from anywhere, so only image files in local folders, lists and COCO files are
+        opened. Shards may name a command or a URL, and an index is written beside local ones.
+
+        Raises:
+            UserError: the images are anything else.
+        """
+        specs: list[Any] = list(self.cfg.DATA)
+        for spec in specs:
+            if not isinstance(spec, str) or (":" in spec and not spec.startswith("coco:")):
+                raise UserError(
+                    f"{self.path or self.folder / CONFIG} names {str(spec)[:200]!r} as its images, "
+                    f"and only local image files are opened without your word: pass the images you "
+                    f"trust with --data, or --no-images."
+                )
+        return specs
+
     @property
     def seen(self) -> int:
         """Samples that went into the weights of the checkpoint."""
