@@ -1,4 +1,4 @@
-"""One run in a directory at a time."""
+"""Ownership of a run directory: one run at a time, and runs of one kind only."""
 
 from __future__ import annotations
 
@@ -15,6 +15,14 @@ from moco_common.errors import UserError
 from moco_common.files import full_disk_explained
 
 NAME = "run.lock"
+PRETRAINING, FINE_TUNING, UNKNOWN = "pre-training", "fine-tuning", "unknown"
+_CONFIG = "config.yaml"
+# Files that only one kind of run writes, for a directory without a configuration.
+_TRACES = {
+    PRETRAINING: ("checkpoint_last.pth", "skipped_images.txt"),
+    FINE_TUNING: ("results.json", "model_final.pth", "last_checkpoint"),
+    UNKNOWN: ("metrics.json",),
+}
 
 
 class RunLock:
@@ -108,3 +116,35 @@ class RunLock:
                 os.utime(self.path)
             except OSError:
                 return  # the folder was removed or became unreachable: the run will notice
+
+
+def kind_of_run(folder: Path) -> str | None:
+    """Return the kind of run whose files a directory contains: `PRETRAINING`, `FINE_TUNING`,
+    `UNKNOWN` for those of another program, or None for no run."""
+    config = folder / _CONFIG
+    if config.is_file():
+        text = config.read_text(encoding="utf-8", errors="replace")
+        # The top-level keys are enough, so a hostile file costs no more than its lines.
+        keys = {line.partition(":")[0] for line in text.splitlines() if line[:1].isalpha()}
+        if "METHOD" in keys:
+            return PRETRAINING
+        return FINE_TUNING if {"MODEL", "DATASETS"} <= keys else UNKNOWN
+    for kind, names in _TRACES.items():
+        if any((folder / name).exists() for name in names):
+            return kind
+    return None
+
+
+def check_kind_of_run(folder: Path, kind: str) -> None:
+    """Refuse a directory with the files of another kind of run than ``kind``.
+
+    Raises:
+        UserError: these would be overwritten or mixed with the new run's.
+    """
+    found = kind_of_run(folder)
+    if found not in (None, kind):
+        whose = f"a {found} run" if found != UNKNOWN else f"a {_CONFIG} or metrics.json of its own"
+        raise UserError(
+            f"{folder} contains {whose}, which a {kind} run would overwrite: choose another "
+            f"--output-dir."
+        )

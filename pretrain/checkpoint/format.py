@@ -9,6 +9,7 @@ that nothing in it is ever executed::
     optimizer   state of the optimiser (and "scaler", that of the gradient scaler, with float16)
     step        number of completed steps; with the seed, it is the position in the data
     images      number of images in the data
+    data        digests of the data: {"names": ..., "sizes": ...}; absent in earlier versions
     ranks       state of each rank: {"torch": random state, "cuda": that of the device,
                 "batch_norm": running statistics}, one row per rank
     config      the resolved configuration, as YAML text

@@ -21,6 +21,7 @@ WINDOW images over all ranks (that many on each rank if the source is no larger)
 the main process unpacks them.
 """
 
+import hashlib
 import math
 import os
 import queue
@@ -46,6 +47,7 @@ from pretrain.data.stateless_random import hash64, permute
 
 LANES = 64  # number of parts of the shards that are read in parallel
 WINDOW = 64  # number of consecutive images of a lane that are shuffled together
+SAMPLE = 65536  # number of shards and of images whose sizes are compared on resume
 _AHEAD = 4  # number of batches that a stream prefetches
 
 
@@ -115,6 +117,15 @@ class ShardSource(Source):
         if len(data) < size:
             raise OSError(LOST)
         return data
+
+    def fingerprint(self) -> dict[str, str]:
+        """Return digests of the shards' names and of the images in each."""
+        names = "\n".join(os.path.basename(url) for url in self.urls)
+        sizes = [x for x in (self.counts, self.places) if x is not None]
+        return {
+            "names": hashlib.sha256(names.encode()).hexdigest(),
+            "sizes": hashlib.sha256(b"".join(x[:SAMPLE].tobytes() for x in sizes)).hexdigest(),
+        }
 
     def order(self, positions: np.ndarray, batch_size: int, seed: int) -> np.ndarray:
         """Return the index of the image at each position, see `Source.order`.

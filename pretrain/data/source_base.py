@@ -45,6 +45,11 @@ class Source(ABC):
         names = map(self.name, range(len(self)))
         return [name for name in names if resolve(os.path.dirname(name)) == here]
 
+    def fingerprint(self) -> dict[str, str]:
+        """Return digests by which a resumed run recognises changed data, as part -> digest; parts
+        are ``names`` and ``sizes``, and those that cost too much to compute are left out."""
+        return {}
+
     def stream(
         self, batches: Iterator[np.ndarray], batch_size: int, seed: int
     ) -> Iterator[list[bytes | str]]:

@@ -5,6 +5,7 @@ a million of them take little more memory than their characters, and forked work
 that memory, because reading a path touches no reference count of its own.
 """
 
+import hashlib
 import json
 import os
 from array import array
@@ -17,6 +18,7 @@ from moco_common.images import read_regular
 from pretrain.data.shards import open_shards
 from pretrain.data.source_base import EXTENSIONS, Source
 
+SAMPLE = 4096  # number of files, evenly spaced, whose sizes are compared on resume
 _KINDS = "a folder, a .txt list, coco:JSON:IMAGES or shards:URL"
 
 
@@ -37,6 +39,17 @@ class FileSource(Source):
 
     def name(self, index: int) -> str:
         return os.fsdecode(self._path(index))
+
+    def fingerprint(self) -> dict[str, str]:
+        """Return digests of all names below their roots, and of the sizes of `SAMPLE` files."""
+        names = hashlib.sha256(self._paths + self._ends.tobytes()).hexdigest()
+        sizes = hashlib.sha256()
+        for index in range(0, len(self), max(1, len(self) // SAMPLE)):
+            try:
+                sizes.update(b"%d " % os.stat(self._path(index)).st_size)
+            except OSError:
+                sizes.update(b"? ")
+        return {"names": names, "sizes": sizes.hexdigest()}
 
     def _path(self, index: int) -> bytes:
         if not 0 <= index < len(self):

@@ -38,7 +38,13 @@ def may_change(key: str) -> str:
 
 
 def capture(
-    method: Method, take_step: TrainStep, *, config: str, step: int, images: int
+    method: Method,
+    take_step: TrainStep,
+    *,
+    config: str,
+    step: int,
+    images: int,
+    data: dict[str, str],
 ) -> dict[str, Any]:
     """Return the state of a run after ``step`` steps, in the form of `pretrain.checkpoint.format`.
 
@@ -61,6 +67,7 @@ def capture(
         "config": config,
         "step": step,
         "images": images,
+        "data": data,
         "state_dict": state,
         **take_step.state_dict(),
         "ranks": ranks,
@@ -101,7 +108,12 @@ def check_commands(cfg: CfgNode, folder: Path) -> None:
 
 
 def restore(
-    cfg: CfgNode, folder: Path, method: Method, take_step: TrainStep, images: int
+    cfg: CfgNode,
+    folder: Path,
+    method: Method,
+    take_step: TrainStep,
+    images: int,
+    data: dict[str, str],
 ) -> tuple[int, list[str]]:
     """Restore a run from the newest intact checkpoint in ``folder``; without one, do nothing.
 
@@ -145,6 +157,14 @@ def restore(
             f"the data now have {counted(images, 'image')} instead of {state['images']}: from here "
             f"on, the images come in a different order"
         )
+    else:
+        before = state.get("data", {})  # which earlier versions did not save
+        changed = [part for part in before if part in data and before[part] != data[part]]
+        if changed:
+            notes.append(
+                f"the {' and '.join(changed)} of the images differ from those of the checkpoint: "
+                f"the run continues with other data"
+            )
     return int(state["step"]), notes
 
 

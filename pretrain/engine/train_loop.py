@@ -15,7 +15,7 @@ from moco_common import comm
 from moco_common.errors import UserError
 from moco_common.files import full_disk_left_to_caller, remove_unfinished, replace_text
 from moco_common.hardware import cpu_count
-from moco_common.run_lock import RunLock
+from moco_common.run_lock import PRETRAINING, RunLock, check_kind_of_run
 from moco_common.stopping import Stopped, StopRequest
 from moco_common.text import counted
 from pretrain.checkpoint import consistency as guards
@@ -56,6 +56,7 @@ def train(cfg: CfgNode, resume: bool = False, quiet: bool = False, profile: int 
     _check(cfg)
     config = run_config(cfg).dump()
     folder, main = Path(cfg.OUTPUT_DIR), comm.rank() == 0
+    check_kind_of_run(folder, PRETRAINING)
     resume = bool(comm.maximum(int(resume)))
     if resume:
         check_commands(cfg, folder)
@@ -96,7 +97,8 @@ def train(cfg: CfgNode, resume: bool = False, quiet: bool = False, profile: int 
             )
         images = len(source)
         knn = build_online_knn(cfg, num_images=images, total_steps=total)
-        start, notes = restore(cfg, folder, method, take_step, images) if resume else (0, [])
+        data = source.fingerprint() if main else {}
+        start, notes = restore(cfg, folder, method, take_step, images, data) if resume else (0, [])
         scalars, skipped = Scalars(), SkippedImages(folder)
         comm.barrier()  # no rank writes to the folder before all have read it
         progress = monitor = None
@@ -160,7 +162,9 @@ def train(cfg: CfgNode, resume: bool = False, quiet: bool = False, profile: int 
                             progress.warn(warning)
                 if saves or step == start + 1:
                     began = time.perf_counter()
-                    state = capture(method, take_step, config=config, step=step, images=images)
+                    state = capture(
+                        method, take_step, config=config, step=step, images=images, data=data
+                    )
                     if main and step == start + 1:
                         snapshots.reserve(state)
                     if saves:

@@ -64,6 +64,22 @@ def test_a_run_directory_holds_what_is_promised(photographs, tmp_path):
     assert "already contains a run" in text
 
 
+@pytest.mark.parametrize("resume", [[], ["--resume"]])
+def test_a_run_of_another_kind_keeps_its_files(photographs, tmp_path, resume):
+    files = {
+        "config.yaml": "DATASETS: {}\nMODEL: {}\n",
+        "metrics.json": '{"iteration": 3}\n',
+        "model_final.pth": "weights",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    code, text = run(*resume, "--data", photographs, "--output-dir", tmp_path, *TINY)
+    assert code == 1
+    assert "contains a fine-tuning run" in text
+    assert text.count("\n") == 1
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == files
+
+
 def test_a_quiet_run_says_nothing_and_a_quiet_fault_is_told(photographs, tmp_path):
     words = ["--data", photographs, "--output-dir", tmp_path / "run", "--quiet", *TINY]
     assert run(*words) == (0, "")

@@ -303,6 +303,25 @@ def test_what_has_changed_since_the_checkpoint_is_said(photographs, whole, tmp_p
         assert said in text
 
 
+@pytest.mark.parametrize("change", ["a name", "a size", "the folder"])
+def test_changed_data_are_named_on_resume(photographs, whole, tmp_path, change):
+    folder = copy_until(whole / "1", tmp_path / "run", 12)
+    data = shutil.copytree(photographs, tmp_path / "data")
+    if change == "a name":
+        (data / "3.jpg").rename(data / "three.jpg")
+    elif change == "a size":
+        with (data / "3.jpg").open("ab") as file:
+            file.write(b"\0")
+    words = ["--data", data, "--output-dir", folder, *LONG, "SOLVER.MAX_ITER", 13]
+    code, text = run("--resume", *words)
+    assert code == 0, text
+    assert f"data: {data}" in text
+    named = {"a name": "the names and sizes of", "a size": "the sizes of", "the folder": ""}[change]
+    assert (f"{named or 'of'} the images differ from those of the checkpoint" in text) == bool(
+        named
+    )
+
+
 def test_unreadable_images_are_counted_and_each_is_named_once(photographs, tmp_path):
     data = shutil.copytree(photographs, tmp_path / "data")
     good = (data / "0.jpg").read_bytes()
