@@ -25,8 +25,10 @@ def rank() -> int:
 
 
 def device() -> torch.device:
-    """This rank's device: its own GPU where there are GPUs, else the CPU."""
-    if torch.cuda.is_available():
+    """This rank's device: its own GPU where there are GPUs, else the CPU; with several ranks, the
+    one that their backend serves."""
+    on_cpu = dist.is_initialized() and dist.get_backend() == dist.Backend.GLOO
+    if torch.cuda.is_available() and not on_cpu:
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 MISTAKE, INTERRUPTED = 1, 130  # exit statuses; 130 is the shell's 128 + SIGINT
 BUG = "This looks like a bug in moco-det: please report it with the traceback above."
@@ -74,3 +76,22 @@ def run_tool(
         if sys.version_info >= (3, 11):
             error.add_note(BUG)
         raise
+
+
+@contextmanager
+def lost_worker_explained() -> Iterator[None]:
+    """Turn torch's error about a data-loading process that was killed into a `UserError`."""
+    try:
+        try:
+            yield
+        except ConnectionResetError:  # met before torch has noticed the death
+            time.sleep(1.0)  # its signal handler raises the error below
+            raise
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        reason = str(error).split(". ")[0].rstrip(".")
+        raise UserError(
+            f"A data-loading process was lost ({reason}), usually because memory or /dev/shm is "
+            f"used up: lower DATALOADER.NUM_WORKERS or free some memory, and resume with --resume."
+        ) from None

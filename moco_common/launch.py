@@ -1,6 +1,6 @@
 """The processes of a run: ranks started on this machine, or one rank started by ``torchrun``.
 
-The backend is chosen here and named nowhere else: NCCL with GPUs, gloo without.
+The backend is chosen here: NCCL on GPUs, gloo on CPUs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch.multiprocessing as mp
 
 from moco_common.errors import UserError
 from moco_common.hardware import cpu_count
-from moco_common.stopping import SIGNALS, Stopped
+from moco_common.stopping import Stopped, signals_to_stop
 from moco_common.text import counted
 
 START_METHOD = "spawn"  # a forked process could not use a GPU that this one has touched
@@ -30,26 +30,30 @@ _LOST = (-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT)  # e
 _STOPPED = "stopped: run the same command again, with --resume if there is a checkpoint"
 
 
-def launch(function: Callable[..., Any], processes: int, *args: Any) -> None:
+def launch(
+    function: Callable[..., Any], processes: int, *args: Any, on_gpu: bool | None = None
+) -> None:
     """Run ``function(*args)`` on ``processes`` ranks of this machine, or as the rank that
     ``torchrun`` made this process.
 
     A signal to stop that reaches this process is passed on to its ranks.
 
     Args:
-        processes: ranks to start: one per GPU, or gloo processes on a machine without GPUs.
+        processes: ranks to start: one per GPU, or gloo processes on CPUs.
+        on_gpu: False for CPUs on a machine with GPUs; by default GPUs where there are any.
 
     Raises:
-        UserError: from a rank, because a rank was killed, or because there are too few GPUs.
+        UserError: from a rank, because a rank was killed, the port is in use, or because there are
+            too few GPUs.
         Stopped: the run was stopped by a signal.
         Exception: whatever else ``function`` raises; with several processes as
             ``mp.ProcessRaisedException``, which holds the traceback of the failed rank.
     """
-    check_processes(processes)
+    check_processes(processes, on_gpu)
     if under_torchrun():
-        _as_rank(None, None, None, function, args, None)
+        _as_rank(None, None, None, on_gpu, function, args, None)
     elif processes > 1:
-        _on_ranks(function, processes, args)
+        _on_ranks(function, processes, on_gpu, args)
     else:
         function(*args)
 
@@ -64,15 +68,15 @@ def planned_ranks(processes: int) -> int:
     return int(os.environ["WORLD_SIZE"]) if under_torchrun() else processes
 
 
-def check_processes(processes: int) -> None:
-    """Check that this machine has a GPU for each of its ranks, where it has any.
+def check_processes(processes: int, on_gpu: bool | None = None) -> None:
+    """Check that this machine has a GPU for each of its ranks, where it has any and they are used.
 
     Raises:
         UserError: too few GPUs, or no process at all.
     """
     if processes < 1:
         raise UserError(f"--num-gpus must be at least 1, not {processes}.")
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = torch.cuda.device_count() if _uses_gpus(on_gpu) else 0
     if under_torchrun():
         local = int(os.environ.get("LOCAL_RANK", 0)) + 1
         needed = max(local, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -83,6 +87,10 @@ def check_processes(processes: int) -> None:
         raise UserError(
             f"{asked}, but this machine has {counted(gpus, 'GPU')}: start one process per GPU."
         )
+
+
+def _uses_gpus(on_gpu: bool | None) -> bool:
+    return on_gpu is not False and torch.cuda.is_available()
 
 
 def restarted() -> bool:
@@ -96,7 +104,7 @@ def restarted() -> bool:
     return any(int(os.environ.get(name) or 0) > 0 for name in counts)
 
 
-def _on_ranks(function: Callable[..., Any], processes: int, args: Any) -> None:
+def _on_ranks(function: Callable[..., Any], processes: int, on_gpu: bool | None, args: Any) -> None:
     # When one rank fails, the others fail in consequence, and torch reports whichever it sees
     # first; a user's mistake arrives here whoever comes first.
     endings = mp.get_context(START_METHOD).SimpleQueue()
@@ -105,7 +113,7 @@ def _on_ranks(function: Callable[..., Any], processes: int, args: Any) -> None:
         with _interrupts_blocked():
             context = mp.start_processes(
                 _as_rank,
-                (processes, _free_port(), function, args, endings),
+                (processes, _free_port(), on_gpu, function, args, endings),
                 nprocs=processes,
                 join=False,
                 start_method=START_METHOD,
@@ -166,7 +174,7 @@ def _passing_signals_on(ranks: list[Any]) -> Iterator[list[int]]:
 
     before = {}
     if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, pass_on) for number in SIGNALS}
+        before = {number: signal.signal(number, pass_on) for number in signals_to_stop()}
     try:
         yield received
     finally:
@@ -206,28 +214,31 @@ def _as_rank(
     local_rank: int | None,
     processes: int | None,
     port: int | None,
+    on_gpu: bool | None,
     function: Any,
     args: Any,
     endings: Any,
 ) -> None:
-    on_gpu = torch.cuda.is_available()
+    on_gpu = _uses_gpus(on_gpu)
     backend = "nccl" if on_gpu else "gloo"
-    if processes is None:
-        _join_torchrun(backend)
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    else:
-        assert local_rank is not None
-        # Every rank has its share of the cores; more threads than cores only compete.
-        torch.set_num_threads(max(1, min(torch.get_num_threads(), cpu_count()) // processes))
-        dist.init_process_group(
-            backend,
-            init_method=f"tcp://127.0.0.1:{port}",
-            rank=local_rank,
-            world_size=processes,
-        )
-    if on_gpu:
-        torch.cuda.set_device(local_rank)
     try:
+        if processes is None:
+            with _used_port_explained(os.environ.get("MASTER_PORT", "")):
+                _join_torchrun(backend)
+            local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        else:
+            assert local_rank is not None
+            # Every rank has its share of the cores; more threads than cores only compete.
+            torch.set_num_threads(max(1, min(torch.get_num_threads(), cpu_count()) // processes))
+            with _used_port_explained(port):
+                dist.init_process_group(
+                    backend,
+                    init_method=f"tcp://127.0.0.1:{port}",
+                    rank=local_rank,
+                    world_size=processes,
+                )
+        if on_gpu:
+            torch.cuda.set_device(local_rank)
         function(*args)
     except UserError as error:
         if endings is not None:
@@ -242,7 +253,21 @@ def _as_rank(
             raise
         endings.put((signal.SIGINT, _STOPPED))
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@contextmanager
+def _used_port_explained(port: object) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # DistNetworkError in newer versions of torch
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise UserError(
+            f"port {port}, over which the ranks find each other, is in use on this machine: start "
+            f"again, under torchrun with another --master-port."
+        ) from None
 
 
 def _join_torchrun(backend: str) -> None:

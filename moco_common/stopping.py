@@ -12,10 +12,17 @@ from typing import Any
 from moco_common import comm
 from moco_common.errors import Stopped
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# SIGHUP comes from a terminal or a connection that was closed.
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 WORKERS_GRACE = 60  # seconds that a data-loader worker lives on after SIGTERM
 
-__all__ = ["SIGNALS", "WORKERS_GRACE", "StopRequest", "Stopped"]
+__all__ = ["WORKERS_GRACE", "StopRequest", "Stopped", "signals_to_stop"]
+
+
+def signals_to_stop() -> list[signal.Signals]:
+    """Return the signals that stop a run; SIGHUP does not under ``nohup``, which ignores it."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [number for number in _SIGNALS if not (ignored and number is signal.SIGHUP)]
 
 
 class StopRequest:
@@ -36,7 +43,9 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._record) for number in SIGNALS}
+            self._before = {
+                number: signal.signal(number, self._record) for number in signals_to_stop()
+            }
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,11 +1,14 @@
 """The end of a command line: a mistake, a stop and a bug."""
 
+import os
+import signal
 import sys
 import traceback
 
 import pytest
+from torch.utils.data import DataLoader, Dataset
 
-from moco_common.errors import BUG, Stopped, UserError, run_tool
+from moco_common.errors import BUG, Stopped, UserError, lost_worker_explained, run_tool
 
 
 def raising(error):
@@ -36,3 +39,23 @@ def test_a_bug_keeps_its_traceback_and_asks_to_be_reported_below_it():
     lines = "".join(traceback.format_exception(error.value)).splitlines()
     assert "raise error" in "".join(lines)
     assert lines[-1] == BUG
+
+
+class Deadly(Dataset):
+    """A data set whose image 2 kills the process that reads it."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        if index == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return index
+
+
+def test_a_killed_data_loading_process_is_one_sentence():
+    lost = r"was lost \(DataLoader worker .*NUM_WORKERS"
+    with pytest.raises(UserError, match=lost), lost_worker_explained():
+        list(DataLoader(Deadly(), num_workers=1))
+    with pytest.raises(RuntimeError, match="another"), lost_worker_explained():
+        raise RuntimeError("another")

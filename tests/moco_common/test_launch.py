@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -90,7 +91,8 @@ def until_stopped(folder, listening):
 
 
 @pytest.mark.parametrize(
-    ("listening", "number", "status"), [(True, 15, 143), (True, 2, 130), (False, 15, 143)]
+    ("listening", "number", "status"),
+    [(True, 15, 143), (True, 2, 130), (True, 1, 129), (False, 15, 143), (False, 2, 130)],
 )
 def test_a_signal_reaches_the_ranks_which_stop_with_its_status(tmp_path, listening, number, status):
     """Also where they are in set-up, and obey at once: then the launcher says what to do."""
@@ -169,6 +171,62 @@ def test_more_processes_than_gpus_are_refused(monkeypatch, processes, gpus, envi
     else:
         with pytest.raises(UserError, match=reason):
             check_processes(processes)
+        if processes:
+            check_processes(processes, on_gpu=False)
+
+
+@pytest.fixture
+def _torchrun_of_one(monkeypatch):
+    """One rank of one, on a machine with one GPU, if torch is asked."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    port = str(launching._free_port())
+    names = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.usefixtures("_torchrun_of_one")
+def test_ranks_on_cpus_use_gloo_where_there_are_gpus():
+    def look():
+        found.append((torch.distributed.get_backend(), comm.device().type, comm.maximum(3)))
+
+    found = []
+    launch(look, 1, on_gpu=False)
+    assert found == [("gloo", "cpu", 3)]
+
+
+@pytest.mark.usefixtures("_torchrun_of_one")
+def test_a_port_in_use_is_one_sentence():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", int(os.environ["MASTER_PORT"])))
+        taken.listen()
+        with pytest.raises(UserError, match=rf"^port {os.environ['MASTER_PORT']}, .* is in use"):
+            launch(print, 1, on_gpu=False)
+
+
+def test_a_port_in_use_is_one_sentence_from_ranks_too(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        monkeypatch.setattr(launching, "_free_port", lambda: taken.getsockname()[1])
+        with pytest.raises(UserError, match=r"^port \d+, .* is in use .*: start again"):
+            launch(print, 2)
+
+
+def test_nohup_is_respected():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.agreed() == 0
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.agreed() == signal.SIGHUP
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_restart_is_known_by_the_launchers_count(monkeypatch):
