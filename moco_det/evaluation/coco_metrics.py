@@ -80,7 +80,7 @@ def coco_metrics(
     """Evaluate detections against a COCO ground truth, neither of which is changed.
 
     Args:
-        truth: the content of a COCO annotation file; ids of images of one type that sorts.
+        truth: the content of a COCO annotation file; its ids, of any size, sort.
         results: COCO's list of results: ``image_id``, ``category_id``, ``score`` and, by task,
             ``bbox`` (x, y, width, height), ``segmentation`` (RLE) and ``keypoints``; may be empty.
         tasks: some of "bbox", "segm" and "keypoints".
@@ -100,7 +100,8 @@ def coco_metrics(
     found: dict[str, CocoMetrics] = {}
     # pycocotools reports its steps; and there are many dicts here, none of them garbage.
     with contextlib.redirect_stdout(io.StringIO()), collector_paused():
-        content, numbers = _with_sound_ids(truth)
+        numbers = _Numbers(truth)
+        content = numbers.truth(truth)
         dataset = _dataset(dataset_class, content)
         for task in tasks:
             if len(results):
@@ -113,7 +114,7 @@ def coco_metrics(
             elif len(sigmas):
                 evaluation.params.kpt_oks_sigmas = np.asarray(sigmas, dtype=np.float64)
             if image_ids is not None:
-                evaluation.params.imgIds = [numbers[key] for key in image_ids]
+                evaluation.params.imgIds = [numbers.images[key] for key in image_ids]
             evaluation.evaluate()
             evaluation.accumulate()
             arrays = evaluation.eval
@@ -143,37 +144,48 @@ def _library(name: str | None) -> tuple[str, Any, Any]:
 
 def _dataset(dataset_class: Any, content: Json) -> Any:
     dataset = dataset_class()
-    if dataset_class.__module__.startswith("pycocotools"):  # it writes into the annotations
-        content = {**content, "annotations": list(map(dict, content["annotations"]))}
     dataset.dataset = content
     dataset.createIndex()
     return dataset
 
 
-def _with_sound_ids(truth: Json) -> tuple[Json, dict[Any, int]]:
-    """The ground truth with ids that both libraries take, and image id -> its number there.
+class _Numbers:
+    """Numbers from 1 in place of the ids of images and categories, in the order of the ids: it
+    decides among equal scores.
 
-    hotcoco takes whole numbers for images. pycocotools takes the annotation 0 for "no match", and
-    loses that object. The order of the images stays: it decides among equal scores.
+    hotcoco takes whole numbers for images, both libraries carry all ids of detections as float64,
+    which is exact up to 2^53 only, and pycocotools takes the annotation 0 for "no match".
     """
-    images, annotations = truth["images"], truth["annotations"]
-    numbers = {image["id"]: image["id"] for image in images}
-    ids = {item.get("id", 0) for item in annotations}
-    whole = all(isinstance(key, int) and key >= 0 for key in numbers)
-    if whole and 0 not in ids and len(ids) == len(annotations):
-        return truth, numbers
-    numbers = {key: number for number, key in enumerate(sorted(numbers), 1)}
-    sound = {
-        "images": [{**image, "id": numbers[image["id"]]} for image in images],
-        "annotations": [
-            {**item, "id": number, "image_id": numbers[item["image_id"]]}
-            for number, item in enumerate(annotations, 1)
-        ],
-    }
-    return {**truth, **sound}, numbers
+
+    def __init__(self, truth: Json) -> None:
+        self.images, self.categories = (
+            {key: number for number, key in enumerate(sorted({i["id"] for i in truth[part]}), 1)}
+            for part in ("images", "categories")
+        )
+
+    def truth(self, truth: Json) -> Json:
+        """The ground truth with numbers; annotations of no image or no category do not count."""
+        kept = [
+            item
+            for item in truth["annotations"]
+            if item["image_id"] in self.images and item["category_id"] in self.categories
+        ]
+        return {
+            **truth,
+            "images": [{**image, "id": self.images[image["id"]]} for image in truth["images"]],
+            "categories": [{**c, "id": self.categories[c["id"]]} for c in truth["categories"]],
+            "annotations": [
+                {**item, "id": number, **self.of(item)} for number, item in enumerate(kept, 1)
+            ],
+        }
+
+    def of(self, item: Json) -> dict[str, int]:
+        """Image and category of an annotation or a detection; 0 for an unknown category."""
+        category = self.categories.get(item["category_id"], 0)
+        return {"image_id": self.images[item["image_id"]], "category_id": category}
 
 
-def _for_task(results: Sequence[Json], task: str, numbers: Mapping[Any, int]) -> Any:
+def _for_task(results: Sequence[Json], task: str, numbers: _Numbers) -> Any:
     """What one task needs of the results, as both libraries take it.
 
     A box's area would decide between small, medium and large: masks therefore go without. With
@@ -181,32 +193,15 @@ def _for_task(results: Sequence[Json], task: str, numbers: Mapping[Any, int]) ->
     """
     try:
         if task == "bbox":  # N x 7: image, x, y, width, height, score, category
-            return np.array(
-                [
-                    (numbers[r["image_id"]], *r["bbox"], r["score"], r["category_id"])
-                    for r in results
-                ],
-                dtype=np.float64,
-            )
-        if task == "segm":
-            return [
-                {
-                    "image_id": numbers[r["image_id"]],
-                    "category_id": r["category_id"],
-                    "score": r["score"],
-                    "segmentation": r["segmentation"],
-                }
-                for r in results
+            rows = [
+                (of["image_id"], *result["bbox"], result["score"], of["category_id"])
+                for result, of in ((result, numbers.of(result)) for result in results)
             ]
+            return np.array(rows, dtype=np.float64)
+        needed = ("segmentation",) if task == "segm" else ("bbox", "keypoints")
         return [
-            {
-                "image_id": numbers[r["image_id"]],
-                "category_id": r["category_id"],
-                "score": r["score"],
-                "bbox": r["bbox"],
-                "keypoints": r["keypoints"],
-            }
-            for r in results
+            {**numbers.of(result), "score": result["score"], **{k: result[k] for k in needed}}
+            for result in results
         ]
     except KeyError as error:
         if error.args[0] in ("bbox", "segmentation", "keypoints"):

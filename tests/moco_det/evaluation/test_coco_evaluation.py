@@ -25,6 +25,8 @@ import moco_det  # noqa: F401
 from moco_common.errors import UserError
 from moco_det.data.register import register
 from moco_det.evaluation.build import build_evaluator
+from moco_det.report.error_analysis import analyse_run
+from moco_det.report.predictions_io import open_dataset
 
 CATEGORIES = [{"id": 7, "name": "cup"}, {"id": 90, "name": "plate"}, {"id": 91, "name": "unseen"}]
 SIDE = 64
@@ -122,6 +124,35 @@ def test_own_data_give_the_statistics_of_pycocotools_on_the_file(tmp_path):
         np.testing.assert_array_equal([metrics[key] for key in keys], expected)
         assert 20 < metrics["AP"] < 95
         assert np.isnan(metrics["AP-unseen"])
+
+
+@pytest.mark.parametrize("base", [2**53, 2**64, 3**90])
+def test_ids_beyond_float64_change_neither_the_results_nor_the_report(tmp_path, base):
+    spec = write_coco(tmp_path / "plain")
+    content = json.loads((tmp_path / "plain/own.json").read_text())
+    for part, keys in (
+        ("images", ["id"]),
+        ("categories", ["id"]),
+        ("annotations", ["image_id", "category_id"]),
+    ):
+        for item in content[part]:
+            item |= {key: item[key] + base for key in keys}
+    (tmp_path / "plain/large.json").write_text(json.dumps(content))
+    results, analyses = [], []
+    for data, shift in ((spec, 0), (spec.replace("own.json", "large.json"), base)):
+        name = register(data)
+        plain = [{**r, "image_id": r["image_id"] - shift} for r in DatasetCatalog.get(name)]
+        pairs = [({"image_id": i["image_id"] + shift}, o) for i, o in map(predict, plain)]
+        run_dir = tmp_path / str(shift)
+        evaluator = build_evaluator(name, output_dir=run_dir / "inference")
+        results.append(run(evaluator, pairs))
+        analyses.append(analyse_run(run_dir, open_dataset(data)))
+    assert json.dumps(results[0]) == json.dumps(results[1])
+    assert results[0]["bbox"]["AP"] > 20
+    first, second = analyses
+    np.testing.assert_array_equal(first.confusion, second.confusion)
+    np.testing.assert_array_equal(first.precision, second.precision)
+    assert json.dumps(first.sizes) == json.dumps(second.sizes)
 
 
 def test_data_without_masks_are_evaluated_for_boxes_whatever_the_model_predicts(tmp_path):

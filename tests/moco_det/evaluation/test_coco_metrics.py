@@ -162,6 +162,40 @@ def test_ids_of_any_kind_change_nothing():
 
 
 @pytest.mark.parametrize("library", ["hotcoco", "pycocotools"])
+@pytest.mark.parametrize("base", [-5, 2**31, 2**53, 2**63 - 3, 2**64, 3**90])
+def test_ids_of_any_size_change_nothing(library, base):
+    """Consecutive ids above 2^53 are equal as float64: perfect detections scored 0 and 50 %."""
+    truth, results = random_case(7)
+    expected = {
+        task: coco_metrics(truth, results, [task])[task] for task in ("bbox", "segm", "keypoints")
+    }
+
+    def moved(items, **keys):
+        return [{**item, **{k: item[k] + base for k in keys}} for item in items]
+
+    large = {
+        **truth,
+        "images": moved(truth["images"], id=1),
+        "categories": moved(truth["categories"], id=1),
+        "annotations": moved(truth["annotations"], image_id=1, category_id=1),
+    }
+    found = moved(results, image_id=1, category_id=1)
+    before = copy.deepcopy((large, found))
+    metrics = coco_metrics(large, found, list(expected), library=library)
+    for task, values in metrics.items():
+        np.testing.assert_array_equal(values.precision, expected[task].precision)
+        np.testing.assert_array_equal(values.stats(), expected[task].stats())
+    assert (large, found) == before
+    perfect = [
+        {"score": 0.9, **{k: item[k] for k in ("image_id", "category_id", "bbox")}}
+        for item in large["annotations"]
+        if not item["iscrowd"]
+    ]
+    alone = {**large, "annotations": [a for a in large["annotations"] if not a["iscrowd"]]}
+    assert coco_metrics(alone, perfect, ["bbox"], library=library)["bbox"].stats()[0] > 0.99
+
+
+@pytest.mark.parametrize("library", ["hotcoco", "pycocotools"])
 def test_no_detection_is_an_ap_of_zero_where_there_is_something_to_find(library):
     box = {"image_id": 1, "category_id": 1, "bbox": [1, 1, 9, 9], "area": 81, "iscrowd": 0, "id": 1}
     truth = {
