@@ -38,7 +38,7 @@ from moco_det.engine.console_log import ProgressPrinter, TerminalBar, printing_t
 from moco_det.engine.hooks import Checkpoints, Evaluation, PreciseBN, Writers, forget_later_lines
 from moco_det.engine.train_step import TrainStep, precision
 from moco_det.evaluation.build import build_evaluator, evaluated_tasks
-from moco_det.evaluation.results import headline, with_classes_apart, write_results
+from moco_det.evaluation.results import headline, results_folder, with_classes_apart, write_results
 from moco_det.modeling.batch_norm import replace_sync_bn, say_norms
 from moco_det.modeling.detector import assert_all_trained
 
@@ -220,7 +220,7 @@ def _build_writer(cfg: CfgNode, start_iter: int) -> HookBase:
 
 
 def evaluate(cfg: CfgNode, model: nn.Module, *, iteration: int | None = None) -> dict[str, Any]:
-    """Evaluate on the test set and write ``results.json``.
+    """Evaluate on the test set and write ``results.json`` to its `results_folder`.
 
     Args:
         cfg: the config of the run, whose test set is registered.
@@ -232,10 +232,11 @@ def evaluate(cfg: CfgNode, model: nn.Module, *, iteration: int | None = None) ->
         the first rank, AP in percent; an empty dict on the others.
     """
     (name,) = cfg.DATASETS.TEST
+    folder = results_folder(cfg.OUTPUT_DIR, name)
     evaluator = build_evaluator(
         name,
         tasks=evaluated_tasks(cfg, name),
-        output_dir=str(Path(cfg.OUTPUT_DIR, "inference")),
+        output_dir=str(folder / "inference"),
         sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
     )
     loader = build_detection_test_loader(
@@ -252,5 +253,7 @@ def evaluate(cfg: CfgNode, model: nn.Module, *, iteration: int | None = None) ->
     results = {task: with_classes_apart(scores) for task, scores in results.items()}
     for task, scores in results.items():
         log.info("%-10s %s", task, headline(scores))
-    write_results(cfg, results, name, iteration, explanation(cfg))
+    write_results(cfg, results, name, iteration, explanation(cfg), folder)
+    if folder != Path(cfg.OUTPUT_DIR):
+        log.info("results    in %s: the run has another test set", folder)
     return results

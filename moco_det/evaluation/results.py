@@ -2,15 +2,54 @@
 
 import json
 import math
+import os
+import re
 import subprocess
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from detectron2.config import CfgNode
 
 from moco_common.files import replace_text
 from moco_det.config.protocols import deviations, split_name
+
+
+def results_folder(output_dir: str | Path, dataset: str) -> Path:
+    """Return where the results on a test set belong: the run's own folder, or ``test-NAME`` in it
+    if the run has results on another test set, or was trained with another.
+
+    Args:
+        dataset: the test set as the user named it.
+    """
+    folder = Path(output_dir)
+    own, name = _own_test_set(folder), _resolved(dataset)
+    if own is None or _resolved(own) == name:
+        return folder
+    words = re.findall(r"\w+", " ".join(Path(part).stem for part in dataset.split(":")))
+    return folder / f"test-{'-'.join(words)[:60]}-{zlib.crc32(name.encode()):08x}"
+
+
+def _own_test_set(folder: Path) -> str | None:
+    """The test set of the results or, before there are any, of the config of a run."""
+    try:
+        return str(json.loads((folder / "results.json").read_bytes())["dataset"])
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        pass  # a damaged file is replaced
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_bytes())
+        return str(config["DATASETS"]["TEST"][0])
+    except (OSError, ValueError, TypeError, LookupError, yaml.YAMLError, RecursionError):
+        return None
+
+
+def _resolved(dataset: str) -> str:
+    """A test set's name with absolute paths."""
+    return ":".join(
+        os.path.realpath(part) if os.path.exists(part) else part for part in dataset.split(":")
+    )
 
 
 def write_results(
@@ -19,8 +58,9 @@ def write_results(
     dataset: str,
     iteration: int | None,
     explanation: Sequence[str] = (),
+    folder: str | Path | None = None,
 ) -> Path:
-    """Write ``OUTPUT_DIR/results.json``: the record of a run and its scores.
+    """Write ``results.json``: the record of a run and its scores.
 
     Args:
         cfg: the config of the run.
@@ -28,6 +68,7 @@ def write_results(
         dataset: the test set as the user named it.
         iteration: number of iterations that the model was trained for.
         explanation: sentences on the run and the effects of its deviations.
+        folder: where to write; by default ``OUTPUT_DIR``. See `results_folder`.
     """
     protocol, initialisation = split_name(cfg.PROTOCOL)
     record = {
@@ -43,7 +84,7 @@ def write_results(
         **results,
     }
     text = json.dumps(_finite(record), indent=2, allow_nan=False)
-    return replace_text(Path(cfg.OUTPUT_DIR, "results.json"), text + "\n")
+    return replace_text(Path(folder or cfg.OUTPUT_DIR, "results.json"), text + "\n")
 
 
 def _finite(value: Any) -> Any:
@@ -70,11 +111,18 @@ def _commit() -> str | None:
 
 # The metrics of a task that appear in its line of the log.
 HEADLINES = ("AP", "AP50", "AP75", "mIoU", "pACC")
+NOTHING_TO_FIND = (
+    "; warning: nan, because the test set has nothing to find for this task (crowds, difficult "
+    "objects and ignored pixels do not count): check its annotations"
+)
 
 
 def headline(scores: Mapping[str, Any]) -> str:
-    """Format the main scores of a task: ``"AP 40.12  AP50 61.00  AP75 43.20"``."""
-    return "  ".join(f"{key} {scores[key]:.2f}" for key in HEADLINES if key in scores)
+    """Format the main scores of a task: ``"AP 40.12  AP50 61.00  AP75 43.20"``, with the reason
+    where they are NaN."""
+    shown = {key: scores[key] for key in HEADLINES if key in scores}
+    line = "  ".join(f"{key} {value:.2f}" for key, value in shown.items())
+    return line + NOTHING_TO_FIND if any(map(math.isnan, shown.values())) else line
 
 
 def with_classes_apart(scores: Mapping[str, float]) -> dict[str, Any]:

@@ -29,6 +29,8 @@ class Run:
         records: metrics.json: a dict of scalars per iteration, in their order.
         results: results.json; None if the run was not evaluated or the file is unreadable.
         problems: one sentence per file that could not be read.
+        home: the run that was trained; differs from `path` for results on another test set, which
+            are in a folder of the run.
     """
 
     path: Path
@@ -36,11 +38,12 @@ class Run:
     records: list[dict[str, float]] = field(default_factory=list)
     results: dict[str, Any] | None = None
     problems: list[str] = field(default_factory=list)
+    home: Path | None = None
 
     @property
     def label(self) -> str:
         """The name of the directory without its seed or trial part."""
-        return strip_trial(self.path, self.seed)
+        return strip_trial(self.home or self.path, self.seed)
 
     @property
     def is_pretraining(self) -> bool:
@@ -107,7 +110,8 @@ class Run:
 
 
 def read_runs(paths: Iterable[str | Path]) -> list[Run]:
-    """Read run directories and the trials (`trial_K`) inside them, in the order given.
+    """Read run directories, the trials (`trial_K`) inside them, and their results on further test
+    sets (`test-NAME`), in the order given.
 
     Raises:
         UserError: a path is not a directory, or holds no run.
@@ -128,6 +132,8 @@ def read_runs(paths: Iterable[str | Path]) -> list[Run]:
             )
         for directory in found:
             runs.setdefault(directory.resolve(), read_run(directory))
+            for file in sorted(directory.glob("test-*/results.json")):
+                runs.setdefault(file.parent.resolve(), _read_other_results(file.parent))
     return list(runs.values())
 
 
@@ -136,6 +142,13 @@ def read_run(path: str | Path) -> Run:
     run = Run(Path(path))
     run.config = _read_config(run)
     run.records = _read_metrics(run)
+    run.results = _read_results(run)
+    return run
+
+
+def _read_other_results(folder: Path) -> Run:
+    """Read the results of a run on another test set than its own."""
+    run = Run(folder, config=read_run(folder.parent).config, home=folder.parent)
     run.results = _read_results(run)
     return run
 

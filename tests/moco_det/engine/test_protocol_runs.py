@@ -207,3 +207,5 @@ def test_scores_of_classes_stand_apart_and_the_headline_is_short():
     assert apart["per_class"]["bus-stop"] == 7.0
     assert set(apart) == {"mIoU", "pACC", "per_class"}
     assert headline(apart) == "mIoU 40.00  pACC 80.12"
+    assert "nothing to find for this task" in headline({"AP": math.nan, "APs": math.nan})
+    assert headline({"AP": 1.0, "APs": math.nan, "per_class": {"a": math.nan}}) == "AP 1.00"

@@ -116,9 +116,20 @@ def test_evaluation_on_other_data_keeps_the_runs_classes(voc_dir, voc_args, tmp_
             file.unlink()
     (other / "ImageSets/Main/test.txt").write_text("000001\n000003\n")
     capsys.readouterr()
-    assert main(["--eval-only", "--output-dir", str(run), "--test-data", f"voc:{other}:test"]) == 0
+    own = {file: file.read_bytes() for file in (run / "results.json", *run.glob("inference/*"))}
+    assert len(own) == 3
+    evaluation = ["--eval-only", "--output-dir", str(run), "--test-data", f"voc:{other}:test"]
+    assert main(evaluation) == 0
     assert "2 objects, 2 classes (bolt, nut)" in capsys.readouterr().out
-    results = json.loads((run / "results.json").read_text())
+    assert {file: file.read_bytes() for file in own} == own
+    (folder,) = run.glob("test-*")
+    results = json.loads((folder / "results.json").read_text())
+    assert results["dataset"] == f"voc:{other}:test"
+    assert {p.name for p in folder.glob("inference/*")} == {p.name for p in run.glob("inference/*")}
+    assert main(evaluation) == 0  # again, to the same folder
+    assert list(run.glob("test-*")) == [folder]
+    assert main(["--eval-only", "--output-dir", str(run)]) == 0  # its own
+    assert len(list(run.glob("*/results.json"))) == 1
     assert set(results["bbox"]["per_class"]) == {"bolt", "nut"}
     assert results["bbox"]["per_class"]["bolt"] is None  # no such object: not measured
 

@@ -166,6 +166,21 @@ def test_mask_ap_appears_where_there_is_any(tmp_path):
     assert {row[0]: row[-1] for row in rows} == {"m": "12.3", "b": "-"}
 
 
+def test_results_on_another_test_set_have_a_table_of_their_own(tmp_path):
+    for seed in (0, 1):
+        run = write_run(tmp_path / f"moco-seed{seed}", 50.0 + seed, seed)
+        other = write_run(run / "test-own-1", 70.0 + seed, seed, dataset="voc:own:test")
+        for name in ("config.yaml", "metrics.json"):
+            (other / name).unlink()
+    report = build_report(read_runs(sorted(tmp_path.iterdir())))
+    found = {t.dataset: [(g.label, g.values("bbox/AP")) for g in t.groups] for t in report.tables}
+    assert found == {
+        "voc_2007_test": [("moco", [50.0, 51.0])],
+        "voc:own:test": [("moco", [70.0, 71.0])],
+    }
+    assert report.notes == []
+
+
 def test_published_numbers_stand_below_a_run_of_the_very_protocol(tmp_path):
     write_run(tmp_path / "mine", protocol="VOC")
     text = build_report(read_runs([tmp_path / "mine"])).text()
