@@ -51,7 +51,7 @@ class RefusedImageError(DecodeError):
 
 
 def open_regular(path: str | bytes | os.PathLike[str], most: int = MAX_BYTES) -> BinaryIO:
-    """Open a regular file for reading, unbuffered; never wait for one of another kind.
+    """Open a regular file for reading; never wait for one of another kind.
 
     Args:
         most: largest size of the file, in bytes.
@@ -67,7 +67,7 @@ def open_regular(path: str | bytes | os.PathLike[str], most: int = MAX_BYTES) ->
             raise OSError(f"{name} is not a regular file")
         if status.st_size > most:
             raise OSError(f"{name} has {status.st_size:,} bytes, more than the limit of {most:,}")
-        return open(handle, "rb", buffering=0)
+        return open(handle, "rb")
     except BaseException:
         os.close(handle)
         raise

@@ -20,13 +20,24 @@ import numpy as np
 
 from moco_common.errors import UserError
 from moco_common.files import replace_file
-from pretrain.data.source_base import EXTENSIONS
+from moco_common.images import MAX_BYTES, is_picture
+from pretrain.data.source_base import EXTENSIONS, OTHER_EXTENSIONS, PassedOver
 
 LOST = "the shard is damaged or cut off here, and what followed in it is lost"
 PAUSES = (1.0, 5.0, 20.0)  # seconds before each new attempt to count a shard
 GRACE = 1.0  # seconds in which a command whose output has ended also exits
 DAMAGE = (tarfile.TarError, EOFError, ValueError, zlib.error)  # what a damaged file raises
-_SUFFIXES = frozenset(extension.decode().removeprefix(".") for extension in EXTENSIONS)
+LARGEST_MEMBER = 2**36  # bytes; tarfile takes time for what a header claims, whatever is there
+MAX_DESCRIPTION = 2**20  # bytes of a member that describes the next one, such as its long name
+_DESCRIPTIONS = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
+LARGEST_SAMPLE = 16  # images of a sample among which one called NAME.EXTENSION is looked for
+_RULES = "2"  # version of the rules that decide which members are images, for the caches
 
 
 def expand_urls(spec: str) -> list[str]:
@@ -41,15 +52,15 @@ def local_path(url: str) -> str | None:
     return None if re.match(r"[a-z][a-z0-9+.-]+:", url) else os.path.expanduser(url)
 
 
-def load_index(paths: Sequence[str]) -> np.ndarray:
+def load_index(paths: Sequence[str], passed: PassedOver) -> np.ndarray:
     """Load or make an index, int64 (shards + images, 2): number of images and bytes of each shard,
-    then offset and size of each image."""
+    then offset and size of each image. If it is made, ``passed`` counts what is not used."""
     name = f".images-{_digest(paths)}.npy"
     caches = [Path(os.path.dirname(paths[0]) or ".", name), _user_cache() / name]
     for cache in caches:
         if cache.exists():
             return _mapped(cache)
-    rows = [_index_tar(path) for path in _progress(paths)]
+    rows = [_index_tar(path, passed) for path in _progress(paths)]
     heads = [[len(r), os.path.getsize(path)] for r, path in zip(rows, paths, strict=True)]
     table = np.concatenate([np.array(heads, np.int64), *rows])
     return _mapped(_write_to_one_of(caches, lambda file: np.save(file, table)))
@@ -60,28 +71,135 @@ def _mapped(file: Path) -> np.ndarray:
     return table
 
 
-def _index_tar(path: str) -> np.ndarray:
+def _index_tar(path: str, passed: PassedOver) -> np.ndarray:
     """Offset and size of each image; one more, past the end of the file, stands for what a damaged
     file has lost."""
     size = os.path.getsize(path)
-    base_plus_ext = _webdataset().tariterators.base_plus_ext
     rows: list[tuple[int, int]] = []
-    last = None
     try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                key, _ = base_plus_ext(member.name)
-                if member.isreg() and key != last and _is_image(member.name):
-                    rows.append((member.offset_data, member.size))
-                    last = key
-    except tarfile.TarError:  # a member that is cut off is listed and fails when it is read
-        if not rows or sum(rows[-1]) <= size:
+        with tarfile.open(path, "r:", tarinfo=_Header) as tar:
+            for member, _ in _images(tar, passed):
+                rows.append((member.offset_data, member.size))
+    except DAMAGE:  # a member that is cut off is listed and fails when it is read
+        if not rows or sum(rows[-1]) <= size or rows[-1][1] > MAX_BYTES:
             rows.append((size, 1))
     return np.array(rows, np.int64).reshape(-1, 2)
 
 
-def load_sizes(urls: Sequence[str]) -> np.ndarray:
+class _Header(tarfile.TarInfo):
+    """A member's header; refuses sizes that make Python's tarfile run in circles or fill memory."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Header":
+        header = super().frombuf(buf, encoding, errors)
+        most = MAX_DESCRIPTION if header.type in _DESCRIPTIONS else LARGEST_MEMBER
+        if not 0 <= header.size <= most:
+            raise tarfile.ReadError(f"a member of {header.size} bytes")
+        return header
+
+
+def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """Yield the members of a tar file, keeping none of them.
+
+    Raises:
+        tarfile.TarError: the file is damaged.
+    """
+    end = -1
+    while True:
+        try:
+            member = tar.next()
+        except (IndexError, OverflowError, RecursionError) as error:  # of damaged headers
+            raise tarfile.ReadError(str(error)) from None
+        if member is None:
+            return
+        if not 0 <= member.size <= LARGEST_MEMBER or tar.offset <= end:  # as a pax header says
+            raise tarfile.ReadError(f"a member of {member.size} bytes")
+        end = tar.offset
+        tar.members = []  # type: ignore[attr-defined]  # which otherwise holds every member
+        yield member
+
+
+def _images(
+    tar: tarfile.TarFile, passed: PassedOver, load: bool = False
+) -> Iterator[tuple[tarfile.TarInfo, bytes | str]]:
+    """Yield the images of a tar file, one of each sample.
+
+    As in webdataset, consecutive files that share a name up to the first dot form a sample, of
+    which the first image called NAME.EXTENSION is used. Where the first `LARGEST_SAMPLE` images
+    hold none such, the dots are part of the files' names (`... at 10.11.02.jpg`) and every image is
+    used.
+
+    Args:
+        load: read the images too.
+
+    Yields:
+        The member, and its content or the reason why it has none; "" without ``load``.
+
+    Raises:
+        tarfile.TarError, EOFError, ValueError, zlib.error, OSError: the file is damaged, or cannot
+            be read further.
+    """
+    sample, taken, dotted = "", False, False  # dotted: the dots are part of the names
+    waiting: list[tuple[tarfile.TarInfo, bytes | str]] = []
+    try:
+        for member in _members(tar):
+            folder, _, name = member.name.rpartition("/")
+            if not member.isreg() or member.issparse() or name.startswith("."):
+                continue
+            if re.match(r"__[^/]*__($|/)", member.name):  # webdataset's own description
+                continue
+            extension = os.path.splitext(name)[1].lower()
+            if extension in OTHER_EXTENSIONS:
+                continue
+            stem, _, ending = name.partition(".")
+            same = sample == f"{folder}/{stem}"
+            if same and taken:
+                passed.add(name)
+                continue
+            known = extension in EXTENSIONS
+            content = _content(tar, member) if load or not known else ""
+            if not known and not (isinstance(content, bytes) and is_picture(content)):
+                passed.add(name)
+                continue
+            if not same:
+                yield from waiting
+                waiting, sample, taken, dotted = [], f"{folder}/{stem}", False, False
+            item = (member, content if load else "")
+            if dotted:
+                yield item
+            elif "." in ending:
+                waiting.append(item)
+                if len(waiting) > LARGEST_SAMPLE:
+                    yield from waiting
+                    waiting, dotted = [], True
+            else:
+                for other, _ in waiting:
+                    passed.add(other.name)
+                waiting, taken = [], True
+                yield item
+    except DAMAGE:
+        yield from waiting
+        raise
+    yield from waiting
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | str:
+    """The content of a member, or the reason why it is not read."""
+    if member.size > MAX_BYTES:
+        return too_large(member.size)
+    file = tar.extractfile(member)
+    return file.read() if file else LOST
+
+
+def too_large(size: int) -> str:
+    """The reason why an image of this size in bytes is not read."""
+    return f"{size:,} bytes are more than the limit of {MAX_BYTES:,}"
+
+
+def load_sizes(urls: Sequence[str], passed: PassedOver) -> np.ndarray:
     """Number of images in each shard, int64 (shards,): published, cached or counted.
+
+    If they are counted, ``passed`` counts what is not used.
 
     Raises:
         UserError: a shard cannot be read to its end after several attempts.
@@ -91,17 +209,19 @@ def load_sizes(urls: Sequence[str]) -> np.ndarray:
         cache = _user_cache() / f"counts-{_digest(urls)}.json"
         sizes = json.loads(cache.read_text()) if cache.exists() else {}
         if missing := [url for url in urls if url not in sizes]:
-            sizes |= _count_all(missing, cache, sizes)
+            sizes |= _count_all(missing, cache, sizes, passed)
     return np.array([int(sizes[url]) for url in urls], np.int64)
 
 
-def _count_all(urls: Sequence[str], cache: Path, known: dict[str, int]) -> dict[str, int]:
+def _count_all(
+    urls: Sequence[str], cache: Path, known: dict[str, int], passed: PassedOver
+) -> dict[str, int]:
     """Count shards; only what was read to its end is cached, also if a later shard fails."""
     clean: dict[str, int] = {}
     damaged: dict[str, int] = {}
     try:
         for url in _progress(urls):
-            count, whole = _count(url)
+            count, whole = _count(url, passed)
             (clean if whole else damaged)[url] = count
     finally:
         if clean:
@@ -127,7 +247,7 @@ def _published_sizes(urls: Sequence[str]) -> dict[str, int] | None:
     return sizes if all(url in sizes for url in urls) else None
 
 
-def _count(url: str) -> tuple[int, bool]:
+def _count(url: str, passed: PassedOver) -> tuple[int, bool]:
     """Number of images in a shard, and whether it was read to its end.
 
     A connection that breaks off is tried again. A file that ends in the same place twice although
@@ -138,8 +258,10 @@ def _count(url: str) -> tuple[int, bool]:
     for pause in (*PAUSES, None):
         count = 0
         try:
-            for _ in read_samples(url):
+            here = PassedOver()
+            for _ in read_samples(url, here):
                 count += 1
+            passed.endings += here.endings
             return count, True
         except DAMAGE as error:
             if count == cut_at:
@@ -155,22 +277,19 @@ def _count(url: str) -> tuple[int, bool]:
     )
 
 
-def read_samples(url: str) -> Generator[bytes, None, None]:
-    """Read the images of one shard with webdataset.
+def read_samples(url: str, passed: PassedOver | None = None) -> Generator[bytes | str, None, None]:
+    """Read the images of one shard through webdataset; a str is the reason why one is not read.
 
     Raises:
         OSError: the URL cannot be opened, or the command behind it failed.
         tarfile.TarError, EOFError, ValueError, zlib.error: the file is damaged.
     """
-    wds = _webdataset()
-    stream = wds.gopen.gopen(url)
+    stream = _webdataset().gopen.gopen(url)
     command = getattr(stream, "proc", None)
     try:
-        files = wds.tariterators.tar_file_expander(
-            [{"url": url, "stream": stream}], select_files=_is_image
-        )
-        for sample in wds.tariterators.group_by_keys(files):
-            yield next(value for key, value in sample.items() if key in _SUFFIXES)
+        with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Header) as tar:
+            for _, content in _images(tar, passed or PassedOver(), load=True):
+                yield content
         if command is not None:  # a file cut between two members is no error to the tar reader
             _check_end(stream)
     except DAMAGE:
@@ -191,10 +310,6 @@ def _check_end(stream: Any) -> None:
         stream.wait_for_child()
 
 
-def _is_image(name: str) -> bool:
-    return posixpath.basename(name).partition(".")[2].lower() in _SUFFIXES
-
-
 def _webdataset() -> Any:
     """The modules of the library, some of whose functions shadow the module of the same name."""
     try:
@@ -210,7 +325,7 @@ def _webdataset() -> Any:
 def _digest(urls: Sequence[str]) -> str:
     """A digest that differs for other shards and for local files that have changed; a folder that
     has only moved keeps it."""
-    lines = []
+    lines = [_RULES]
     for url in urls:
         path = local_path(url)
         if path is None:

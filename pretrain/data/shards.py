@@ -1,8 +1,9 @@
 """Tar shards in the format of the webdataset library: ``shards:URL``.
 
 URL may be whatever webdataset accepts: a path, braces (`/data/{000000..000999}.tar`),
-`pipe:COMMAND`, `https:`, `s3:`, `gs:` and others. As in webdataset, the files that share a name up
-to the first dot form a sample; the first image among them is used.
+`pipe:COMMAND`, `https:`, `s3:`, `gs:` and others. As in webdataset, consecutive files that share a
+name up to the first dot form a sample, of which the first image is used; where no file is called
+NAME.EXTENSION, the dots are part of the names, and every image is used.
 
 Plain tar files on a local disk are read in place, at the offsets in an index. The index is built
 on first use, stored beside the shards (or in the user's cache) and memory-mapped, so that even a
@@ -33,6 +34,7 @@ from typing import Any
 import numpy as np
 
 from moco_common.errors import UserError
+from moco_common.images import MAX_BYTES
 from moco_common.text import counted
 from pretrain.data.shard_index import (
     LOST,
@@ -41,8 +43,9 @@ from pretrain.data.shard_index import (
     load_sizes,
     local_path,
     read_samples,
+    too_large,
 )
-from pretrain.data.source_base import Source
+from pretrain.data.source_base import PassedOver, Source
 from pretrain.data.stateless_random import hash64, permute
 
 LANES = 64  # number of parts of the shards that are read in parallel
@@ -65,15 +68,19 @@ def open_shards(specs: Sequence[str]) -> "ShardSource":
             f"{len(missing)} of {len(urls)} shards do not exist, the first is {missing[0]}: "
             f"fix the path in shards:{specs[0]}"
         )
+    passed = PassedOver()
     paths = [path for path in local if path is not None and path.endswith(".tar")]
     if len(paths) == len(urls):
-        table = load_index(paths)
+        table = load_index(paths, passed)
         counts, places = table[: len(urls), 0], table[len(urls) :]
         source = ShardSource(paths, counts, places)
     else:
-        source = ShardSource(urls, load_sizes(urls))
+        source = ShardSource(urls, load_sizes(urls, passed))
+    found = str(passed)
     if not len(source):
-        raise UserError(f"shards:{specs[0]} contains no images: give tar files of images")
+        about = f" ({found})" if found else ""
+        raise UserError(f"shards:{specs[0]} contains no images{about}: give tar files of images")
+    source.notes = (f"shards:{specs[0]}: {found}",) if found else ()
     return source
 
 
@@ -111,6 +118,8 @@ class ShardSource(Source):
             raise TypeError("streamed shards cannot be read by index")
         shard, _ = self._locate(index)
         offset, size = self.places[index].tolist()
+        if size > MAX_BYTES:
+            raise OSError(too_large(size))
         with open(self.urls[shard], "rb", buffering=0) as file:
             file.seek(offset)
             data = file.read(size)

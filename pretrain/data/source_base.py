@@ -1,17 +1,54 @@
-"""The base class of all image sources."""
+"""The base class of all image sources, and what they pass over."""
 
 import os
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 
 import numpy as np
 
+from moco_common.text import counted
 from pretrain.data.stateless_random import hash64, permute
 
-EXTENSIONS = (
-    b".jpg", b".jpeg", b".png", b".webp", b".bmp", b".gif", b".tif", b".tiff", b".ppm", b".pgm",
+# Files with these endings are taken for images without a look inside, those of a data set's other
+# files for none; any other file is recognised by its content.
+EXTENSIONS = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm",
+     ".pgm", ".avif"}
 )  # fmt: skip
+OTHER_EXTENSIONS = frozenset(
+    {".txt", ".json", ".jsonl", ".xml", ".csv", ".tsv", ".yaml", ".yml", ".md", ".html", ".py",
+     ".cls", ".npy", ".npz", ".pth", ".pt", ".mat", ".zip", ".tar", ".gz", ".mp4", ".avi", ".mov"}
+)  # fmt: skip
+
+
+class PassedOver:
+    """The files that a source does not use, counted by ending, and what it could not read."""
+
+    def __init__(self) -> None:
+        self.endings: Counter[str] = Counter()
+        self.unreadable: list[str] = []  # each with its reason
+
+    def add(self, name: str) -> None:
+        """Count a file."""
+        ending = os.path.splitext(name)[1].lower()
+        self.endings[ending if 1 < len(ending) <= 8 else "without a known ending"] += 1
+
+    def __str__(self) -> str:
+        """One clause; "" if nothing was passed over."""
+        parts = []
+        if self.endings:
+            listed = ", ".join(f"{n} {ending}" for ending, n in self.endings.most_common(8))
+            more = ", ..." if len(self.endings) > 8 else ""
+            heic = any(self.endings[ending] for ending in (".heic", ".heif"))
+            advice = "; convert HEIC to JPEG to use it" if heic else ""
+            total = counted(self.endings.total(), "file")
+            parts.append(f"{total} passed over ({listed}{more}{advice})")
+        if self.unreadable:
+            first = self.unreadable[0]
+            parts.append(f"{counted(len(self.unreadable), 'item')} unreadable (first {first})")
+        return ", ".join(parts)
 
 
 class Source(ABC):
@@ -21,11 +58,13 @@ class Source(ABC):
         classes: names of the class folders, sorted; empty if there are none.
         labels: int32 array (len,) of indices into `classes`, -1 for no class; None if there are no
             classes. The class of an image is the topmost folder below the given one.
+        notes: remarks for the log about what was passed over.
         streamed: True if images come from `stream` instead of `read` (see `shards.ShardSource`).
     """
 
     classes: tuple[str, ...] = ()
     labels: np.ndarray | None = None
+    notes: tuple[str, ...] = ()
     streamed = False
 
     @abstractmethod

@@ -8,17 +8,20 @@ that memory, because reading a path touches no reference count of its own.
 import hashlib
 import json
 import os
+import sys
 from array import array
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from moco_common.errors import UserError
-from moco_common.images import read_regular
+from moco_common.images import is_picture, open_regular, read_regular
 from pretrain.data.shards import open_shards
-from pretrain.data.source_base import EXTENSIONS, Source
+from pretrain.data.source_base import EXTENSIONS, OTHER_EXTENSIONS, PassedOver, Source
 
 SAMPLE = 4096  # number of files, evenly spaced, whose sizes are compared on resume
+MAX_COCO_BYTES = 2**32  # largest COCO file
+LONGEST_PATH = 2**14  # bytes of a line of a list, several times the limit of Linux
 _KINDS = "a folder, a .txt list, coco:JSON:IMAGES or shards:URL"
 
 
@@ -63,10 +66,11 @@ def open_source(specs: str | Sequence[str]) -> Source:
     """Open one or more sources as one, in the given order.
 
     Args:
-        specs: each is a folder (searched recursively, links followed, sorted by path), a ``.txt``
-            file with one path per line, absolute or relative to the file's folder, or
-            ``coco:JSON:IMAGES`` for the ``images`` of a COCO file. Alternatively, all are
-            ``shards:URL``, tar files (see `shards`). Lists and COCO files keep their order.
+        specs: each is a folder (searched recursively, links followed, sorted by path; a file whose
+            ending is unknown is recognised by its content), a ``.txt`` file with one path per line,
+            absolute or relative to the file's folder, or ``coco:JSON:IMAGES`` for the ``images`` of
+            a COCO file. Alternatively, all are ``shards:URL``, tar files (see `shards`). Lists and
+            COCO files keep their order.
 
     Raises:
         UserError: a source is missing or malformed, or has no images. Listed images are not
@@ -83,7 +87,8 @@ def open_source(specs: str | Sequence[str]) -> Source:
     source = FileSource()
     starts = []
     for spec in specs:
-        root, entries = _open_one(os.path.expanduser(spec))
+        passed = PassedOver()
+        root, entries = _open_one(os.path.expanduser(spec), passed)
         source._roots.append(root)
         starts.append(len(ends))
         for path, folder in entries:
@@ -91,9 +96,13 @@ def open_source(specs: str | Sequence[str]) -> Source:
             ends.append(len(paths))
             labels.append(-1 if folder is None else classes.setdefault(folder, len(classes)))
         if len(ends) == starts[-1]:
+            found = f" ({passed})" if str(passed) else ""
             raise UserError(
-                f"{spec} contains no images: give a folder of images, a .txt list or a COCO file"
+                f"{spec} contains no images{found}: give a folder of images, a .txt list or a COCO "
+                f"file"
             )
+        if str(passed):
+            source.notes += (f"{spec}: {passed}",)
     if not starts:
         raise UserError(f"no image source: give {_KINDS}")
     source._starts = np.array(starts, np.int64)
@@ -109,7 +118,7 @@ def open_source(specs: str | Sequence[str]) -> Source:
 Entries = Iterator[tuple[bytes, str | None]]  # (path relative to the root, class folder or None)
 
 
-def _open_one(spec: str) -> tuple[bytes, Entries]:
+def _open_one(spec: str, passed: PassedOver) -> tuple[bytes, Entries]:
     if spec.startswith("coco:"):
         _, _, rest = spec.partition(":")
         annotations, separator, images = rest.partition(":")
@@ -119,7 +128,7 @@ def _open_one(spec: str) -> tuple[bytes, Entries]:
             raise UserError(f"{spec}: the image folder {images} does not exist")
         return os.fsencode(images), _coco_entries(annotations)
     if os.path.isdir(spec):
-        return os.fsencode(spec), _tree_entries(os.fsencode(spec))
+        return os.fsencode(spec), _tree_entries(os.fsencode(spec), passed)
     if not os.path.exists(spec):
         raise UserError(f"{spec} does not exist: give {_KINDS}")
     if not spec.endswith(".txt"):
@@ -127,47 +136,97 @@ def _open_one(spec: str) -> tuple[bytes, Entries]:
     return os.fsencode(os.path.dirname(spec)), _list_entries(spec)
 
 
-def _tree_entries(
-    root: bytes, inside: bytes = b"", label: str | None = None, above: frozenset[str] = frozenset()
-) -> Entries:
+def _tree_entries(root: bytes, passed: PassedOver) -> Entries:
     """Yield the images below a folder, depth first and sorted, skipping hidden files and cycles."""
-    real = os.path.realpath(os.fsdecode(os.path.join(root, inside)))
-    if real in above:
-        return
-    files, folders = [], []
-    with os.scandir(os.path.join(root, inside)) as entries:
-        for entry in entries:
-            if entry.name.startswith(b"."):
-                continue
-            if entry.is_dir():
-                folders.append(entry.name)
-            elif entry.name.lower().endswith(EXTENSIONS):
-                files.append(entry.name)
-    for name in sorted(files):
-        yield os.path.join(inside, name), label
-    for name in sorted(folders):
-        below = label if label is not None else os.fsdecode(name)
-        yield from _tree_entries(root, os.path.join(inside, name), below, above | {real})
+    # Folders left to search: path below the root, class, and the real paths of those above it.
+    todo: list[tuple[bytes, str | None, frozenset[bytes]]] = [(b"", None, frozenset())]
+    while todo:
+        inside, label, above = todo.pop()
+        folder = os.path.join(root, inside)
+        real = os.path.realpath(folder)
+        if real in above:
+            continue
+        files: list[bytes] = []
+        folders: list[bytes] = []
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if not entry.name.startswith(b"."):
+                        _sort(entry, files, folders, passed)
+        except OSError as error:
+            if not inside:
+                raise UserError(
+                    f"cannot read the folder {os.fsdecode(root)}: {error.strerror}"
+                ) from None
+            passed.unreadable.append(f"{os.fsdecode(inside)}: {error.strerror}")
+        for name in sorted(files):
+            yield os.path.join(inside, name), label
+        for name in sorted(folders, reverse=True):
+            below = label if label is not None else os.fsdecode(name)
+            todo.append((os.path.join(inside, name), below, above | {real}))
+
+
+def _sort(
+    entry: os.DirEntry[bytes], files: list[bytes], folders: list[bytes], passed: PassedOver
+) -> None:
+    """Add the name of an entry to the images or the folders, or count it as passed over."""
+    name = os.fsdecode(entry.name)
+    try:
+        if entry.is_dir():
+            folders.append(entry.name)
+        elif not entry.is_file():  # a broken link, a pipe, a device
+            passed.unreadable.append(f"{name}: not a regular file")
+        elif _is_image(entry):
+            files.append(entry.name)
+        else:
+            passed.add(name)
+    except OSError as error:  # a link to itself, or into a folder that cannot be entered
+        passed.unreadable.append(f"{name}: {error.strerror}")
+
+
+def _is_image(entry: os.DirEntry[bytes]) -> bool:
+    path = os.fsdecode(entry.path)
+    ending = os.path.splitext(path)[1].lower()
+    return ending in EXTENSIONS or (ending not in OTHER_EXTENSIONS and is_picture(path))
 
 
 def _list_entries(file: str) -> Entries:
-    with open(file, "rb") as lines:
-        for line in lines:
-            path = line.removeprefix(b"\xef\xbb\xbf").strip()
-            if path:
-                yield path, None
+    try:
+        with open_regular(file, most=sys.maxsize) as lines:
+            number = 0
+            while line := lines.readline(LONGEST_PATH):
+                number += 1
+                if b"\0" in line or len(line) == LONGEST_PATH:
+                    raise UserError(
+                        f"{file}, line {number}, is not a path: save the list as UTF-8, one path "
+                        f"per line"
+                    )
+                path = line.removeprefix(b"\xef\xbb\xbf").strip()
+                if path:
+                    yield path, None
+    except OSError as error:
+        raise UserError(f"cannot read the list {file}: {error.strerror or error}") from None
 
 
 def _coco_entries(file: str) -> Entries:
     try:
-        with open(file, encoding="utf-8") as stream:
-            images = json.load(stream)["images"]
-        names = [image["file_name"] for image in images]
+        content = json.loads(read_regular(file, most=MAX_COCO_BYTES))
     except OSError as error:
-        raise UserError(f"cannot read the COCO file {file}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{file} is not a COCO file whose `images` each have a `file_name`: {error!r}"
-        ) from None
-    for name in names:
-        yield os.fsencode(name), None
+        raise UserError(f"cannot read the COCO file {file}: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is not a COCO file: {error}") from None
+    images = content.get("images") if isinstance(content, dict) else None
+    if not isinstance(images, list):
+        raise UserError(f"{file} is not a COCO file: it has no list called `images`")
+    for number, image in enumerate(images):
+        name = image.get("file_name") if isinstance(image, dict) else None
+        try:
+            if not isinstance(name, str) or not name or "\0" in name:
+                raise ValueError
+            path = os.fsencode(name)
+        except ValueError:
+            raise UserError(
+                f"{file} is not a COCO file whose `images` each have a `file_name`: number "
+                f"{number} has {json.dumps(name)[:80]}"
+            ) from None
+        yield path, None

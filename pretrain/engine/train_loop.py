@@ -116,6 +116,8 @@ def train(cfg: CfgNode, resume: bool = False, quiet: bool = False, profile: int 
                     f"DATALOADER.NUM_WORKERS is {cfg.DATALOADER.NUM_WORKERS}, but there are only "
                     f"{counted(cpu_count(), 'core')}: {cpu_count()} are used"
                 )
+            for note in source.notes:
+                progress.say(note)
             for note in notes:
                 progress.warn(note)
             wait = patience(method.settling_images, cfg.SOLVER.BATCH_SIZE)

@@ -87,6 +87,8 @@ def probe(settings: Settings, cfg: CfgNode | None = None, say: Say = print) -> d
     train, test = open_train_and_test(
         settings.train, settings.test, holdout=settings.holdout, seed=settings.seed
     )
+    for note in (*train.source.notes, *(test.source.notes if settings.test else ())):
+        say(note)
     device = comm.device()
     backbone = backbone.to(device).to(memory_format=torch.channels_last)
     fit_bn = settings.checkpoint == RANDOM if settings.fit_bn is None else settings.fit_bn

@@ -410,3 +410,115 @@ def test_a_command_is_let_go_early_even_if_a_forked_worker_holds_its_pipe(tmp_pa
     finally:
         os.kill(worker, signal.SIGKILL)
         os.waitpid(worker, 0)
+
+
+def write_tar(path, files):
+    with tarfile.open(path, "w") as tar:
+        for name, data in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, BytesIO(data))
+
+
+def both_ways(path, count):
+    """The images of a shard, read in place and streamed; they must be the same."""
+    source = open_source(f"shards:{path}")
+    assert len(source) == count
+    stream = open_source(f"shards:pipe:cat {path}")
+    assert stream.counts.tolist() == [count]
+    (streamed,) = stream.stream(iter([np.arange(count)]), count, 0)
+    images = [source.read(i) for i in range(count)]
+    assert sorted(streamed) == sorted(images)
+    return images, source.notes, stream.notes
+
+
+@pytest.mark.parametrize("number", [1, 16, 17, 40])
+def test_names_with_dots_are_as_many_images_in_a_shard_as_in_a_folder(
+    tmp_path, monkeypatch, number
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    files = [(f"{i}.jpg", b"%d" % i) for i in range(8)]
+    files += [(f"Screenshot at 10.11.{i:02}.jpg", b"s%d" % i) for i in range(number)]
+    files += [(f"x.rf.{i}.jpg", b"x%d" % i) for i in range(3)]  # Roboflow's names
+    (tmp_path / "folder").mkdir()
+    for name, data in files:
+        (tmp_path / "folder" / name).write_bytes(data)
+    write_tar(tmp_path / "x.tar", files)
+    images, *notes = both_ways(tmp_path / "x.tar", len(files))
+    assert images == [data for _, data in files]
+    assert notes == [(), ()]
+    assert len(open_source(str(tmp_path / "folder"))) == len(files)
+
+
+def test_further_images_of_a_sample_are_passed_over_and_counted(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    files = [
+        ("a.depth.png", b"depth"),
+        ("a.png", b"a"),
+        ("a.seg.png", b"seg"),
+        ("._a.png", b"a Mac's notes"),
+        ("b.jpg", b"b"),
+        ("c", png(3)),
+        ("d.bin", png(4)),
+        ("e.heic", b"x"),
+        ("f.json", b"{}"),
+    ]
+    write_tar(tmp_path / "x.tar", files)
+    images, note, other = both_ways(tmp_path / "x.tar", 4)
+    assert images == [b"a", b"b", png(3), png(4)]
+    assert "3 files passed over (2 .png, 1 .heic" in note[0]
+    assert "3 files passed over (2 .png, 1 .heic" in other[0]
+
+
+def binary(size):
+    """A number in the binary notation of GNU tar, which may be negative or very large."""
+    return (b"\xff" if size < 0 else b"\x80") + size.to_bytes(11, "big", signed=True)
+
+
+def header(name, size, kind=b"0"):
+    member = tarfile.TarInfo(name)
+    member.type = kind
+    buffer = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+    buffer[124:136] = size
+    checksum = sum(buffer[:148]) + 8 * 32 + sum(buffer[156:])
+    buffer[148:156] = b"%06o\0 " % checksum
+    return bytes(buffer)
+
+
+@pytest.mark.parametrize("kind", [b"0", b"L", b"x", b"S", b"5", b"Z"])
+@pytest.mark.parametrize("size", [-512, -1024, -(2**40), -1, 2**37, 2**62, 2**80])
+def test_a_size_that_is_negative_or_absurd_ends_the_shard(tmp_path, monkeypatch, kind, size):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("pretrain.data.shard_index.PAUSES", (0, 0, 0))
+    write_tar(tmp_path / "x.tar", [("a.jpg", b"a"), ("b.jpg", b"b")])
+    good = (tmp_path / "x.tar").read_bytes()[:2048]
+    evil = header("c.jpg", binary(size), kind)
+    (tmp_path / "x.tar").write_bytes(good + evil + good + bytes(1024))
+    found = []
+
+    def work():
+        source = open_source(f"shards:{tmp_path}/x.tar")
+        found.append((len(source), source.read(0), source.read(1)))
+        for i in range(2, len(source)):
+            with pytest.raises(OSError, match=r"cut off|limit"):
+                source.read(i)
+        found.append(open_source(f"shards:pipe:cat {tmp_path}/x.tar").counts.tolist())
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert found == [(3, b"a", b"b"), [3]]
+
+
+def test_an_image_above_the_limit_is_not_read_in_either_way(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("pretrain.data.shard_index.MAX_BYTES", 9)
+    monkeypatch.setattr(shards, "MAX_BYTES", 9)
+    write_tar(tmp_path / "x.tar", [("a.jpg", b"123456789"), ("b.jpg", b"1234567890")])
+    source = open_source(f"shards:{tmp_path}/x.tar")
+    assert source.read(0) == b"123456789"
+    with pytest.raises(OSError, match="10 bytes are more than the limit of 9"):
+        source.read(1)
+    stream = open_source(f"shards:pipe:cat {tmp_path}/x.tar")
+    (images,) = stream.stream(iter([np.arange(2)]), 2, 0)
+    assert set(images) == {"10 bytes are more than the limit of 9", b"123456789"}

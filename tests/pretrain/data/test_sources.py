@@ -1,7 +1,10 @@
 import json
+import os
+from io import BytesIO
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from moco_common.errors import UserError
 from pretrain.data.sources import open_source
@@ -95,6 +98,16 @@ def test_an_index_outside_is_an_error(tree, index):
         ("coco:{root}/bad.json:{root}/empty", "not a COCO file"),
         ("coco:{root}/list.json:{root}/empty", "not a COCO file"),
         ("coco:{root}/none.json:{root}/empty", "cannot read"),
+        ("coco:{root}/null.json:{root}/empty", "null.json is not a COCO .*number 1 has null"),
+        ("coco:{root}/number.json:{root}/empty", "number 0 has 7"),
+        ("coco:{root}/surrogate.json:{root}/empty", "number 0 has"),
+        ("coco:{root}/zero.json:{root}/empty", "number 0 has"),
+        ("coco:{root}/deep.json:{root}/empty", "not a COCO file"),
+        ("coco:{root}/pipe:{root}/empty", "pipe is not a regular file"),
+        ("{root}/utf16.txt", "utf16.txt, line 1, is not a path: save the list as UTF-8"),
+        ("{root}/binary.txt", "binary.txt, line 2, is not a path"),
+        ("{root}/line.txt", "line.txt, line 1, is not a path"),
+        ("{root}/pipe.txt", "pipe.txt is not a regular file"),
         ("coco:{root}/bad.json:{root}/nowhere", "does not exist"),
     ],
 )
@@ -105,8 +118,18 @@ def test_a_wrong_source_is_one_clear_error(tmp_path, spec, message):
         "photo.jpg": "x",
         "bad.json": "{",
         "list.json": "[1]",
+        "null.json": '{"images": [{"file_name": "a.jpg"}, {"file_name": null}]}',
+        "number.json": '{"images": [{"file_name": 7}]}',
+        "surrogate.json": '{"images": [{"file_name": "\\ud800.jpg"}]}',
+        "zero.json": '{"images": [{"file_name": "\\u0000.jpg"}]}',
+        "deep.json": "[" * 10**6,
+        "binary.txt": "a.jpg\n\0\n",
+        "line.txt": "a" * 10**6,
     }.items():
         (tmp_path / name).write_text(text)
+    (tmp_path / "utf16.txt").write_text("a.jpg\nb.jpg\n", encoding="utf-16")
+    os.mkfifo(tmp_path / "pipe")
+    os.mkfifo(tmp_path / "pipe.txt")
     with pytest.raises(UserError, match=message):
         open_source(spec.format(root=tmp_path))
 
@@ -114,3 +137,95 @@ def test_a_wrong_source_is_one_clear_error(tmp_path, spec, message):
 def test_no_source_at_all_is_an_error():
     with pytest.raises(UserError, match="no image source"):
         open_source([])
+
+
+def picture(kind):
+    stream = BytesIO()
+    Image.new("RGB", (9, 8), (200, 30, 30)).save(stream, kind)
+    return stream.getvalue()
+
+
+def test_pictures_are_recognised_by_content_and_other_files_counted_by_ending(tmp_path):
+    files = {
+        "a.jfif": picture("JPEG"),
+        "b.avif": b"known by its name",
+        "c": picture("PNG"),
+        "d.picture": picture("WEBP"),
+        "Screenshot at 10.11.02": picture("BMP"),
+        "e.heic": b"\0\0\0\x18ftypheic" + bytes(50),
+        "f.HEIC": b"\0\0\0\x18ftypheic" + bytes(50),
+        "g.xml": picture("PNG"),  # an ending of other files is not looked into
+        "h": b"text",
+        "i.psd": b"8BPS",
+    }
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    source = open_source(str(tmp_path))
+    found = ["Screenshot at 10.11.02", "a.jfif", "b.avif", "c", "d.picture"]
+    assert names(source, tmp_path) == found
+    (note,) = source.notes
+    assert note.startswith(f"{tmp_path}: 5 files passed over (2 .heic, ")
+    for part in ("1 .xml", "1 .psd", "1 without a known ending", "convert HEIC to JPEG to use it"):
+        assert part in note
+
+
+def test_a_folder_of_nothing_but_other_files_is_an_error_that_counts_them(tmp_path):
+    for name in ("a.heic", "b.heic", "c.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(UserError, match=r"no images \(3 files passed over \(2 \.heic, 1 \.txt"):
+        open_source(str(tmp_path))
+
+
+def test_entries_that_cannot_be_entered_are_skipped_and_named(tree, monkeypatch):
+    (tree / "loop").symlink_to("loop")
+    (tree / "gone.jpg").symlink_to("nowhere")
+    os.mkfifo(tree / "pipe.jpg")
+    (tree / "lost+found").mkdir()
+    scandir = os.scandir
+
+    def refuse(folder):  # root may enter any folder
+        if folder.endswith(b"lost+found"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    source = open_source(str(tree))
+    assert names(source, tree) == ["a/y.webp", "a/deep/er/x.png", "b/10.JPEG", "b/2.jpg"]
+    (note,) = source.notes
+    assert "4 items unreadable (first " in note
+    monkeypatch.setattr(os, "scandir", lambda _: scandir(tree / "nowhere"))
+    with pytest.raises(UserError, match="cannot read the folder .*: No such file"):
+        open_source(str(tree))
+
+
+def test_a_list_that_cannot_be_read_is_one_clear_error(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("a.jpg")
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(UserError, match="cannot read the list .*a.txt: Permission denied"):
+        open_source(str(tmp_path / "a.txt"))
+
+
+def test_folders_may_be_nested_deeper_than_python_recurses(tmp_path):
+    deepest = tmp_path
+    for _ in range(1200):
+        deepest /= "d"
+        deepest.mkdir()
+    (deepest / "x.jpg").write_bytes(b"x")
+    assert len(open_source(str(tmp_path))) == 1
+    for folder in (deepest, *deepest.parents):  # shutil, too, recurses
+        if folder == tmp_path:
+            break
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_coco_file_may_begin_with_a_byte_order_mark(tree, encoding):
+    text = json.dumps({"images": [{"file_name": "b/2.jpg"}]})
+    (tree / "c.json").write_text(text, encoding=encoding)
+    assert names(open_source(f"coco:{tree}/c.json:{tree}"), tree) == ["b/2.jpg"]
