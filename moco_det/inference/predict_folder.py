@@ -63,8 +63,7 @@ def predict(
                     labels = label_files.get(picture)
                     yield file, _predict_image(model, image, file, picture, labels, found), None
             except UserError as error:
-                found.fail(file, error)
-                yield file, None, str(error)
+                yield file, None, found.fail(file, error)
             found.save_now_and_then()
     finally:
         found.save()
@@ -153,8 +152,11 @@ class _Predictions:
             number = {"id": len(self.annotations) + 1, "image_id": len(self.images)}
             self.annotations.append({**number, **annotation})
 
-    def fail(self, file: Path, error: UserError) -> None:
-        self.failed.append({"file_name": str(file), "error": str(error)})
+    def fail(self, file: Path, error: UserError) -> str:
+        """Record a failure and return a message that names the file."""
+        message = str(error) if str(file) in str(error) else f"{file}: {error}"
+        self.failed.append({"file_name": str(file), "error": message})
+        return message
 
     def content(self) -> dict[str, Any]:
         categories = [{"id": index, "name": name} for index, name in enumerate(self.class_names)]

@@ -56,10 +56,20 @@ class _Model:
         self.threshold = threshold
 
     def run(self, image: NDArray[np.uint8]) -> dict[str, Any]:
-        """Return the model's output for an RGB image (H, W, 3)."""
+        """Return the model's output for an RGB image (H, W, 3).
+
+        Raises:
+            UserError: the image is so thin that nothing of it is left when it is resized.
+        """
         height, width = image.shape[:2]
         ordered = image if self.image_format == "RGB" else image[:, :, ::-1]
-        resized = self.resize.get_transform(ordered).apply_image(ordered)
+        transform = self.resize.get_transform(ordered)
+        if 0 in (getattr(transform, "new_h", 1), getattr(transform, "new_w", 1)):
+            raise UserError(
+                f"{width} x {height} pixels are too thin: resized to at most "
+                f"{self.resize.max_size} pixels, the shorter side vanishes"
+            )
+        resized = transform.apply_image(ordered)
         pixels = torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1))).float()
         (output,) = self.model([{"image": pixels, "height": height, "width": width}])
         return dict(output)

@@ -91,7 +91,7 @@ def _identity(run: Run) -> tuple[Any, ...]:
         str(results["protocol"] or ""),
         str(results.get("init")),
         str(results["dataset"]),
-        results.get("iteration"),
+        str(results.get("iteration")),
         json.dumps(results.get("deviations"), default=str),
         run.weights and (strip_trial(weights.parent, run.seed), strip_trial(weights, run.seed)),
         json.dumps(config, sort_keys=True, default=str),
@@ -110,7 +110,7 @@ def _make_labels_unique(groups: list[Group]) -> None:
             parts = [f"{key}={rival.runs[0].config.get(key)}" for key in keys[:2]]
             if len({g.runs[0].weights for g in rivals}) > 1:
                 parts.append(Path(rival.runs[0].weights).name or "random")
-            if len({g.results.get("iteration") for g in rivals}) > 1:
+            if len({str(g.results.get("iteration")) for g in rivals}) > 1:
                 parts.append(f"iteration {rival.results.get('iteration')}")
             # The position is the last resort: no two rows have the same label.
             rival.label += f" [{', '.join(parts) or rivals.index(rival) + 1}]"

@@ -14,6 +14,7 @@ from pycocotools import mask as mask_codec
 
 from moco_common.errors import UserError
 from moco_det.data.register import register
+from moco_det.report.runs import is_number
 from moco_det.structures.objects import Objects
 
 Predictions = dict[str, list[dict[str, Any]]]  # COCO's results by image id as text
@@ -40,12 +41,22 @@ def read_predictions(run: str | Path) -> Predictions:
         results = json.loads(file.read_text(encoding="utf-8"))
         by_image: Predictions = {}
         for result in results:
+            _check(result)
             by_image.setdefault(str(result["image_id"]), []).append(result)
     except OSError as error:
         raise UserError(f"{run} keeps no predictions ({file}): evaluate it first") from error
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"{file} is not a list of COCO results: evaluate the run again") from error
     return by_image
+
+
+def _check(result: Mapping[str, Any]) -> None:
+    """Raise ValueError, TypeError or KeyError for what is no detection with a box."""
+    if not isinstance(result["category_id"], int) or not isinstance(result["image_id"], int | str):
+        raise TypeError("an id is of another type")
+    str(result["image_id"]).encode()
+    if len(result["bbox"]) != 4 or not all(map(is_number, (*result["bbox"], result["score"]))):
+        raise ValueError("a box or a score is not made of numbers")
 
 
 @dataclass
@@ -63,8 +74,20 @@ class OpenDataset:
     ids: Mapping[int, int] | None = None
 
     def detections(self, record: Mapping[str, Any], predictions: Predictions) -> Objects:
-        """The detections of a run in one image."""
-        return detected_objects(predictions.get(str(record["image_id"]), []), self.ids)
+        """The detections of a run in one image.
+
+        Raises:
+            UserError: a category is no class of the data set.
+        """
+        found = predictions.get(str(record["image_id"]), [])
+        known = range(len(self.class_names)) if self.ids is None else self.ids
+        for result in found:
+            if result["category_id"] not in known:
+                raise UserError(
+                    f"category {result['category_id']} of the detections is not in the data set: "
+                    "evaluate the run on it again"
+                )
+        return detected_objects(found, self.ids)
 
 
 def open_dataset(
@@ -123,9 +146,12 @@ def _masks(
     decoded = []
     for item in found:
         code = item["segmentation"]
-        if isinstance(code, list):
-            code = mask_codec.merge(mask_codec.frPyObjects(code, height, width))
-        elif isinstance(code["counts"], list):
-            code = mask_codec.frPyObjects(code, *code["size"])
-        decoded.append(mask_codec.decode(code).astype(bool))
+        try:
+            if isinstance(code, list):
+                code = mask_codec.merge(mask_codec.frPyObjects(code, height, width))
+            elif isinstance(code["counts"], list):
+                code = mask_codec.frPyObjects(code, *code["size"])
+            decoded.append(mask_codec.decode(code).astype(bool))
+        except (TypeError, ValueError, KeyError, IndexError, OverflowError) as error:
+            raise UserError(f"a mask is not readable ({error}): evaluate the run again") from error
     return np.stack(decoded)

@@ -10,13 +10,14 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 
 from moco_common.errors import UserError
 from moco_det.config.defaults import flatten
 
+LARGEST = 1e100
 FILES = ("config.yaml", "metrics.json", "results.json")
 
 
@@ -64,8 +65,8 @@ class Run:
             return recorded[-1]
         # Runs of earlier versions did not record it: log(K+1) where the configuration has K.
         negatives = {"moco": "MOCO.QUEUE_SIZE", "memory-bank": "BANK.NEGATIVES"}
-        k = self.config.get(negatives.get(self.config.get("METHOD", "moco"), ""))
-        return math.log(k + 1) if k else None
+        k = self.config.get(negatives.get(str(self.config.get("METHOD", "moco")), ""))
+        return math.log(k + 1) if is_number(k) and k > 0 else None
 
     @property
     def seed(self) -> int | None:
@@ -79,22 +80,18 @@ class Run:
         return str((self.results or {}).get("weights", self.config.get("MODEL.WEIGHTS")) or "")
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
-        """Iterations and values of one scalar of metrics.json, where it is finite."""
-        points = [
-            (r["iteration"], r[key])
-            for r in self.records
-            if isinstance(r.get(key), int | float) and math.isfinite(r[key])
-        ]
+        """Iterations and values of one scalar of metrics.json, where it is a number."""
+        points = [(r["iteration"], r[key]) for r in self.records if is_number(r.get(key))]
         return [p[0] for p in points], [p[1] for p in points]
 
     def scores(self) -> dict[str, float]:
-        """The finite scores of results.json: {"bbox/AP": percent, "segm/AP": ...}."""
+        """The scores of results.json that are numbers: {"bbox/AP": percent, "segm/AP": ...}."""
         return {
             f"{task}/{name}": float(value)
             for task, scores in (self.results or {}).items()
             if isinstance(scores, dict)
             for name, value in scores.items()
-            if isinstance(value, int | float) and math.isfinite(value)
+            if is_number(value)
         }
 
     def per_class(self, task: str = "bbox") -> dict[str, float]:
@@ -102,11 +99,7 @@ class Run:
         scores = (self.results or {}).get(task)
         classes = scores.get("per_class") if isinstance(scores, dict) else None
         items = classes.items() if isinstance(classes, dict) else ()
-        return {
-            str(name): float(value)
-            for name, value in items
-            if isinstance(value, int | float) and math.isfinite(value)
-        }
+        return {str(name): float(value) for name, value in items if is_number(value)}
 
 
 def read_runs(paths: Iterable[str | Path]) -> list[Run]:
@@ -184,8 +177,8 @@ def _read_config(run: Run) -> dict[str, Any]:
     if not file.exists():
         return {}
     try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        tree = _checked(yaml.safe_load(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         run.problems.append(f"{file} is not readable as YAML ({_first_line(error)})")
         return {}
     return flatten(tree) if isinstance(tree, dict) else {}
@@ -205,11 +198,11 @@ def _read_metrics(run: Run) -> list[dict[str, float]]:
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line) if line.strip() else None
-        except ValueError:
+        except (ValueError, RecursionError):
             cut = ": the run was interrupted while writing" if number == len(lines) else ""
             run.problems.append(f"{file}, line {number}, is not JSON and is left out{cut}")
             continue
-        if not isinstance(record, dict) or not isinstance(record.get("iteration"), int | float):
+        if not isinstance(record, dict) or not is_number(record.get("iteration")):
             continue
         while records and records[-1]["iteration"] >= record["iteration"]:
             earlier = records.pop()
@@ -224,8 +217,8 @@ def _read_results(run: Run) -> dict[str, Any] | None:
     if not file.exists():
         return None
     try:
-        results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        results: dict[str, Any] = _checked(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError) as error:
         run.problems.append(
             f"{file} is incomplete or not JSON ({_first_line(error)}) and is left out: "
             "evaluate the run again (--eval-only)"
@@ -237,6 +230,17 @@ def _read_results(run: Run) -> dict[str, Any] | None:
         run.problems.append(f"{file} lacks {' and '.join(missing)}: the run is left out")
         return None
     return results
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Return True for a number that can be averaged and drawn: not NaN, nor beyond 1e100."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
+
+
+def _checked(tree: Any) -> Any:
+    """Return what a file holds; raise ValueError if it cannot be written as text again."""
+    json.dumps(tree, ensure_ascii=False, default=str).encode()
+    return tree
 
 
 def _first_line(error: Exception) -> str:

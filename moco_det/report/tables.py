@@ -174,4 +174,4 @@ def _compare(a: Group, b: Group) -> Comparison:
 
 def distinct(values: Iterable[Any]) -> list[str]:
     """The different values but None, as text, in the order of their first appearance."""
-    return [str(value) for value in dict.fromkeys(v for v in values if v is not None)]
+    return list(dict.fromkeys(str(value) for value in values if value is not None))

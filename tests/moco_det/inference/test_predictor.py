@@ -156,6 +156,26 @@ def test_unreadable_images_are_named_and_the_others_are_done(box_run, photo, cap
     assert (out / "b.png").exists()
 
 
+def test_thin_and_truncated_images_are_named_and_the_others_are_kept(box_run, tmp_path, capsys):
+    folder, _, _ = box_run
+    images = tmp_path / "images"
+    images.mkdir()
+    sizes = {"a": (3, 3000), "b": (3000, 3), "c": (1, 5000), "d": (5000, 1), "e": (1, 1)}
+    for name, (height, width) in sizes.items():
+        cv2.imwrite(str(images / f"{name}.png"), np.full((height, width, 3), 9, np.uint8))
+    cv2.imwrite(str(images / "f.jpg"), np.random.default_rng(0).integers(0, 255, (64, 96, 3)))
+    whole = (images / "f.jpg").read_bytes()
+    (images / "g.jpg").write_bytes(whole[: len(whole) * 2 // 3])
+    out = tmp_path / "out"
+    assert main(["--run", str(folder), str(images), "-o", str(out), "--quiet"]) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert [Path(line.split()[1].strip(":")).name for line in errors] == ["c.png", "d.png", "g.jpg"]
+    assert "5000 x 1 pixels are too thin" in errors[0]
+    content = json.loads((out / "predictions.json").read_text())
+    assert [Path(i["file_name"]).stem for i in content["images"]] == ["a", "b", "e", "f"]
+    assert [f["error"] for f in content["failed"]] == [e.removeprefix("error: ") for e in errors]
+
+
 @pytest.mark.parametrize("way", ["folder", "relative", "link", "hard link", "not an input"])
 def test_a_photograph_is_never_replaced_by_its_drawing(box_run, photo, capsys, monkeypatch, way):
     folder, _, _ = box_run
