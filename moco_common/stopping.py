@@ -5,18 +5,22 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from moco_common import comm
 from moco_common.errors import Stopped
 
 # SIGHUP comes from a terminal or a connection that was closed.
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+WAITING_GRACE = 15  # seconds that a run waits for data after a signal; schedulers kill after 30
 WORKERS_GRACE = 60  # seconds that a data-loader worker lives on after SIGTERM
 
 __all__ = ["WORKERS_GRACE", "StopRequest", "Stopped", "signals_to_stop"]
+
+
+T = TypeVar("T")
 
 
 def signals_to_stop() -> list[signal.Signals]:
@@ -40,6 +44,7 @@ class StopRequest:
         self._owner = os.getpid()
         self._before: dict[int, Any] = {}
         self._pending: Callable[[], int] | None = None
+        self._waiting = False
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
@@ -51,6 +56,26 @@ class StopRequest:
     def __exit__(self, *_: object) -> None:
         while self._before:
             signal.signal(*self._before.popitem())
+
+    def waiting(self, items: Iterable[T]) -> Iterator[T]:
+        """Yield the items; a signal is obeyed if the next one takes longer than `WAITING_GRACE`,
+        since the loop cannot poll `agreed` while it waits.
+
+        Raises:
+            Stopped: there was a signal, and no item.
+        """
+        iterator = iter(items)
+        while True:
+            self._waiting = True
+            try:
+                if self.signal:
+                    self._limit_wait()
+                item = next(iterator)
+            except StopIteration:
+                return
+            finally:
+                self._waiting = False
+            yield item
 
     def agreed(self) -> int:
         """Return the signal that any rank has received, the same on every rank; 0 for none.
@@ -89,6 +114,7 @@ class StopRequest:
             # A data-loader worker, forked with these handlers. Schedulers and terminals signal all
             # processes of a job, but the last batches before the checkpoint are still needed.
             if number == signal.SIGTERM:
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
                 signal.alarm(WORKERS_GRACE)
             return
         if number == signal.SIGINT:
@@ -96,3 +122,19 @@ class StopRequest:
             if self._interrupts > 1:
                 raise KeyboardInterrupt
         self.signal = self.signal or number
+        if self._waiting:
+            self._limit_wait()
+
+    def _limit_wait(self) -> None:
+        signal.signal(signal.SIGALRM, self._give_up)
+        signal.alarm(WAITING_GRACE)
+
+    def _give_up(self, number: int, frame: FrameType | None) -> None:
+        if self._waiting and os.getpid() == self._owner:
+            name = signal.Signals(self.signal).name
+            raise Stopped(
+                self.signal,
+                f"stopped by {name} while waiting for data, which did not come within "
+                f"{WAITING_GRACE} s: check the disk or server that holds them; pass --resume to "
+                f"continue from the last checkpoint",
+            )

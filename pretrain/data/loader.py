@@ -7,6 +7,8 @@ and resuming it takes nothing but the step.
 """
 
 import itertools
+import multiprocessing
+import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -18,7 +20,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from moco_common.errors import UserError
+from moco_common.errors import Stopped, UserError
 from moco_common.images import DecodeError
 from pretrain.data.decoding import decode
 from pretrain.data.source_base import Source
@@ -80,6 +82,7 @@ def build_batches(
     num_workers: int = 0,
     pin_memory: bool = False,
     max_bad_share: float = 0.05,
+    reduce: bool = True,
 ) -> Generator[Batch, None, None]:
     """Yield one batch for each step in [start_step, stop_step).
 
@@ -93,6 +96,7 @@ def build_batches(
         max_bad_share: largest tolerated share of unreadable images among the last `BAD_WINDOW`
             samples. Each is replaced by an image drawn at random (in a stream, by the next one of
             the rank's batch).
+        reduce: decode a JPEG at a reduced size where that still exceeds the views.
 
     Raises:
         UserError: the batch cannot be divided among the ranks, or too many images are unreadable.
@@ -104,7 +108,7 @@ def build_batches(
         )
     share = batch_size // world_size
     samples = range(rank * share, (rank + 1) * share)
-    steps = _Steps(source, tuple(recipes), batch_size, samples, seed)
+    steps = _Steps(source, tuple(recipes), batch_size, samples, seed, reduce)
     return _watch(
         DataLoader(
             steps,
@@ -140,8 +144,10 @@ class _Steps(Dataset[Batch]):
         batch_size: int,
         samples: range,
         seed: int,
+        reduce: bool,
     ) -> None:
         self.source = source
+        self.reduce = reduce
         self.recipes = recipes
         self.batch_size = batch_size
         self.samples = samples  # this rank's samples of each global batch
@@ -195,8 +201,8 @@ class _Steps(Dataset[Batch]):
         skipped: list[tuple[str, str]],
     ) -> tuple[int, list[ViewParameters]]:
         """Render all views of the first readable image; return its index and the parameters."""
-        side = max(recipe.crop_size for recipe in self.recipes)
-        area = max(recipe.min_area for recipe in self.recipes)
+        side = max(recipe.crop_size for recipe in self.recipes) if self.reduce else None
+        area = max(recipe.min_area for recipe in self.recipes) if self.reduce else None
         for image, data in itertools.islice(candidates, MAX_ATTEMPTS):
             try:
                 if isinstance(data, str):
@@ -247,10 +253,23 @@ def _start(batches: DataLoader[Any]) -> Iterator[Batch]:
         cv2.setNumThreads(threads)
 
 
+def _ending_workers(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Yield the batches; if the wait for one is interrupted, kill the workers, which may hang."""
+    try:
+        yield from batches
+    except (Stopped, KeyboardInterrupt):
+        before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises if a worker dies
+        for worker in multiprocessing.active_children():
+            worker.kill()
+            worker.join(1.0)
+        signal.signal(signal.SIGCHLD, before)
+        raise
+
+
 def _watch(batches: DataLoader[Any], max_bad_share: float) -> Generator[Batch, None, None]:
     """Yield the batches; raise ``UserError`` once too many images are unreadable."""
     window: deque[tuple[int, int]] = deque()  # (samples, skipped images) of the last batches
-    for batch in _start(batches):
+    for batch in _ending_workers(_start(batches)):
         window.append((len(batch.index), len(batch.skipped)))
         while sum(samples for samples, _ in window) - window[0][0] >= BAD_WINDOW:
             window.popleft()

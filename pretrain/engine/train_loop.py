@@ -129,7 +129,7 @@ def train(cfg: CfgNode, resume: bool = False, quiet: bool = False, profile: int 
         run_step = profiler.watch_step(take_step) if profiler else take_step
         step, stop, pause, found = start, 0, 0.0, {}
         with closing(_batches(cfg, source, method, start, total)) as batches:  # stops its workers
-            for batch in profiler.watch_data(batches) if profiler else batches:
+            for batch in request.waiting(profiler.watch_data(batches) if profiler else batches):
                 lr = _learning_rate(cfg, step, total, warmup)
                 scalars.add(run_step(batch.to(device), batch.index, step, lr))
                 skipped.add(batch.skipped)

@@ -209,8 +209,7 @@ def read_batches(
 
     def load(row: int) -> Tensor | str:
         try:
-            side = preprocessing.resize
-            return preprocessing(decode(images.read(row), min_side=side, min_area=side**2))
+            return preprocessing(decode(images.read(row)))  # in full, as in the paper
         except (OSError, DecodeError) as error:
             return f"{images.name(row)}: {error}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -109,7 +110,8 @@ def extract(
         with frozen(backbone):
             notes = _fill(values, backbone, images, preprocessing, name, batch_size, threads, say)
         return _features(values, notes, images, cached=False)
-    key = {"weights": digest(backbone), "images": images.digest(), **asdict(preprocessing)}
+    looks = {**asdict(preprocessing), "decoding": "full"}
+    key = {"weights": digest(backbone), "images": images.digest(), **looks}
     kept, notes, changed = cache.find(name, key)
     if kept is not None and kept.shape == shape:
         return _features(kept, notes, images, cached=True)
@@ -209,7 +211,15 @@ class ArrayCache:
         notes: dict[str, Any] = {}
         with replacing(self.folder / f"{name}.npy") as unfinished:
             array = np.lib.format.open_memmap(unfinished, "w+", dtype=np.float32, shape=shape)
+            _allocate(unfinished)
             yield array, notes
             array.flush()
             (self.folder / f"{name}.json").unlink(missing_ok=True)
         replace_text(self.folder / f"{name}.json", json.dumps({"key": key, "notes": notes}))
+
+
+def _allocate(path: Path) -> None:
+    """Reserve the disk space of a sparse file: writing to a memory map on a full disk is SIGBUS."""
+    with path.open("r+b") as file:
+        if hasattr(os, "posix_fallocate"):  # macOS lacks it
+            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)

@@ -116,7 +116,10 @@ def train_linear(
             stop_step=total,
             num_workers=workers,
             pin_memory=device.type == "cuda",
+            reduce=False,
         )
+        chance = math.log(len(images.classes))
+        means = torch.zeros(len(heads), device=device)  # of the last losses, decaying
         with Loop("linear", total, say) as loop:
             for step, batch in enumerate(batches):
                 with torch.no_grad():
@@ -124,6 +127,7 @@ def train_linear(
                 target = labels[batch.index].to(device)
                 # Each loss depends on its own classifier only, so one step trains all of them.
                 losses = [F.cross_entropy(head(features), target) for head in heads]
+                means = 0.9 * means + 0.1 * torch.stack(losses).detach()
                 optimizer.zero_grad(set_to_none=True)
                 torch.stack(losses).sum().backward()
                 for group, base in zip(optimizer.param_groups, protocol.rates, strict=True):
@@ -133,6 +137,13 @@ def train_linear(
                     epoch = (step + 1) * protocol.batch_size / len(images)
                     text = " ".join(f"{loss.item():.3f}" for loss in losses)
                     loop.tell(f"epoch {epoch:.1f}/{protocol.epochs:g}  loss {text}")
+    for rate, loss in zip(protocol.rates, means.tolist(), strict=True):
+        if not loss <= chance:  # nan too
+            say(
+                f"warning: the loss at learning rate {rate:g} ended at {loss:.3g}, above that of "
+                f"chance ({chance:.3g}): it diverged, and its accuracy says little about the "
+                f"features; pass lower rates, such as --lr 0.1 0.3 1 3 10"
+            )
     return heads
 
 

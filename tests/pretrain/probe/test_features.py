@@ -1,5 +1,6 @@
 """Which images, which pixels, which features: against torchvision, and against changes."""
 
+import errno
 import os
 
 import cv2
@@ -10,6 +11,7 @@ import torchvision
 from PIL import Image
 
 from moco_common.errors import UserError
+from pretrain.data.decoding import decode
 from pretrain.probe.backbone import (
     backbone_of,
     build_backbone,
@@ -267,3 +269,33 @@ def test_threads_change_neither_order_nor_pixels(tmp_path):
     )
     assert [rows.tolist() for rows, _, _ in one] == [rows.tolist() for rows, _, _ in many]
     assert all(torch.equal(a[1], b[1]) for a, b in zip(one, many, strict=True))
+
+
+def test_disk_space_is_reserved_before_the_features_are_written(tmp_path, monkeypatch):
+    """A page of a memory map that the full disk has no block for kills the process by SIGBUS."""
+    cache = ArrayCache(tmp_path)
+    with cache.create("x", {}, (1000, 512)):
+        (unfinished,) = tmp_path.glob(".x.npy*")
+        assert unfinished.stat().st_blocks * 512 >= 1000 * 512 * 4
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with (
+        pytest.raises(UserError, match="could not be written .No space left"),
+        cache.create("y", {}, (1000, 512)),
+    ):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {"x.npy", "x.json"}
+
+
+def test_large_jpegs_are_decoded_in_full(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "pretrain.probe.datasets.decode",
+        lambda data, **options: asked.append(options) or decode(data),
+    )
+    images = open_labelled(str(write_classes(tmp_path / "train", 2)))
+    list(read_batches(images, Preprocessing.of(8), batch_size=4))
+    assert asked == [{}] * len(images)

@@ -157,3 +157,13 @@ def test_the_penalty_is_chosen_without_the_test_images_and_fits_the_data():
     held_out = {float(line.split()[3]): float(line.split()[-2]) for line in said}
     assert held_out[penalty] == max(held_out.values())
     assert penalty >= 1e-2
+
+
+def test_a_classifier_that_diverges_is_reported_by_its_learning_rate(tmp_path):
+    images = open_labelled(str(write_classes(tmp_path / "train", 6)))
+    said = []
+    protocol = LinearProtocol(rates=(0.5, 1e5), epochs=4, batch_size=6)
+    train_linear(tiny_backbone(), images, protocol, crop_size=32, seed=3, say=said.append)
+    (warning,) = [text for text in said if "warning" in text]
+    assert "learning rate 100000 ended at" in warning
+    assert "above that of chance (1.1)" in warning
