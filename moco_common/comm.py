@@ -1,4 +1,4 @@
-"""Collectives that every room may need. With one rank each is the identity.
+"""Collectives over the ranks of a run. With one rank, each is the identity.
 
 The same calls run on one process, on gloo processes on CPUs and on NCCL processes on GPUs. All
 ranks must make each call, in the same order. `moco_common.launch` starts the ranks.
@@ -15,18 +15,18 @@ from torch import Tensor
 
 
 def world_size() -> int:
-    """Number of ranks."""
+    """Return the number of ranks."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """This one's number, from 0."""
+    """Return the number of this rank, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def device() -> torch.device:
-    """This rank's device: its own GPU where there are GPUs, else the CPU; with several ranks, the
-    one that their backend serves."""
+    """Return the device of this rank: its own GPU where there are GPUs, else the CPU; with several
+    ranks, the kind that their backend serves."""
     on_cpu = dist.is_initialized() and dist.get_backend() == dist.Backend.GLOO
     if torch.cuda.is_available() and not on_cpu:
         return torch.device("cuda", torch.cuda.current_device())
@@ -64,13 +64,15 @@ class _AllGather(torch.autograd.Function):
 
 
 def maximum(value: int) -> int:
-    """The largest of the ranks' values."""
+    """Return the largest of the ranks' values."""
     return value if world_size() == 1 else start_maximum(value)()
 
 
 def start_maximum(value: int) -> Callable[[], int]:
-    """Begin to find the maximum over the ranks. Calling the result waits for it and returns it, so
-    that with a step between the two nobody waits, and no GPU is held up."""
+    """Start computing the maximum over the ranks, and return a function that waits for the result.
+
+    With a training step between the two calls, neither the ranks nor the GPUs wait.
+    """
     x = torch.tensor([value], device=device())
     exchange = dist.all_reduce(x, op=dist.ReduceOp.MAX, async_op=True)
     if x.device.type == "cpu":
@@ -93,6 +95,6 @@ def start_maximum(value: int) -> Callable[[], int]:
 
 
 def barrier() -> None:
-    """Wait until all ranks are here."""
+    """Wait until all ranks have called this."""
     if world_size() > 1:
         dist.barrier()

@@ -1,4 +1,4 @@
-"""A YAML file of nested keys, with the line where each stands."""
+"""YAML files of nested keys, and the line of each key."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from moco_common.errors import UserError
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """The nested values of a file, and the line of each dotted key, counted from 1.
+    """Return the nested values of a file and the line of each dotted key, counted from 1.
 
-    Only plain YAML is read: a Python tag is refused, never evaluated. (`moco_common.config` has
-    the same: the packages share no code.)
+    Only plain YAML is read: a Python tag is refused, never evaluated.
 
     Raises:
-        UserError: unreadable, no YAML, no keys, or a key that is stated twice; with the line.
+        UserError: the file is unreadable, is not YAML of nested keys, or states a key twice.
     """
     try:
         text = path.read_text(encoding="utf-8")

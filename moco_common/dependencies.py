@@ -1,4 +1,4 @@
-"""Packages that `pip install moco-det` leaves to the user, and the sentence that says so."""
+"""Packages that `pip install moco-det` does not install, and the error about a missing one."""
 
 from importlib.util import find_spec
 
@@ -16,18 +16,18 @@ DETECTRON2 = (
 
 
 class MissingPackageError(UserError, ModuleNotFoundError):
-    """A package that has to be installed first; also an import error, for `try: import`."""
+    """Raised for a package that must be installed first; also an ImportError, for `try: import`."""
 
 
 def require(package: str, module: str, description: str) -> None:
     """Check that ``module`` can be imported, without importing it.
 
     Args:
-        package: what needs it.
-        description: what the module is and how to install it.
+        package: name of the package that needs it.
+        description: description of the module, and how to install it.
 
     Raises:
-        MissingPackageError: it is not installed.
+        MissingPackageError: the module is not installed.
     """
     if find_spec(module) is None:
         raise MissingPackageError(f"{package} needs {description}", name=module)

@@ -20,11 +20,11 @@ class UserError(Exception):
 
 
 class Stopped(BaseException):
-    """The run was asked to stop, and did; no error, as KeyboardInterrupt is none.
+    """Raised when a run has stopped on request; not an error, like KeyboardInterrupt.
 
     Args:
         signal: number of the signal.
-        message: printed by the command line; empty where the run has reported its end itself.
+        message: line for the command line to print; empty if the run has reported its end.
     """
 
     def __init__(self, signal: int, message: str = "") -> None:
@@ -33,7 +33,7 @@ class Stopped(BaseException):
 
     @property
     def exit_status(self) -> int:
-        """128 + signal, which a shell reports of a process that the signal killed, so that whatever
+        """128 + signal, as a shell reports for a process killed by that signal, so that whatever
         restarts killed jobs restarts this one: 143 for SIGTERM, 138 for SIGUSR1, 130 for Ctrl-C."""
         return 128 + self.signal
 
@@ -52,7 +52,7 @@ def run_tool(
     Args:
         work: returns an exit status, or None for 0.
         interrupted: the line after Ctrl-C.
-        also: exceptions that are the user's mistakes here too, such as OSError for named files.
+        also: further exceptions to treat as the user's mistakes, such as OSError for named files.
     """
     mistakes: tuple[type[Exception], ...] = (UserError, *also)
     try:
@@ -64,7 +64,7 @@ def run_tool(
         if stopped.message:
             print(stopped.message, file=sys.stderr)
         return stopped.exit_status
-    except BrokenPipeError:  # whoever read the output (head, less) has gone
+    except BrokenPipeError:  # the reader of the output (head, less) has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except mistakes as error:

@@ -20,8 +20,8 @@ _protected: list[Path] = []
 
 
 def check_exists(path: str | Path, advice: str = "check the path") -> None:
-    """Refuse a path where there is nothing (`UserError`); a name with a colon (``https://...``,
-    ``coco:...``) is no path."""
+    """Raise `UserError` if nothing exists at a path; a name with a colon (``https://...``,
+    ``coco:...``) is not a path."""
     if ":" not in str(path) and not Path(path).expanduser().exists():
         raise UserError(f"{path} does not exist: {advice}.")
 
@@ -81,19 +81,19 @@ def replacing(
     without an error.
 
     A reader finds the old file or the new one, never half of either, even if this process is
-    killed; `remove_unfinished` removes what a killed process leaves. Missing folders are made, and
-    the file gets the permissions that the user's umask allows.
+    killed; `remove_unfinished` removes what a killed process leaves. Missing folders are created,
+    and the file gets the permissions that the user's umask allows.
 
     Args:
         path: the file to write or replace.
-        suffix: ends the temporary file's name, for writers that choose a format by it.
+        suffix: ending of the temporary file's name, for writers that choose a format by it.
         check: called with the finished file before it takes its place; if it raises, the old file
             stays.
 
     Raises:
-        UserError: the disk is full, the quota used up, or it may not be written (see
+        UserError: the disk is full, the quota exhausted, or the file may not be written (see
             `check_output`).
-        OSError: it cannot be written for another reason.
+        OSError: the file cannot be written for another reason.
     """
     path = Path(path)
     with full_disk_explained(path):
@@ -109,8 +109,10 @@ def replacing(
 
 
 def new_beside(path: str | Path, suffix: str = "") -> Path:
-    """Make a new empty file in the folder of ``path``, which is made where it is missing; the first
-    half of `replacing`, for writers that no ``with`` block fits."""
+    """Create an empty file in the folder of ``path``, which is created if missing.
+
+    The first half of `replacing`, for writers that do not fit into a ``with`` block.
+    """
     path = Path(path)
     check_output(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,7 +124,7 @@ def new_beside(path: str | Path, suffix: str = "") -> Path:
 
 
 def put_in_place(unfinished: Path, path: str | Path) -> Path:
-    """Give a file of `new_beside`, filled and closed, the name ``path`` in one step."""
+    """Rename a file from `new_beside`, filled and closed, to ``path`` in one step."""
     path = Path(path)
     with unfinished.open("rb") as file:
         os.fsync(file.fileno())
@@ -137,7 +139,7 @@ def replace_file(
     write: Callable[[IO[bytes]], object],
     check: Callable[[Path], object] | None = None,
 ) -> Path:
-    """Let ``write`` fill a new binary file that takes the place of ``path``, see `replacing`."""
+    """Let ``write`` fill a new binary file that takes the place of ``path`` (see `replacing`)."""
     with replacing(path, check=check) as unfinished, unfinished.open("w+b") as file:
         sink = _Sink(file)
         try:
@@ -174,8 +176,8 @@ def replace_text(path: str | Path, text: str) -> Path:
 
 
 def write_json_atomically(path: str | os.PathLike[str], content: Any) -> None:
-    """Write ``content`` as JSON so that ``path`` holds either the old or the whole new file."""
-    # One string at once: json.dump would go through the slow pure-Python encoder.
+    """`replace_file` for JSON."""
+    # One string, because json.dump would use the slow pure-Python encoder.
     replace_text(Path(path), json.dumps(content))
 
 
@@ -190,8 +192,8 @@ def append_text(path: Path, text: str) -> None:
 
 
 def link_file(path: Path, name: Path) -> None:
-    """Make ``name``, in the same folder, a second name of ``path`` in one step; a copy where the
-    file system has no links."""
+    """Make ``name``, in the same folder, a hard link to ``path`` in one step; a copy where the file
+    system has no links."""
     with full_disk_explained(name):
         unfinished = name.with_name(f".{name.name}{_UNFINISHED}")
         unfinished.unlink(missing_ok=True)
@@ -204,7 +206,8 @@ def link_file(path: Path, name: Path) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove temporary files that killed processes left; nobody else may be writing the folder."""
+    """Remove the temporary files of killed processes; no other process may be writing to the
+    folder."""
     for path in folder.glob(f".*{_UNFINISHED}*"):
         path.unlink(missing_ok=True)
 
@@ -215,7 +218,7 @@ def sync_folder(folder: Path) -> None:
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems cannot, and need not
+        if error.errno != errno.EINVAL:  # some network file systems cannot and need not do this
             raise
     finally:
         os.close(handle)
@@ -223,7 +226,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def full_disk_explained(path: Path) -> Iterator[None]:
-    """Turn the errors of a full disk into a `UserError`."""
+    """Turn errors about a full disk into a `UserError`."""
     try:
         yield
     except OSError as error:
@@ -236,15 +239,15 @@ def full_disk_explained(path: Path) -> Iterator[None]:
 
 
 def is_full_disk(error: BaseException | None) -> bool:
-    """Return whether an exception says that the disk is full, or a quota or size limit reached."""
+    """Return True for an exception about a full disk, an exhausted quota or a size limit."""
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return isinstance(error, OSError) and error.errno in full
 
 
 @contextmanager
 def full_disk_left_to_caller() -> Iterator[None]:
-    """Suppress the tracebacks of threads whose disk is full, as TensorBoard's writer, which then
-    raises the same error in the thread that uses it."""
+    """Suppress the tracebacks of threads that fail on a full disk, such as TensorBoard's writer,
+    which raises the same error again in the thread that uses it."""
     before = threading.excepthook
 
     def report(args: threading.ExceptHookArgs) -> None:

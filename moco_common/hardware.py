@@ -17,11 +17,11 @@ def cpu_count() -> int:
 
 
 def _cpu_quota() -> float:
-    """Cores of the control group (version 2, then 1); 0 where no quota is set."""
+    """Return the cores that the control group (version 2, then 1) allows; 0 without a quota."""
     try:
         quota, period = (_CGROUP / "cpu.max").read_text().split()
         return int(quota) / int(period)
-    except (OSError, ValueError):  # "max" is no number
+    except (OSError, ValueError):  # "max" is not a number
         pass
     try:
         quota, period = (
@@ -34,8 +34,8 @@ def _cpu_quota() -> float:
 
 
 def memory_limit() -> tuple[float, str]:
-    """Return the bytes of memory that this process may use, and ", the container's limit" where it
-    is that."""
+    """Return the bytes of memory that this process may use, and ", the container's limit" if it is
+    below the machine's memory."""
     total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     try:
         limit = float((_CGROUP / "memory.max").read_text())

@@ -1,4 +1,4 @@
-"""Self-contained HTML pages: styles and pictures are inside, and nothing is fetched or executed.
+"""Self-contained HTML pages: styles and pictures are inlined; nothing is fetched or executed.
 
 A page is a Jinja template that extends ``base.html.j2`` and takes the macros ``bullets`` and
 ``figures`` from ``macros.html.j2``; both are in ``moco_common/templates``.
@@ -19,7 +19,7 @@ def render_page(template: Path, **values: object) -> str:
 
     Args:
         template: a ``.html.j2`` file.
-        values: its variables, ``title`` among them. All text is escaped.
+        values: variables of the template, including ``title``. All text is escaped.
     """
     environment = Environment(
         loader=FileSystemLoader([template.parent, _SHARED]),

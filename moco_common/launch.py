@@ -24,8 +24,8 @@ from moco_common.hardware import cpu_count
 from moco_common.stopping import Stopped, signals_to_stop
 from moco_common.text import counted
 
-START_METHOD = "spawn"  # a forked process could not use a GPU that this one has touched
-GRACE = 20.0  # seconds that the other ranks have to end once one is lost
+START_METHOD = "spawn"  # a forked process could not use a GPU that this one has used
+GRACE = 20.0  # seconds for the other ranks to end after one is lost
 _LOST = (-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT)  # exit codes
 _STOPPED = "stopped: run the same command again, with --resume if there is a checkpoint"
 
@@ -59,12 +59,12 @@ def launch(
 
 
 def under_torchrun() -> bool:
-    """Return whether ``torchrun`` (or a Slurm job) started this process as one of several ranks."""
+    """Return True if ``torchrun`` (or a Slurm job) started this process as one of several ranks."""
     return {"RANK", "WORLD_SIZE"} <= os.environ.keys()
 
 
 def planned_ranks(processes: int) -> int:
-    """Return the number of ranks that `launch` will have on all machines together."""
+    """Return the number of ranks on all machines that `launch` will use."""
     return int(os.environ["WORLD_SIZE"]) if under_torchrun() else processes
 
 
@@ -72,7 +72,7 @@ def check_processes(processes: int, on_gpu: bool | None = None) -> None:
     """Check that this machine has a GPU for each of its ranks, where it has any and they are used.
 
     Raises:
-        UserError: too few GPUs, or no process at all.
+        UserError: there are too few GPUs, or ``processes`` is below 1.
     """
     if processes < 1:
         raise UserError(f"--num-gpus must be at least 1, not {processes}.")
@@ -94,7 +94,7 @@ def _uses_gpus(on_gpu: bool | None) -> bool:
 
 
 def restarted() -> bool:
-    """Return whether a launcher has restarted this run: ``torchrun`` after the loss of a rank,
+    """Return True if a launcher has restarted this run: ``torchrun`` after the loss of a rank,
     Slurm after a requeue. Such a run resumes from its last checkpoint without ``--resume``.
 
     torchrun counts restarts on each host, so ranks may disagree; the run resumes if any rank was
@@ -122,20 +122,20 @@ def _on_ranks(function: Callable[..., Any], processes: int, on_gpu: bool | None,
         if received:  # while they were being started
             _terminate(ranks, received[0])
         _wait_for_a_failure_or_all(ranks)
-        # Some may wait for a lost one for ever; they put off SIGTERM, and join() sends no more.
+        # Some may wait forever for a lost one; they defer SIGTERM, and join() sends nothing else.
         killer = threading.Timer(GRACE, _kill, [ranks])
         killer.daemon = True
         killer.start()
         try:
-            while not context.join():  # ends the others, and raises what went wrong
+            while not context.join():  # ends the others and raises the error of the failed one
                 pass
         except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
             for ending in _all(endings):
                 if isinstance(ending, str):
                     raise UserError(ending) from None
-            if received:  # outside the training loop, where signals act at once
+            if received:  # outside the training loop, signals act at once
                 raise Stopped(received[0], _STOPPED) from None
-            # When a rank was killed, the error of another one, which misses it, says nothing.
+            # After a rank was killed, the errors of the others are mere consequences.
             killed = [(i, -rank.exitcode) for i, rank in enumerate(ranks) if rank.exitcode in _LOST]
             if not killed and isinstance(error, mp.ProcessRaisedException):
                 raise
@@ -152,8 +152,8 @@ def _on_ranks(function: Callable[..., Any], processes: int, on_gpu: bool | None,
 
 
 def _wait_for_a_failure_or_all(ranks: list[Any]) -> None:
-    """Wait until a rank has failed or all have ended."""
-    # Polled once a round: after ranks that end in between, nothing would be left to wait for.
+    """Wait until one rank has failed or all have ended."""
+    # Polled once per round: if all ranks ended in between, nothing would be left to wait for.
     while alive := [rank for rank in ranks if rank.is_alive()]:
         if any(rank.exitcode for rank in ranks):
             return
@@ -162,7 +162,7 @@ def _wait_for_a_failure_or_all(ranks: list[Any]) -> None:
 
 @contextmanager
 def _passing_signals_on(ranks: list[Any]) -> Iterator[list[int]]:
-    """Pass signals to stop on to the ranks, and record them in the yielded list."""
+    """Forward signals to stop to the ranks, and record them in the yielded list."""
     received: list[int] = []
 
     def pass_on(number: int, frame: object) -> None:
@@ -184,8 +184,8 @@ def _passing_signals_on(ranks: list[Any]) -> Iterator[list[int]]:
 
 @contextmanager
 def _interrupts_blocked() -> Iterator[None]:
-    """Block SIGINT; processes started meanwhile never see a terminal's Ctrl-C, and so print no
-    traceback while they import: it reaches them through `_passing_signals_on`, as SIGTERM."""
+    """Block SIGINT; processes started meanwhile inherit that and print no traceback on Ctrl-C while
+    they import: it reaches them through `_passing_signals_on`, as SIGTERM."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
@@ -247,7 +247,7 @@ def _as_rank(
     except Stopped as stopped:
         if endings is None:
             raise
-        endings.put((stopped.signal, stopped.message))  # and this rank has ended well
+        endings.put((stopped.signal, stopped.message))  # this rank has ended in order
     except KeyboardInterrupt:
         if endings is None:
             raise

@@ -43,11 +43,11 @@ class Loop:
     Used with ``with`` so that no bar is left behind.
 
     Args:
-        what: the beginning of each line.
-        total: 0 where it is unknown.
-        say: takes the lines; a bar replaces ``print`` only.
-        period: seconds between two lines; a bar's text changes more often.
-        file: where ``print`` and the bar go.
+        what: beginning of each line.
+        total: number of things; 0 if unknown.
+        say: function that prints a line; a bar replaces ``print`` only.
+        period: seconds between two lines; the text of a bar changes more often.
+        file: stream for ``print`` and the bar.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Loop:
     ) -> None:
         self.what, self.total, self.say, self.period = what, total, say, period
         self.file = file or sys.stdout
-        self.done, self.rate = 0, 0.0  # and how many a second
+        self.done, self.rate = 0, 0.0  # steps per second
         self._began = self._said = time.monotonic()
         self._bar = Bar(
             desc=what,
@@ -71,7 +71,7 @@ class Loop:
         )
 
     def at(self, done: int) -> bool:
-        """Record that so many are done; return whether a `tell` is due."""
+        """Record the number done; return True if a line is due (see `tell`)."""
         now = time.monotonic()
         self.done, self.rate = done, done / max(now - self._began, 1e-9)
         self._bar.update(done - self._bar.n)
@@ -93,7 +93,7 @@ class Loop:
             self.say(line)
 
     def tick(self) -> None:
-        """Record that one more is done, and print how many where a line is due."""
+        """Record one more as done, and print the number if a line is due."""
         if self.at(self.done + 1):
             self.tell(f"{self.done}/{self.total}" if self.total else f"{self.done}")
 
@@ -108,7 +108,7 @@ def follow(items: Iterable[T], total: int, what: str, quiet: bool = False) -> It
     """Yield the items, and show their progress on standard error unless ``quiet``.
 
     Args:
-        total: number of items; 0 where it is unknown.
+        total: number of items; 0 if unknown.
     """
     say = silent if quiet else print
     with Loop(what, total, say, period=10.0, file=sys.stderr) as loop:
@@ -118,4 +118,4 @@ def follow(items: Iterable[T], total: int, what: str, quiet: bool = False) -> It
 
 
 def silent(text: str) -> None:
-    """Print nothing, in the place of ``print``."""
+    """Print nothing; replaces ``print``."""

@@ -26,20 +26,20 @@ _TRACES = {
 
 
 class RunLock:
-    """Held within ``with`` by the process that writes the directory.
+    """A lock held within ``with`` by the process that writes to the directory.
 
-    The kernel releases it when the process ends, however it ends, so a killed run leaves nothing to
-    clean up. Most network file systems pass such locks on to other hosts. For those that do not,
-    the holder also touches the file every ``beat`` seconds, and whoever finds it in the name of
-    another host watches for three beats whether it is being touched.
+    The kernel releases it when the process ends in any way, so a killed run leaves nothing to clean
+    up. Most network file systems pass such locks on to other hosts. For those that do not, the
+    holder also touches the file every ``beat`` seconds, and a process that finds another host's
+    name in it watches for three beats whether the file is touched.
 
     Args:
-        folder: made where it is missing.
-        held: False makes this a lock that holds nothing, for the ranks that do not write.
+        folder: directory of the run, created if missing.
+        held: False for the ranks that do not write, which need no lock.
         beat: seconds between two touches.
 
     Raises:
-        UserError: on entering; another run is at work in the directory, or it cannot be written.
+        UserError: on entering; another run is using the directory, or it is not writable.
     """
 
     def __init__(self, folder: Path, *, held: bool = True, beat: float = 5.0) -> None:
@@ -50,8 +50,9 @@ class RunLock:
     def __enter__(self) -> RunLock:
         if not self.held:
             return self
-        # Not opened anywhere else in this process: closing any handle of the file would release the
-        # lock. Not flock(), whose locks forked data-loader workers keep when this process is dead.
+        # Nothing else in this process may open the file: closing any handle of it would release the
+        # lock. flock() is no alternative: forked data-loader workers keep such a lock after this
+        # process has died.
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("a+", encoding="utf-8", errors="replace")
@@ -66,7 +67,7 @@ class RunLock:
         except (BlockingIOError, PermissionError):
             self._refuse()
         except OSError:
-            certain = False  # a file system without locks: what is left is the beat
+            certain = False  # a file system without locks: rely on the beat
         holder = self._holder()
         if holder and not (certain and holder["host"] == socket.gethostname()) and self._beats():
             self._refuse()
@@ -80,7 +81,7 @@ class RunLock:
     def __exit__(self, *_: object) -> None:
         if self.held:
             self._done.set()
-            self._file.truncate(0)  # an empty file is nobody's
+            self._file.truncate(0)  # an empty file has no holder
             self._file.close()
 
     def _holder(self) -> dict[str, Any] | None:
@@ -96,12 +97,13 @@ class RunLock:
         self._file.close()
         who = f" (process {holder['pid']} on {holder['host']})" if holder else ""
         raise UserError(
-            f"Another run is at work in {self.path.parent}{who}: wait for it, stop it, or choose "
+            f"Another run is using {self.path.parent}{who}: wait for it, stop it, or choose "
             f"another --output-dir."
         )
 
     def _beats(self) -> bool:
-        """Whether somebody touches the file. Only its own clock counts; hosts' may differ."""
+        """Return True if another process touches the file. Only the file's own times are compared,
+        because the clocks of hosts differ."""
         before = os.fstat(self._file.fileno()).st_mtime_ns
         end = time.monotonic() + 3 * self.beat
         while time.monotonic() < end:

@@ -33,7 +33,7 @@ class StopRequest:
     """Within ``with``, records a signal to stop instead of obeying it; the loop polls `agreed`.
 
     A second Ctrl-C interrupts at once. Outside the main thread, where Python delivers no signals,
-    this does nothing.
+    it has no effect.
 
     Attributes:
         signal: the first signal that this process received; 0 for none.
@@ -89,7 +89,7 @@ class StopRequest:
         return before() if before else 0
 
     def finish(self) -> int:
-        """Complete the last exchange, before the ranks part; all ranks call this.
+        """Complete the last exchange before the ranks diverge; all ranks call this.
 
         Returns:
             The signal that any rank had received by the last call of `agreed`; 0 for none.

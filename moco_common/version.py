@@ -1,8 +1,8 @@
-"""The version of the project and of what it runs on, read by setup.py without other imports."""
+"""The versions of the project and of its requirements, read by setup.py without other imports."""
 
 __version__ = "0.1.0"
-# Oldest and newest version of each that the tests were run with, see docs/versions.md. The oldest
-# are setup.py's lower bounds and the pins of requirements/oldest.txt; the newest are those of
+# Oldest and newest version that the tests were run with (see docs/versions.md). The oldest are the
+# lower bounds in setup.py and the pins in requirements/oldest.txt; the newest are those in
 # requirements/constraints.txt.
 TESTED = {
     "python": ("3.10", "3.13"),

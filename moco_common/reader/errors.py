@@ -1,4 +1,4 @@
-"""The exceptions of the reader, and one sentence for each kind of file that cannot be read."""
+"""Exceptions of the reader, and one sentence for each kind of file that cannot be read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from moco_common.errors import UserError
 
-# First bytes of what is often saved or downloaded in place of a checkpoint.
+# First bytes of files that are often saved or downloaded instead of a checkpoint.
 _OTHER_FORMATS = (
     (b"\x89HDF", "an HDF5 file (Keras?)"),
     (b"\x1f\x8b", "compressed with gzip; decompress it first"),
@@ -34,8 +34,8 @@ class CheckpointError(UserError):
             "unsupported", "unrecognised", "missing_tensor", "unknown_tensor", "shape", "proof",
             "option".
         path: the file.
-        key: the tensor or name at fault, if it is a single one.
-        candidates: names that could have been meant.
+        key: the tensor or name that caused the error, if it is a single one.
+        candidates: names that the user may have meant.
         details: lines beyond the sentence, such as the table of a proof that failed.
     """
 
@@ -54,7 +54,7 @@ class CheckpointError(UserError):
         self.path = None if path is None else Path(path)
 
     def at(self, path: Path) -> CheckpointError:
-        """The same error, with the file named if it was raised without one."""
+        """Return the same error, with the file named if it was raised without one."""
         if self.path is not None:
             return self
         return CheckpointError(
@@ -64,7 +64,7 @@ class CheckpointError(UserError):
 
 
 class RefusedError(Exception):
-    """Raised by the readers of single formats, which do not know the path: ``PATH WHAT.``"""
+    """Raised by the readers of single formats; the message continues a sentence after the path."""
 
     def __init__(self, kind: str, what: str) -> None:
         super().__init__(what)
@@ -80,10 +80,10 @@ class MalformedError(pickle.UnpicklingError):
 
 
 class UnsafePickleError(Exception):
-    """The file asks for something that could run code; ``str()`` of it is that name."""
+    """The file asks for something that could run code; the message is its name."""
 
 
-# What the readers raise for bad files. Any other exception is a bug of this project.
+# Exceptions that the readers raise for bad files. Any other exception is a bug of this project.
 FILE_ERRORS = (
     RefusedError,
     TruncatedError,
@@ -112,29 +112,31 @@ def explain(error: Exception, path: Path, size: int, head: bytes) -> CheckpointE
     if isinstance(error, UnsafePickleError):
         return refusal(
             "hostile", f"asks for {error} to be called or changed while it is read, which no "
-            "checkpoint has a reason to do: nothing was executed and the file is refused; do not "
-            "load it with other tools", str(error)
+            "checkpoint needs: nothing was executed and the file is refused; do not load it with "
+            "other tools", str(error)
         )  # fmt: skip
     if isinstance(error, FileNotFoundError):
         return refusal("missing_file", "does not exist; check the path")
     if isinstance(error, IsADirectoryError):
         return refusal("missing_file", "is a directory; name a file in it")
-    if isinstance(error, OSError) and error.errno != errno.EINVAL:  # that: an offset below zero
-        return refusal("unreadable", f"cannot be read ({error.strerror}); check file and disk")
+    if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: an offset below zero
+        return refusal(
+            "unreadable", f"cannot be read ({error.strerror or cause}); check the file and the disk"
+        )
     if isinstance(error, TruncatedError | EOFError) or "truncated" in cause or "exhausted" in cause:
         return refusal("truncated", f"is truncated: it ends after {size} bytes; download it again")
     if isinstance(error, RecursionError):
         return refusal("damaged", "is nested too deeply to be a checkpoint")
     if head.isascii() and head.decode().replace("\n", "").replace("\t", "").isprintable():
-        return refusal("unknown_format", "is a text, not a checkpoint")
-    return refusal("damaged", f"is damaged or no checkpoint ({cause}); download it again")
+        return refusal("unknown_format", "is a text file, not a checkpoint")
+    return refusal("damaged", f"is damaged or not a checkpoint ({cause}); download it again")
 
 
 def refuse_other_formats(head: bytes) -> None:
-    """Refuse what is no checkpoint by its first 512 bytes.
+    """Refuse a file of another format by its first 512 bytes.
 
     Raises:
-        RefusedError: the name of the format, and what to do.
+        RefusedError: it is one; the message names the format and what to do.
     """
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<error")):
@@ -156,4 +158,4 @@ def refuse_other_formats(head: bytes) -> None:
         if head.startswith(magic):
             raise RefusedError("unknown_format", f"is {what}")
     if text.startswith((b'{"', b"{'", b"[{")):
-        raise RefusedError("unknown_format", "is a JSON text, not a checkpoint")
+        raise RefusedError("unknown_format", "is a JSON file, not a checkpoint")

@@ -1,10 +1,10 @@
-"""Unpickling as data: tensors, arrays and plain values are rebuilt, everything else is a name.
+"""Unpickling as data: tensors, arrays and plain values are rebuilt; all else becomes a placeholder.
 
 No class or function that a file names is ever imported or called: a name is looked up in `SAFE`
-(our own functions, which make the records of records.py), and any other name becomes a stand-in
-that swallows its arguments. A name of the standard library that no checkpoint has a reason to hold
-(``os.system``, ``builtins.eval``, ...) refuses the whole file. A file can change only what it has
-made itself, and the memory that reading it takes is bounded by its size.
+(functions of this module, which create the records of records.py), and any other name becomes a
+stand-in that ignores its arguments. A file that names something of the standard library that no
+checkpoint needs (``os.system``, ``builtins.eval``, ...) is refused. A file can change only the
+objects that it has created itself, and the memory that reading takes is bounded by its size.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from moco_common.reader.records import (
     latin1,
 )
 
-# Roots of the standard library whose objects honest checkpoints carry (hyper-parameters, paths,
+# Roots of the standard library whose objects occur in honest checkpoints (hyper-parameters, paths,
 # loggers): discarded silently. "root.name" allows one name only.
 _HONEST = frozenset(
     """abc argparse array collections copyreg dataclasses datetime decimal enum fractions logging
@@ -40,7 +40,7 @@ _HONEST = frozenset(
     io.StringIO _io.StringIO itertools weakref operator.itemgetter operator.attrgetter
     """.split()  # noqa: SIM905
 )
-# Beyond it, what is known to run code or to read other files.
+# Names of other packages that are known to run code or to read other files.
 _RUNS_CODE = (
     "numpy.distutils.",
     "numpy.f2py.",
@@ -119,7 +119,7 @@ def _reconstruct(*more: Any) -> ArrayRecipe:
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *more: Any) -> Any:
-    if more[2:] and more[2]:  # its lazy conjugation or negation is not in its bytes
+    if more[2:] and more[2]:  # a lazy conjugation or negation is not in the bytes
         return Discarded("lazily conjugated tensor")
     return TensorRecipe(storage, offset, size, stride)
 
@@ -141,7 +141,7 @@ def _from_type(function: Any, cls: Any, args: Any, *state: Any) -> Any:
     return function(*args) if safe else Discarded("tensor subclass")
 
 
-# What a file may have called: each is needed for something that a real writer writes, see
+# Names that a file may call. A real writer needs each of them, see
 # tests/moco_common/reader/test_unpickler.py.
 SAFE: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": _mapping,
@@ -164,7 +164,7 @@ SAFE: dict[str, Callable[..., Any]] = {
     "numpy.dtype": DType,
     "numpy.ndarray": ArrayRecipe,
 }
-# The same of numpy.core, which is numpy._core since NumPy 2.
+# The same for numpy.core, which is called numpy._core since NumPy 2.
 SAFE_NUMPY: dict[str, Callable[..., Any]] = {
     "multiarray._reconstruct": _reconstruct,
     "multiarray.scalar": _scalar,
@@ -201,41 +201,41 @@ def _honest(module: str, name: str) -> bool:
 
 
 class Allowance:
-    """How much a file may have copied while it is read: a multiple of its own size."""
+    """The amount that a file may have copied while it is read: a multiple of its own size."""
 
     def __init__(self, size: int) -> None:
         self.left = 16 * size + (1 << 20)
 
     def spend(self, arguments: tuple[Any, ...]) -> None:
-        """Pay for a call with these arguments, which may copy each of them."""
+        """Charge for a call, which may copy each of its arguments."""
         sized = (str, bytes, bytearray, list, tuple, dict)
         self.left -= sum(len(value) for value in arguments if isinstance(value, sized))
         if self.left < 0:
-            raise MalformedError("it uses the same content over and over")
+            raise MalformedError("it copies the same content over and over")
 
 
 class BoundedFile:
-    """A file for the unpickler that allocates nothing for bytes that are not there."""
+    """A file for the unpickler that allocates nothing for bytes beyond its end."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         self.file, self.size = file, size
         self.readline = file.readline
 
     def check(self, count: int) -> int:
-        """``count``, if as many bytes are left."""
+        """Return ``count`` if so many bytes are left."""
         if count < 0 or count > self.size - self.file.tell():
             raise EOFError
         return count
 
     def read(self, count: int) -> bytes:
-        """Exactly ``count`` bytes."""
+        """Return exactly ``count`` bytes."""
         content = self.file.read(self.check(count) if count > 1 << 16 else count)
         if len(content) < count:
             raise EOFError
         return content
 
 
-# What the standard library's unpickler raises for bytes that are no pickle.
+# Exceptions of the standard library's unpickler for bytes that are not a pickle.
 _NO_PICKLE = (
     ArithmeticError,
     AssertionError,
@@ -251,19 +251,19 @@ _STATEFUL = (StandIn, Mapping, TensorRecipe, DType, ArrayRecipe)
 class DataUnpickler(pickle._Unpickler):
     """Unpickles data only. Tensors come out as recipes: `resolve` builds them.
 
-    It stands on the standard library's Python unpickler: the one in C can be made to fill the
-    memory by a single instruction (a large index of its memo). The instructions are few: the
-    bytes of tensors and arrays are read in one piece each. Instructions that call or change
-    something are replaced, so that they do so only with what `SAFE` allows or the file has made.
+    It extends the standard library's Python unpickler: the one in C can be made to fill the memory
+    by a single instruction (a large index of its memo). The instructions are few, since the bytes
+    of tensors and arrays are read in one piece each. Instructions that call or change something
+    are replaced, so that they reach only what `SAFE` allows or the file has created.
 
     Args:
-        file: binary file, at the pickle's first byte.
-        allowance: shared by all pickles of one file.
-        storage: from type, key and number of elements to the storage.
-        nested: reads a whole torch file held in bytes, for tensors pickled outside torch.save.
+        file: binary file at the first byte of the pickle.
+        allowance: budget shared by all pickles of one file.
+        storage: returns the storage for a dtype, a key and a number of elements.
+        nested: reads a whole torch file in bytes, for tensors pickled outside torch.save.
     """
 
-    # Of the base class, whose stubs lack them.
+    # Members of the base class that its stubs lack.
     stack: list[Any]
     append: Callable[[Any], None]
     read: Callable[[int], bytes]
@@ -285,8 +285,8 @@ class DataUnpickler(pickle._Unpickler):
         """Read one pickle.
 
         Raises:
-            MalformedError, EOFError, UnpicklingError: the bytes are no pickle, or end too early.
-            UnsafePickleError: it names something that could run code.
+            MalformedError, EOFError, UnpicklingError: the bytes are not a pickle, or end too early.
+            UnsafePickleError: the pickle names something that could run code.
         """
         try:
             return super().load()
@@ -295,11 +295,11 @@ class DataUnpickler(pickle._Unpickler):
             while trace and trace.tb_next:
                 trace = trace.tb_next
             if trace and trace.tb_frame.f_globals.get("__name__") == pickle.__name__:
-                raise MalformedError("its content makes no sense") from None
+                raise MalformedError("its content is malformed") from None
             raise  # raised by this file, not by the standard library: a bug
 
     def find_class(self, module: str, name: str) -> Any:
-        """The record, or the stand-in, that replaces a class or function."""
+        """Return the record or stand-in that replaces a class or function."""
         # Protocols up to 2 use Python 2's names, Python 3's torch.save included.
         module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)
         if module == "builtins":
@@ -320,7 +320,7 @@ class DataUnpickler(pickle._Unpickler):
         return self._stand_ins.setdefault(path, type("StandIn", (StandIn,), {"path": path}))
 
     def persistent_load(self, identifier: Any) -> Any:
-        """The storage that torch.save refers to: ("storage", type, key, device, elements, view)."""
+        """Return the storage for torch.save's ("storage", type, key, device, elements, view)."""
         if isinstance(identifier, tuple) and self._storage is not None and len(identifier) > 1:
             if identifier[0] == "module":  # legacy: a class, its source
                 return identifier[1]
@@ -348,7 +348,9 @@ class DataUnpickler(pickle._Unpickler):
         try:
             return function(*arguments)
         except TypeError as error:
-            if error.__traceback__ and error.__traceback__.tb_next:  # not the call: what it runs
+            if (
+                error.__traceback__ and error.__traceback__.tb_next
+            ):  # raised inside the function, not by the call
                 raise
             raise MalformedError("a call with the wrong arguments") from None
 
@@ -357,7 +359,7 @@ class DataUnpickler(pickle._Unpickler):
 
     def _top(self) -> Any:
         if not self.stack:
-            raise MalformedError("its content makes no sense")
+            raise MalformedError("its content is malformed")
         return self.stack[-1]
 
     def _pop(self) -> Any:

@@ -1,1 +1,1 @@
-"""Weights into a detector, and checkpoints of a run."""
+"""Loading of weights into a detector, and the checkpoints of a run."""

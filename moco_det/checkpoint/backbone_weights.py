@@ -1,8 +1,8 @@
-"""A backbone's weights into a model, every tensor accounted for; and what they say of the model.
+"""Loading of a backbone file into a model, with each tensor accounted for; the settings it implies.
 
-A backbone file holds ``stem.*`` and ``res2.*`` ... ``res5.*``. Where a model keeps them depends on
-its heads: a C4 model has ``backbone.res4.*`` but ``roi_heads.res5.*``, an FPN model
-``backbone.bottom_up.res5.*``. Each owner is found by its name, never by a suffix heuristic.
+A backbone file holds ``stem.*`` and ``res2.*`` to ``res5.*``. Their place in a model depends on its
+heads: a C4 model has ``backbone.res4.*`` but ``roi_heads.res5.*``, an FPN model
+``backbone.bottom_up.res5.*``. Each is found by its name, never by a suffix heuristic.
 """
 
 import difflib
@@ -23,18 +23,18 @@ from moco_common.resnet import depth_of
 from moco_det.config.defaults import flatten
 from moco_det.conversion import load_detectron2_weights
 
-# A backbone tensor's name, whatever module owns it. The extra norm (res5.norm.*) is not one.
+# Name of a backbone tensor in any module. The extra norm (res5.norm.*) is not one.
 _BACKBONE = re.compile(r"(?:^|.*\.)((?:stem\.conv1|res[2-5]\.\d+)\..+)$")
 _CAFFE2 = re.compile(r"^res\d_\d+_branch2[abc]_w$")
-# Metadata of a converted file -> the config key that it decides.
+# Metadata of a converted file -> the config key that it determines.
 _METADATA_KEYS = {
     "pixel_mean": "MODEL.PIXEL_MEAN",
     "pixel_std": "MODEL.PIXEL_STD",
     "format": "INPUT.FORMAT",
     "stride_in_1x1": "MODEL.RESNETS.STRIDE_IN_1X1",
 }
-# Caffe2's files have no metadata; Detectron's images were BGR, and its ImageNet ResNets are MSRA's:
-# stride in the 1x1, pixels not scaled. Its ResNeXts are not; both as in detectron2's configs.
+# Caffe2's files have no metadata. Detectron's images were BGR, and its ImageNet ResNets are MSRA's
+# (stride in the 1x1, pixels not scaled), but its ResNeXts are not; see Detectron2's configs.
 _CAFFE2_SETTINGS = {
     "MODEL.PIXEL_MEAN": [103.53, 116.28, 123.675],
     "MODEL.PIXEL_STD": [1.0, 1.0, 1.0],
@@ -48,19 +48,19 @@ _CAFFE2_RESNEXT = {
 
 
 class BackboneWeights(NamedTuple):
-    """A backbone file: its tensors by name, and the config values that they demand."""
+    """A backbone file: its tensors by name, and the config values that they require."""
 
     tensors: dict[str, Tensor]
     settings: dict[str, Any]
     source: str
-    group_norm: bool = False  # whether it was trained with group norm instead of batch norm
+    group_norm: bool = False  # True if it was trained with group norm instead of batch norm
 
 
 def local_file(path: str) -> Path:
-    """A local copy of a path or of a URL that Detectron2 knows (``detectron2://``, ``https://``).
+    """Return a local copy of a file or of a URL that Detectron2 knows (``detectron2://``, ``https://``).
 
     Raises:
-        UserError: there is no such file, or it cannot be fetched.
+        UserError: the file does not exist, or cannot be fetched.
     """
     try:
         local = Path(
@@ -77,7 +77,8 @@ def read_backbone(path: str) -> BackboneWeights:
     """Read a converted backbone file (or Detectron2's own, Caffe2 names included).
 
     Raises:
-        UserError: no such file, not a backbone, or metadata that contradict the tensors.
+        UserError: the file does not exist, is no backbone, or has metadata that contradict its
+            tensors.
     """
     weights = load_detectron2_weights(local_file(path))
     tensors = dict(weights.tensors)
@@ -86,7 +87,7 @@ def read_backbone(path: str) -> BackboneWeights:
     group_norm = not any(n.endswith("_bn_s" if caffe2 else "running_mean") for n in tensors)
     if caffe2:
         tensors = dict(zip(convert_basic_c2_names(list(tensors)), tensors.values(), strict=True))
-        # Left out by Detectron2 as well: the norm after this convolution takes a bias away again.
+        # Detectron2 drops it as well: the norm after this convolution cancels a bias.
         tensors.pop("stem.conv1.bias", None)
     settings = _architecture(tensors, path)
     if caffe2:
@@ -98,7 +99,8 @@ def read_backbone(path: str) -> BackboneWeights:
         found = settings[f"MODEL.RESNETS.{key.upper()}"]
         if metadata.get(key, found) != found:
             raise UserError(
-                f"{path} says {key} {metadata[key]}, but its tensors have {found}: convert again."
+                f"the metadata of {path} state {key} {metadata[key]}, but its tensors {found}: "
+                "convert it again."
             )
     for key, config_key in _METADATA_KEYS.items():
         if key in metadata:
@@ -107,13 +109,13 @@ def read_backbone(path: str) -> BackboneWeights:
 
 
 def apply_settings(cfg: CfgNode, weights: BackboneWeights, explicit: Collection[str]) -> list[str]:
-    """Take architecture and pixel statistics from the weights, in place.
+    """Set the architecture and pixel statistics of the config to those of the weights, in place.
 
     Returns:
-        ``KEY VALUE`` of every key whose value has changed.
+        ``KEY VALUE`` of each key whose value has changed.
 
     Raises:
-        UserError: the user has set one of the keys to something else.
+        UserError: the user has set one of the keys to another value.
     """
     taken = []
     for key, value in weights.settings.items():
@@ -122,7 +124,7 @@ def apply_settings(cfg: CfgNode, weights: BackboneWeights, explicit: Collection[
             continue
         if key in explicit:
             raise UserError(
-                f"{key} is set to {old}, but {weights.source} needs {value}: leave it out."
+                f"{key} is set to {old}, but {weights.source} needs {value}: remove the setting."
             )
         cfg.merge_from_list([key, value])
         taken.append(f"{key} {value}")
@@ -130,17 +132,16 @@ def apply_settings(cfg: CfgNode, weights: BackboneWeights, explicit: Collection[
 
 
 def check_norm(group_norm: bool, weights: BackboneWeights) -> None:
-    """Refuse weights whose norm is not the model's (``group_norm``, else batch norm).
+    """Check that the weights have the model's kind of norm (``group_norm``, else batch norm).
 
     Raises:
-        UserError: what would be lost, and which protocol fits.
+        UserError: they have the other kind; the message names the protocol that fits.
     """
     if group_norm and not weights.group_norm:
         raise UserError(
-            f"{weights.source} was pre-trained with batch norm, and this model has group norm: the "
-            "statistics that its weights rely on would be lost. Use the protocol without -GN, or "
-            "start from weights pre-trained with group norm (-GN-supervised) or from none "
-            "(-GN-random)."
+            f"{weights.source} was pre-trained with batch norm, but this model has group norm, and "
+            "would lose the running statistics: use the protocol without -GN, or start from "
+            "weights pre-trained with group norm (-GN-supervised) or from random ones (-GN-random)."
         )
     if weights.group_norm and not group_norm:
         raise UserError(
@@ -150,22 +151,24 @@ def check_norm(group_norm: bool, weights: BackboneWeights) -> None:
 
 
 def load_backbone(model: nn.Module, weights: BackboneWeights) -> list[str]:
-    """Copy a backbone file into a detector; every backbone and res5 tensor must come from it.
+    """Copy a backbone file into a detector; it must provide all backbone and res5 tensors.
 
     ``num_batches_tracked`` may be missing (nothing reads it), and so may all running statistics
-    at once (Caffe2's files have folded them into the affine: mean 0 and variance 1 remain).
+    together (Caffe2's files fold them into the affine parameters; mean 0 and variance 1 remain).
 
     Returns:
-        Names of the model's tensors that are new by design: RPN, FPN laterals, heads, extra norm.
+        Names of the model's other tensors: RPN, FPN laterals, heads, the extra norm.
 
     Raises:
-        UserError: tensors of the backbone that the file lacks or has in another shape, or blocks
-            in the file that the model lacks; names, shapes and the nearest candidate are given.
+        UserError: the file lacks tensors of the backbone or has them in another shape, or has
+            blocks that the model lacks; names, shapes and the nearest candidate are given.
     """
     state = model.state_dict()
     wanted = {m.group(1): name for name in state if (m := _BACKBONE.match(name))}
     if not wanted:
-        raise UserError(f"the model has no ResNet to load {weights.source} into: it has no res2...")
+        raise UserError(
+            f"the model has no ResNet to load {weights.source} into: check MODEL.BACKBONE."
+        )
     check_norm(not any(short.endswith("running_mean") for short in wanted), weights)
     folded = not any(name.endswith("running_mean") for name in weights.tensors)
     problems = []
@@ -175,21 +178,21 @@ def load_backbone(model: nn.Module, weights: BackboneWeights) -> list[str]:
             bookkeeping = ("num_batches_tracked", *(("running_mean", "running_var") * folded))
             if not short.endswith(bookkeeping):
                 near = difflib.get_close_matches(short, weights.tensors, n=1, cutoff=0.0)
-                got = f"{near[0]} {_shape(weights.tensors[near[0]])}" if near else "nothing alike"
+                got = f"{near[0]} {_shape(weights.tensors[near[0]])}" if near else "nothing similar"
                 problems.append(f"{name} {_shape(state[name])} (nearest in the file: {got})")
         elif tensor.shape != state[name].shape:
-            problems.append(f"{name} {_shape(state[name])} (the file's is {_shape(tensor)})")
+            problems.append(f"{name} {_shape(state[name])} (in the file: {_shape(tensor)})")
     if problems:
         more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
         raise UserError(
             f"{weights.source} does not fill {len(problems)} of the model's {len(wanted)} backbone "
-            f"tensors: {problems[0]}{more}."
+            f"tensors: {problems[0]}{more}; check MODEL.RESNETS.*."
         )
     unused = sorted(n for n in weights.tensors if _BACKBONE.fullmatch(n) and n not in wanted)
     if unused:
         raise UserError(
-            f"{weights.source} holds backbone tensors that the model has no place for: "
-            f"{', '.join(unused[:3])}. MODEL.RESNETS.* is not the network that was pre-trained."
+            f"{weights.source} holds backbone tensors that the model has no place for "
+            f"({', '.join(unused[:3])}): set MODEL.RESNETS.* to the pre-trained network."
         )
     with torch.no_grad():
         for short, name in wanted.items():
@@ -199,7 +202,7 @@ def load_backbone(model: nn.Module, weights: BackboneWeights) -> list[str]:
 
 
 def _architecture(tensors: Mapping[str, Tensor], path: str) -> dict[str, Any]:
-    """Config values of the ResNet that the tensors make up."""
+    """Return the config values that describe the ResNet of these tensors."""
     blocks = Counter(
         m.group(1)
         for name in tensors

@@ -1,4 +1,4 @@
-"""A whole detector's weights: told apart from a backbone's, read, and loaded."""
+"""The weights of a whole detector: recognised, read and loaded."""
 
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -15,30 +15,30 @@ from moco_det.modeling.detector import log
 
 
 def holds_detector(path: str | Path) -> bool:
-    """Whether a file holds a whole detector, not a backbone alone."""
+    """Return True if a file holds a whole detector, False for a backbone."""
     prefixes = ("backbone.", "roi_heads.", "proposal_generator.")
     tensors = _model(read_checkpoint(local_file(str(path))))
     return any(str(name).removeprefix("module.").startswith(prefixes) for name in tensors)
 
 
 def read_detector(path: str | Path) -> dict[str, Any]:
-    """A detector's checkpoint, ``{"model": {name: tensor}, ...}``, read without executing anything.
+    """Read a detector's checkpoint, ``{"model": {name: tensor}, ...}``, without executing anything.
 
     Raises:
-        UserError: no such file, or no named tensors in it.
+        UserError: the file does not exist, or holds no named tensors.
     """
     checkpoint = read_checkpoint(local_file(str(path)))
     model = _model(checkpoint)
     if not model:
-        raise UserError(f"{path} holds no named tensors: it is no checkpoint of a detector.")
+        raise UserError(f"{path} is not a detector's checkpoint: it holds no named tensors.")
     return checkpoint if "model" in checkpoint else {"model": model}
 
 
 def load_detector(model: nn.Module, tensors: Mapping[str, Any], source: str) -> None:
-    """Load a whole detector by exact names, nothing missing and nothing left over.
+    """Load a whole detector by exact names, with no tensor missing or left over.
 
     Raises:
-        UserError: a missing or unexpected tensor, or another shape.
+        UserError: a tensor is missing or unexpected, or has another shape.
     """
     tensors = {k.removeprefix("module."): torch.as_tensor(v) for k, v in tensors.items()}
     state = model.state_dict()
@@ -49,11 +49,11 @@ def load_detector(model: nn.Module, tensors: Mapping[str, Any], source: str) -> 
         if n not in state and "anchor_generator" not in n and n not in ("pixel_mean", "pixel_std")
     ]
     shapes = [
-        f"{n} {tuple(tensors[n].shape)} (the model's is {tuple(state[n].shape)})"
+        f"{n} {tuple(tensors[n].shape)} (expected {tuple(state[n].shape)})"
         for n in state
         if n in tensors and tensors[n].shape != state[n].shape
     ]
-    problems = {"lacks": missing, "has, unknown to the model,": unexpected, "has": shapes}
+    problems = {"lacks": missing, "has the unexpected tensor": unexpected, "has": shapes}
     for verb, names in problems.items():
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -68,10 +68,10 @@ def load_detector(model: nn.Module, tensors: Mapping[str, Any], source: str) -> 
 
 
 def load_weights(model: nn.Module, path: str) -> None:
-    """Start a detector from a backbone file or from a whole detector, and say what is new.
+    """Load a backbone file or a whole detector into a model, and log which tensors are new.
 
     Raises:
-        UserError: the file does not fill what it must.
+        UserError: the file does not provide all that it must.
     """
     if holds_detector(path):
         load_detector(model, read_detector(path)["model"], source=path)
@@ -84,7 +84,7 @@ def load_weights(model: nn.Module, path: str) -> None:
 
 
 def summarise(names: Collection[str]) -> str:
-    """``"backbone.fpn_lateral (24), roi_heads.res5.norm (5)"``: tensors counted by module."""
+    """Count tensors by module: ``"backbone.fpn_lateral (24), roi_heads.res5.norm (5)"``."""
 
     def group(name: str) -> str:
         parts = name.split(".")
@@ -94,6 +94,6 @@ def summarise(names: Collection[str]) -> str:
 
 
 def _model(checkpoint: Any) -> dict[str, Any]:
-    """The named tensors of a checkpoint, which are under ``model`` or all there is."""
+    """Return the named tensors of a checkpoint, which are under ``model`` or at the top level."""
     model = checkpoint.get("model", checkpoint) if isinstance(checkpoint, dict) else {}
     return model if isinstance(model, dict) else {}

@@ -1,4 +1,4 @@
-"""A run's own checkpoints: written whole or not at all, read without executing anything."""
+"""The checkpoints of a run, written atomically and read without executing anything."""
 
 import logging
 from collections.abc import Iterable
@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 class RunCheckpointer(Checkpointer):
     """fvcore's checkpointer with atomic writes, a safe reader, and exact names.
 
-    Files and their contents are Detectron2's (``model_final.pth``: ``model``, ``trainer``,
-    ``iteration``; ``last_checkpoint`` names the newest), so its tools read them.
+    The files are those of Detectron2 (``model_final.pth`` with ``model``, ``trainer`` and
+    ``iteration``; ``last_checkpoint`` names the newest), so that its tools can read them.
     """
 
     def __init__(self, model: torch.nn.Module, save_dir: str, **checkpointables: Any) -> None:
@@ -40,23 +40,23 @@ class RunCheckpointer(Checkpointer):
         replace_text(Path(self.save_dir, "last_checkpoint"), last_filename_basename)
 
     def load(self, path: str, checkpointables: Iterable[str] | None = None) -> dict[str, Any]:
-        """Load the model, and the checkpointables named (all by default).
+        """Load the model and the named checkpointables (all by default).
 
         Returns:
-            What else the file holds, such as ``iteration``.
+            The other entries of the file, such as ``iteration``.
 
         Raises:
-            UserError: another detector's checkpoint, or one without what is asked for.
+            UserError: it is another detector's checkpoint, or lacks a checkpointable.
         """
         return self._take(read_detector(path), path, checkpointables)
 
     def load_newest(self) -> dict[str, Any] | None:
-        """Load the run's newest checkpoint that can be read; None where there is none at all.
+        """Load the newest readable checkpoint of the run; return None if there is no checkpoint.
 
-        A file that is damaged (a full disk, a machine that went down) is passed over, and said.
+        A damaged file (after a full disk or a crash of the machine) is skipped with a warning.
 
         Raises:
-            UserError: none can be read, or what is read is another detector's.
+            UserError: none can be read, or it is another detector's.
         """
         refused = None
         for path in newest_checkpoints(self.save_dir):
@@ -64,7 +64,7 @@ class RunCheckpointer(Checkpointer):
                 checkpoint = read_detector(path)
             except UserError as error:
                 refused = refused or error
-                log.warning("warning: passed over: %s", error)
+                log.warning("warning: skipped: %s", error)
             else:
                 return self._take(checkpoint, str(path), None)
         if refused:
@@ -78,7 +78,7 @@ class RunCheckpointer(Checkpointer):
         for key in wanted:
             if key not in checkpoint:
                 raise UserError(
-                    f"{path} holds weights only: without its {key} state no run goes on."
+                    f"{path} holds no {key} state: a run cannot resume from weights alone."
                 )
         load_detector(self.model, checkpoint.pop("model"), source=path)
         for key in wanted:
@@ -87,8 +87,8 @@ class RunCheckpointer(Checkpointer):
 
 
 def newest_checkpoints(folder: str | Path) -> list[Path]:
-    """The checkpoints of a run, the newest first: what ``last_checkpoint`` names, then the others
-    by iteration."""
+    """Return the checkpoints of a run, newest first: the one named by ``last_checkpoint``, then the
+    others by iteration."""
     folder = Path(folder)
     paths = sorted(folder.glob("model_*.pth"), key=lambda p: p.name, reverse=True)  # final first
     tag = folder / "last_checkpoint"
@@ -99,8 +99,8 @@ def newest_checkpoints(folder: str | Path) -> list[Path]:
 
 
 def _owned(tree: Any) -> Any:
-    """A copy whose tensors own their memory: the reader's are views of the file, and an optimizer
-    updates the tensors that it is given in place."""
+    """Copy a tree so that its tensors own their memory: the reader's are views of the file, and an
+    optimizer updates the tensors that it loads in place."""
     if isinstance(tree, torch.Tensor):
         return tree.clone()
     if isinstance(tree, dict):

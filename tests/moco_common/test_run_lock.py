@@ -17,7 +17,7 @@ def in_another_process(folder):
             with RunLock(folder):
                 os._exit(0)
         except UserError as error:
-            refused = f"Another run is at work in {folder} (process {os.getppid()} on" in str(error)
+            refused = f"Another run is using {folder} (process {os.getppid()} on" in str(error)
             os._exit(1 if refused else 2)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 

@@ -96,7 +96,7 @@ def test_a_contradiction_with_the_command_line_is_refused(rewritten, voc, tmp_pa
     args = ["--config", "VOC", "--train-data", voc[0], "--output-dir", str(tmp_path / "run")]
     assert train_net([*args, "MODEL.WEIGHTS", str(file), *QUICK, key, explicit]) == 1
     error = capsys.readouterr().err
-    assert f"{key} is set to {explicit}, but {file} needs {value}: leave it out" in error
+    assert f"{key} is set to {explicit}, but {file} needs {value}: remove the setting" in error
     assert not (tmp_path / "run").exists()
 
 

@@ -100,7 +100,7 @@ def test_a_stopped_a_crashed_and_a_damaged_run_end_as_the_whole_one(voc_dir, tmp
     capsys.readouterr()
     assert main(resume) == 0
     said, warned = capsys.readouterr()
-    assert "warning: passed over: " in warned
+    assert "warning: skipped: " in warned
     assert "resumed    at iteration 4 of 5" in said
     assert_same(final(parts), final(whole))
     assert rates(parts) == rates(whole)
