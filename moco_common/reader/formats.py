@@ -1,4 +1,4 @@
-"""Checkpoint files as data: PyTorch (zip and legacy), pickle, safetensors.
+"""Reading of checkpoint files as data: PyTorch (zip and legacy), pickle, safetensors.
 
 Nothing that a file asks for is executed, and no class that it names is imported (see unpickler.py).
 """
@@ -36,7 +36,7 @@ _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of a file of torch.save b
 
 @dataclass(frozen=True)
 class _Source:
-    """An open file and how its tensors are to be read."""
+    """An open file, and how to read its tensors."""
 
     path: Path
     file: BinaryIO
@@ -61,11 +61,12 @@ def read_checkpoint(
 
     Returns:
         The file's own structure. NumPy arrays become tensors, modules become dictionaries of their
-        tensors, sets become lists, and any other object becomes `Discarded`. The string metadata
-        of a safetensors file is under the key "__metadata__".
+        tensors, sets become lists, and any other object becomes `Discarded`. The metadata of a
+        safetensors file (strings) are under "__metadata__".
 
     Raises:
-        CheckpointError: missing, empty, truncated, damaged, hostile, or no checkpoint at all.
+        CheckpointError: the file is missing, empty, truncated, damaged, hostile, or not a
+            checkpoint.
     """
     path, size, head = Path(path), 0, b""
     try:
@@ -81,7 +82,7 @@ def read_checkpoint(
 
 
 def _format_of(head: bytes) -> Callable[[_Source], Any]:
-    """The reader for a file that begins with these bytes."""
+    """Return the reader for a file that begins with these bytes."""
     refuse_other_formats(head)
     if head.startswith(b"PK"):
         return _read_zip
@@ -110,7 +111,7 @@ def _read_zip(source: _Source) -> Any:
         raise RefusedError("unknown_format", f"is {kind} without data.pkl, not a checkpoint")
 
     def start(name: str) -> int:
-        """Offset of an entry's bytes, which are verified."""
+        """Return the offset of an entry's bytes, after verifying them."""
         if name not in entries:
             raise MalformedError(f"it has no entry {name}")
         entry = entries[name]
@@ -159,14 +160,14 @@ def _entries(source: _Source) -> dict[str, zipfile.ZipInfo]:
     except zipfile.BadZipFile:
         raise TruncatedError from None
     except (ValueError, NotImplementedError, struct.error) as error:
-        raise MalformedError(f"its list of contents makes no sense: {error}") from None
+        raise MalformedError(f"its table of contents is inconsistent: {error}") from None
     return {info.filename: info for info in archive.infolist()}
 
 
 def _verify(file: BinaryIO, entry: zipfile.ZipInfo, start: int) -> None:
-    """Compare the bytes from ``start`` on with the CRC that was written.
+    """Compare the bytes from ``start`` on with the CRC of the entry.
 
-    They are read in pieces, not through the map: what is only verified costs no memory. A CRC of 0
+    They are read in pieces, not through the map, so that verification costs no memory. A CRC of 0
     was not computed (torch.serialization.set_crc32_options).
     """
     file.seek(start)
@@ -178,13 +179,13 @@ def _verify(file: BinaryIO, entry: zipfile.ZipInfo, start: int) -> None:
 
 
 def _map(source: _Source) -> Tensor:
-    """The file as a private (copy-on-write) 1-D uint8 tensor; pages are read when touched."""
+    """Map the file as a private (copy-on-write) 1-D uint8 tensor; pages are read when accessed."""
     storage = torch.UntypedStorage.from_file(str(source.path), False, source.size)
     return torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[arg-type]
 
 
 def read_tensor(file: BinaryIO, size: int) -> Tensor:
-    """Read ``size`` bytes into a new 1-D uint8 tensor; the caller knows that they are there."""
+    """Read ``size`` bytes into a new 1-D uint8 tensor; the caller has checked that they exist."""
     data = torch.empty(size, dtype=torch.uint8)
     view, done = memoryview(data.numpy().data), 0
     while done < size:
@@ -210,7 +211,7 @@ def _read_safetensors(source: _Source) -> dict[str, Any]:
     try:
         with safe_open(source.path, framework="pt") as archive:
             tree["__metadata__"] = archive.metadata() or {}
-            for name in archive.keys():  # noqa: SIM118 (it is no mapping)
+            for name in archive.keys():  # noqa: SIM118 (not a mapping)
                 tensor = archive.get_tensor(name)
                 tree[name] = tensor.clone() if source.copy else tensor
     except SafetensorError as error:
@@ -223,18 +224,18 @@ def _read_safetensors(source: _Source) -> dict[str, Any]:
 
 
 def _read_pickle(source: _Source) -> Any:
-    """A plain pickle, or PyTorch's legacy format: four pickles, then the storages' bytes."""
+    """Read a plain pickle, or PyTorch's legacy format: four pickles, then the storages' bytes."""
     file, allowance = BoundedFile(source.file, source.size), Allowance(source.size)
     first = DataUnpickler(file, allowance, nested=_read_nested).load()
     if first == _LEGACY_MAGIC and isinstance(first, int):
         return resolve(_read_legacy(file, allowance))
     if first is None or isinstance(first, (int, float, str, bytes)):
-        raise RefusedError("unknown_format", "is no checkpoint: it holds no tensors")
+        raise RefusedError("unknown_format", "is not a checkpoint: it holds no tensors")
     return resolve(first)
 
 
 def _read_nested(content: bytes, allowance: Allowance) -> Any:
-    """A tensor that was pickled with ``pickle.dump`` carries a whole legacy file in bytes."""
+    """Read a tensor pickled by ``pickle.dump``, which is a whole legacy file in bytes."""
     file = BoundedFile(io.BytesIO(content), len(content))
     if DataUnpickler(file, allowance).load() != _LEGACY_MAGIC:
         raise MalformedError("a pickled tensor without PyTorch's mark")
@@ -252,7 +253,7 @@ def _read_legacy(file: BoundedFile, allowance: Allowance) -> Any:
     tree = DataUnpickler(file, allowance, storage=storage).load()
     keys = DataUnpickler(file, allowance).load()
     if not isinstance(keys, list) or not set(map(type, keys)) <= {str, int}:
-        raise MalformedError("the list of storages is none")
+        raise MalformedError("its list of storages is malformed")
     for key in keys:
         known = storages.get(str(key))
         if known is None:

@@ -1,4 +1,4 @@
-"""The plain records that stand for what a pickle holds, and how they become tensors."""
+"""Plain records of the objects in a pickle, and their conversion to tensors."""
 
 from __future__ import annotations
 
@@ -13,19 +13,25 @@ from moco_common.reader.errors import MalformedError
 
 
 class Discarded:
-    """Stands where the file held an object that is not data; ``name`` is that object's class."""
+    """Placeholder for an object of the file that is not data.
 
-    __slots__ = ("name",)
+    Attributes:
+        name: its class.
+        values: attributes of a namespace, in which scripts save their arguments; else empty.
+    """
+
+    __slots__ = ("name", "values")
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.values: dict[Any, Any] = {}
 
     def __repr__(self) -> str:
         return f"<discarded {self.name}>"
 
 
 class StandIn:
-    """Base of the classes that replace unknown ones; keeps its state, for pickled modules only."""
+    """Base of the classes that replace unknown ones; keeps its state, for pickled modules."""
 
     path = "object"
     state: Any = None
@@ -41,15 +47,15 @@ class StandIn:
 
 
 class Mapping(dict[Any, Any]):
-    """Every kind of dictionary: a plain one. Attributes are kept only as ``metadata``."""
+    """A dictionary of any class, as a plain one; of its attributes only ``metadata`` is kept."""
 
     metadata: Any = None
 
     def put(self, items: list[Any]) -> None:
         """Add ``[key, value, key, value, ...]``.
 
-        Keys that are no plain values are replaced by the name of their type: a nested tuple may
-        take for ever to hash.
+        Keys that are not plain values are replaced by the name of their type, because hashing a
+        nested tuple may take forever.
         """
         for key, value in zip(items[::2], items[1::2], strict=False):
             plain = key is None or isinstance(key, (str, int, float, bytes))
@@ -63,18 +69,18 @@ class Mapping(dict[Any, Any]):
 
 
 class Storage:
-    """The bytes behind tensors, as a 1-D uint8 tensor that may be filled in later."""
+    """The bytes of tensors, as a 1-D uint8 tensor that may be filled in later."""
 
     def __init__(self, dtype: torch.dtype, numel: int, data: Tensor | None = None) -> None:
         self.dtype, self.numel, self.data = dtype, numel, data
 
     @property
     def nbytes(self) -> int:
-        """Number of bytes of its elements."""
+        """Number of bytes of all elements."""
         return self.numel * self.dtype.itemsize
 
     def view(self, dtype: torch.dtype) -> Tensor:
-        """Its elements, flat; copied, once, only where they are not aligned in the file."""
+        """Return the elements, flat; copied, once, only if they are not aligned in the file."""
         if self.data is None or self.data.numel() < self.nbytes:
             raise MalformedError("a tensor's data is shorter than its declared size")
         if self.data.storage_offset() % max(16, dtype.itemsize):
@@ -83,23 +89,23 @@ class Storage:
 
 
 class TensorRecipe:
-    """A tensor that is still a recipe: its storage may follow later in the file."""
+    """The arguments of a tensor, whose storage may follow later in the file."""
 
     def __init__(self, storage: Any, offset: Any, size: Any, stride: Any) -> None:
         self.storage, self.offset, self.size, self.stride = storage, offset, size, stride
         self.dtype: torch.dtype | None = None
 
     def set_state(self, state: Any) -> None:
-        """Drop the attributes of a tensor, which are not data."""
+        """Ignore the attributes of a tensor, which are not data."""
 
     def build(self) -> Tensor | Discarded:
-        """The tensor, a view of its storage."""
+        """Return the tensor, a view of its storage."""
         if not isinstance(self.storage, Storage):
             raise MalformedError("a tensor without a storage")
         size, stride, (offset,) = _ints(self.size), _ints(self.stride), _ints((self.offset,))
         if len(size) != len(stride):
             raise MalformedError("a tensor with more sizes than strides, or fewer")
-        if math.prod(size) > self.storage.numel:  # expanded: a few bytes may claim terabytes
+        if math.prod(size) > self.storage.numel:  # expanded: a few bytes could stand for terabytes
             return Discarded("expanded tensor")
         try:
             flat = self.storage.view(self.dtype or self.storage.dtype)
@@ -116,7 +122,7 @@ _DTYPES = frozenset("f2 f4 f8 i1 i2 i4 i8 u1 u2 u4 u8 b1 c8 c16".split())  # noq
 
 
 class DType:
-    """``numpy.dtype``; only those of numbers and booleans are understood."""
+    """``numpy.dtype``; only numbers and booleans are supported."""
 
     def __init__(self, code: Any = "", *flags: Any) -> None:
         self.code = code.lstrip("|") if isinstance(code, str) else ""
@@ -127,12 +133,12 @@ class DType:
             self.code = state[1] + self.code.lstrip("<>=")
 
     def numpy(self) -> np.dtype[Any] | None:
-        """The dtype itself; None if it is not understood."""
+        """Return the dtype itself; None if it is not supported."""
         return np.dtype(self.code) if self.code.lstrip("<>=") in _DTYPES else None
 
 
 class ArrayRecipe:
-    """``numpy.ndarray``: made empty and filled by its state, or made from a buffer."""
+    """``numpy.ndarray``: created empty and filled by its state, or created from a buffer."""
 
     def __init__(self, shape: Any = (), dtype: Any = "", data: Any = None, *more: Any) -> None:
         known = dtype if isinstance(dtype, DType) else DType(dtype)
@@ -145,9 +151,9 @@ class ArrayRecipe:
         self.state = state[-4:]
 
     def build(self) -> Tensor | np.ndarray[Any, Any] | Discarded:
-        """The array as a tensor where torch has its type, else as NumPy's."""
+        """Return the array as a tensor if torch has its dtype, else as a NumPy array."""
         shape, dtype, fortran, data = self.state
-        self.state = ()  # built once: the bytes go as their copy comes
+        self.state = ()  # built only once, so that the bytes are freed when they are copied
         known = dtype.numpy() if isinstance(dtype, DType) else None
         if known is None or not isinstance(data, (bytes, bytearray, str)):
             code = dtype.code if isinstance(dtype, DType) else ""
@@ -166,31 +172,34 @@ class ArrayRecipe:
 
 
 def _ints(values: Any) -> tuple[int, ...]:
-    """Sizes, strides or offsets: up to 32 whole numbers that are not negative."""
+    """Check sizes, strides or offsets: up to 32 integers that are not negative."""
     if not isinstance(values, (tuple, list)) or len(values) > 32:
-        raise MalformedError("the shape of a tensor is none")
+        raise MalformedError("the shape of a tensor is malformed")
     if not all(type(value) is int and 0 <= value < 1 << 62 for value in values):
-        raise MalformedError("the shape of a tensor is none")
+        raise MalformedError("the shape of a tensor is malformed")
     return tuple(values)
 
 
 def latin1(text: str) -> bytes:
-    """The bytes that protocols below 3 wrote as text."""
+    """Return the bytes that protocols below 3 wrote as text."""
     try:
         return text.encode("latin1")
     except UnicodeEncodeError:
-        raise MalformedError("bytes that were written as text hold other characters") from None
+        raise MalformedError("text that stands for bytes holds other characters") from None
+
+
+_NAMESPACES = ("argparse.Namespace", "types.SimpleNamespace")  # a script's arguments
 
 
 def resolve(tree: Any) -> Any:
-    """Build the tensors of what the unpickler returned; stand-ins become `Discarded`.
+    """Build the tensors in the tree that the unpickler returned; stand-ins become `Discarded`.
 
     A pickled module (``torch.save(model)``) becomes the nested dictionary of its tensors. Shared
-    parts stay shared, so that a small file cannot unfold into a large tree.
+    parts stay shared, so that a small file cannot expand into a large tree.
 
     Raises:
         MalformedError: a tensor or an array contradicts itself.
-        RecursionError: nested too deeply.
+        RecursionError: the tree is nested too deeply.
     """
     return _resolve(tree, {})
 
@@ -222,15 +231,18 @@ def _resolve(node: Any, done: dict[int, tuple[Any, Any]]) -> Any:
     elif isinstance(node, StandIn):
         module = _module(node, done)
         result = Discarded(node.path) if module is None else module
+        if node.path in _NAMESPACES and module is None and isinstance(node.state, dict):
+            done[id(node)] = (node, result)
+            result.values = _resolve(node.state, done)
     else:
         stand_in = isinstance(node, type) and issubclass(node, StandIn)
         result = Discarded(node.path if stand_in else type(node).__name__)
-    done[id(node)] = (node, result)  # the node is kept, so that its id stays its own
+    done[id(node)] = (node, result)  # keeps the node alive, so that its id stays unique
     return result
 
 
 def _module(node: StandIn, done: dict[int, tuple[Any, Any]]) -> dict[str, Any] | None:
-    """The tensors of a pickled ``nn.Module``, nested like its submodules; None if it is none."""
+    """Return the tensors of a pickled ``nn.Module``, nested like its submodules; else None."""
     state = node.state
     if not isinstance(state, dict) or not isinstance(state.get("_parameters"), dict):
         return None

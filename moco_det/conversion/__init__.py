@@ -1,8 +1,8 @@
-"""Any checkpoint of a ResNet -> a file that Detectron2 or torchvision loads, with a proof.
+"""Conversion of any checkpoint of a ResNet for Detectron2 or torchvision, with a proof.
 
-Read in this order: sources.py (the tables), recognise.py (where the encoder is), architecture.py
-(which ResNet it is), accounting.py (what becomes of every tensor), settings.py, rescale.py,
-proof.py, files.py, converter.py.
+The steps, in order: layouts.py (tables of the projects' layouts), find_encoder.py (where the
+encoder is), architecture.py (which ResNet it is), account_tensors.py (what becomes of each tensor),
+pixel_settings.py, rescale.py, proof.py, weight_files.py; converter.py runs them.
 """
 
 from moco_common.reader.errors import CheckpointError

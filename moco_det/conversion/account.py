@@ -1,4 +1,4 @@
-"""What became of every tensor, and what is odd about them."""
+"""The report of a conversion: what became of each tensor, and unusual values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moco_det.conversion.proof import Proof
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of the file: ``target`` is its new name, or ``reason`` why it was dropped."""
+    """One tensor of the file: ``target`` is its new name, or ``reason`` the reason to drop it."""
 
     name: str
     shape: tuple[int, ...]
@@ -25,7 +25,7 @@ class Entry:
 
 @dataclass
 class Report:
-    """The account of a conversion; ``str()`` of it is what the command line prints."""
+    """The report of a conversion; the command line prints its ``str()``."""
 
     source: str
     encoder: str
@@ -40,16 +40,16 @@ class Report:
 
     @property
     def mapped(self) -> int:
-        """Number of tensors that have a place in the target."""
+        """Number of tensors that are part of the converted network."""
         return sum(entry.target is not None for entry in self.entries)
 
     @property
     def dropped(self) -> dict[str, int]:
-        """Number of tensors by reason."""
+        """Number of dropped tensors by reason."""
         return dict(Counter(entry.reason for entry in self.entries if entry.reason))
 
     def table(self) -> str:
-        """A line for every tensor of the file."""
+        """One line for each tensor of the file."""
         width = max(len(entry.name) for entry in self.entries)
         return "\n".join(
             f"{e.name:<{width}}  {'x'.join(map(str, e.shape)) or 'scalar':<16} "
@@ -70,12 +70,12 @@ class Report:
             *(f"note          {note}" for note in self.notes),
             *(f"warning       {warning}" for warning in self.warnings),
         ]
-        lines.append(str(self.proof) if self.proof else "proof         not asked for")
+        lines.append(str(self.proof) if self.proof else "proof         not requested")
         return "\n".join(lines)
 
 
 def odd_values(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Sentences on NaN, infinite and all-zero tensors and norms that never saw a batch."""
+    """Describe tensors that are not finite or all zero, and norms that never saw a batch."""
     broken, zero = [], []
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():

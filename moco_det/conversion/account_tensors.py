@@ -1,4 +1,4 @@
-"""The account of a file: which tensors make up the network, and why every other is left out."""
+"""The account of a file: the tensors that make up the network, and why the others are dropped."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moco_det.conversion.find_encoder import Recognised, other_resnet, reason
 
 
 def canonical_names(tensors: Collection[str], found: Recognised) -> dict[str, str]:
-    """torchvision's name -> flattened name, of everything that is named as a backbone's."""
+    """Map torchvision names to flattened names, for all tensors named like those of a backbone."""
     names: dict[str, str] = {}
     rests: dict[str, str] = {}
     for name in tensors:
@@ -27,15 +27,15 @@ def canonical_names(tensors: Collection[str], found: Recognised) -> dict[str, st
         if canonical is not None:
             names[canonical] = name
     if found.naming.canonical is from_detectron2 and "layer4.0.conv1.weight" not in names:
-        for name in tensors:  # a C4 detector keeps res5 in its heads
+        for name in tensors:  # a C4 detector has res5 in its heads
             rest = re.sub(r"^(.*\.)?roi_heads\.(?=res5\.)", "", name)
             canonical = from_detectron2(rest) if rest != name else None
             if canonical is not None:
                 names[canonical] = name
     if other := other_resnet([*rests, *names]):
         raise CheckpointError(
-            f"the file holds a ResNet with {other[0]}, as {names.get(other[1], other[1])} tells, "
-            "which Detectron2's ResNet cannot hold: pre-train a plain one.",
+            f"the file holds a ResNet with {other[0]} (see {names.get(other[1], other[1])}), which "
+            "Detectron2's ResNet cannot represent: pre-train a plain ResNet.",
             kind="unsupported",
             key=other[1],
         )
@@ -45,7 +45,7 @@ def canonical_names(tensors: Collection[str], found: Recognised) -> dict[str, st
 def select(
     tensors: Mapping[str, Tensor], names: Mapping[str, str], found: Recognised, stride: bool
 ) -> tuple[dict[str, Tensor], Architecture]:
-    """The tensors that the network needs, by torchvision name and in its order."""
+    """Return the network's tensors, by torchvision name and in its order, and its architecture."""
     named = {canonical: tensors[name] for canonical, name in names.items()}
     architecture = detect(named, names=names, stride_in_1x1=stride)
     backbone: dict[str, Tensor] = {}
@@ -91,10 +91,10 @@ def account(
     rename: Callable[[str], str],
     drop: Sequence[str],
 ) -> list[Entry]:
-    """An entry for every tensor of the file.
+    """Return an entry for each tensor of the file.
 
     Raises:
-        CheckpointError: a tensor that is neither the encoder's nor known to be left out.
+        CheckpointError: a tensor is neither part of the encoder nor known to be irrelevant.
     """
     targets = {name: canonical for canonical, name in names.items() if canonical in backbone}
     rests = {name[len(found.prefix) :]: name for name in targets}
@@ -103,6 +103,11 @@ def account(
         target, why = targets.get(name), None
         if target is None:
             why = reason(name, found) or _duplicate(name, tensors, rests)
+            rest = name.removeprefix(found.prefix)
+            if why is None and not name.startswith(found.prefix):
+                why = "outside the encoder"
+            elif why is None and "." not in rest and tensor.numel() <= 1:
+                why = "training state"  # n_averaged, logit_scale: a layer's tensors have its name
             if any(re.search(pattern, originals[name]) for pattern in drop):
                 why = "--drop"
             if why is None:
@@ -112,9 +117,9 @@ def account(
     if unknown:
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
         raise CheckpointError(
-            f"{', '.join(unknown[:3])}{more}: not part of the {found.source.name} encoder under "
-            f"'{found.prefix}', and nothing known to be left out; say --drop PATTERN if it can be, "
-            "or --prefix if the encoder is elsewhere.",
+            f"{', '.join(unknown[:3])}{more}: neither part of a plain ResNet nor known to be "
+            f"irrelevant, in the {found.source.name} encoder under '{found.prefix}'; pass --drop "
+            "PATTERN if the encoder works without it, or --prefix if the encoder is elsewhere.",
             kind="unknown_tensor",
             key=unknown[0],
             candidates=tuple(unknown),
@@ -123,7 +128,10 @@ def account(
 
 
 def _duplicate(name: str, tensors: Mapping[str, Tensor], rests: Mapping[str, str]) -> str | None:
-    """Some projects save the encoder twice, under its own name and inside a Sequential."""
+    """Return the reason for a tensor that the file holds twice, else None.
+
+    Some projects save the encoder under its own name and inside a Sequential.
+    """
     rest = name
     while "." in rest:
         rest = rest.partition(".")[2]

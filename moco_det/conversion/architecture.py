@@ -1,7 +1,7 @@
-"""Which ResNet a set of tensors is, its layers in order, and the two ways of naming them.
+"""The architecture of a ResNet, read from its tensors; its layers, and its two naming schemes.
 
-The canonical names are torchvision's (``conv1``, ``bn1``, ``layer1.0.conv1``, ...); Detectron2's
-(``stem.conv1``, ``stem.conv1.norm``, ``res2.0.conv1``, ...) are the other way.
+The canonical names are torchvision's (``conv1``, ``bn1``, ``layer1.0.conv1``, ...); the others are
+Detectron2's (``stem.conv1``, ``stem.conv1.norm``, ``res2.0.conv1``, ...).
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ _SEQUENTIAL = {"0": "conv1", "1": "bn1", **{str(3 + n): f"layer{n}" for n in (1,
 
 
 def to_detectron2(name: str) -> str | None:
-    """``layer1.0.downsample.1.bias`` -> ``res2.0.shortcut.norm.bias``; None if not a backbone's."""
+    """Rename ``layer1.0.downsample.1.bias`` to ``res2.0.shortcut.norm.bias``, for example; return
+    None if it is not the name of a backbone's tensor."""
     match = _TORCHVISION.fullmatch(name)
     if match is None:
         return None
@@ -35,7 +36,7 @@ def to_detectron2(name: str) -> str | None:
 
 
 def from_detectron2(name: str) -> str | None:
-    """The inverse of :func:`to_detectron2`."""
+    """Invert :func:`to_detectron2`."""
     match = _DETECTRON2.fullmatch(name)
     if match is None:
         return None
@@ -47,19 +48,20 @@ def from_detectron2(name: str) -> str | None:
 
 
 def from_sequential(name: str) -> str | None:
-    """``4.0.conv1.weight`` -> ``layer1.0.conv1.weight``: ``nn.Sequential(*resnet.children())``."""
+    """Rename ``4.0.conv1.weight``, of ``nn.Sequential(*resnet.children())``, to
+    ``layer1.0.conv1.weight``; None if it is not the name of a backbone's tensor."""
     index, _, rest = name.partition(".")
     return from_torchvision(f"{_SEQUENTIAL[index]}.{rest}") if index in _SEQUENTIAL else None
 
 
 def from_torchvision(name: str) -> str | None:
-    """The name itself if it is a backbone's, else None."""
+    """Return the name itself if it is that of a backbone's tensor, else None."""
     return name if _TORCHVISION.fullmatch(name) else None
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution and the norm after it."""
+    """A convolution and the norm that follows it."""
 
     conv: str  # torchvision name
     norm: str
@@ -71,13 +73,13 @@ class Layer:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """Of the convolution's weight: (out, in / groups, kernel, kernel)."""
+        """Shape of the convolution's weight: (out, in / groups, kernel, kernel)."""
         return self.out_channels, self.in_channels // self.groups, self.kernel, self.kernel
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A ResNet that Detectron2 can hold; the field names are its config's."""
+    """A ResNet that Detectron2 can represent; the fields are named after its config keys."""
 
     depth: int
     num_groups: int
@@ -93,7 +95,7 @@ class Architecture:
 
     @property
     def blocks(self) -> tuple[int, ...]:
-        """Blocks of res2 to res5."""
+        """Numbers of blocks in res2 to res5."""
         return BLOCKS_PER_STAGE[self.depth]
 
     def __str__(self) -> str:
@@ -107,7 +109,7 @@ class Architecture:
         return name if width == 1 else f"{name}, width x{width:g}"
 
     def stages(self) -> Iterator[tuple[str, int, list[list[Layer]], list[Layer | None]]]:
-        """``("layer1", stride, blocks, shortcuts)``, a list of layers for every block."""
+        """Yield ``("layer1", stride, blocks, shortcuts)`` by stage; a block is a list of layers."""
         in_channels, out_channels = self.stem_out_channels, self.res2_out_channels
         inner = self.num_groups * self.width_per_group
         for stage, count in enumerate(self.blocks, start=1):
@@ -140,11 +142,11 @@ class Architecture:
 
     @property
     def stem(self) -> Layer:
-        """The first layer: 7x7, stride 2."""
+        """The first layer: 7x7 with stride 2."""
         return Layer("conv1", "bn1", self.stem_out_channels, 3, 7, 2)
 
     def layers(self) -> Iterator[Layer]:
-        """Every convolution with its norm, in torchvision's order."""
+        """Yield each convolution with its norm, in torchvision's order."""
         yield self.stem
         for _, _, blocks, shortcuts in self.stages():
             for block, shortcut in zip(blocks, shortcuts, strict=True):
@@ -153,7 +155,7 @@ class Architecture:
                     yield shortcut
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor that the network needs, by torchvision name."""
+        """Return the shape of each tensor that the network needs, by torchvision name."""
         shapes: dict[str, tuple[int, ...]] = {}
         for layer in self.layers():
             shapes[f"{layer.conv}.weight"] = layer.shape
@@ -161,7 +163,7 @@ class Architecture:
         return shapes
 
     def metadata(self) -> dict[str, Any]:
-        """The part of a converted file's metadata that describes the network."""
+        """Return the part of a converted file's metadata that describes the network."""
         return {
             "depth": self.depth,
             "num_groups": self.num_groups,
@@ -173,28 +175,29 @@ class Architecture:
 
     @staticmethod
     def of_metadata(metadata: Mapping[str, Any]) -> Architecture:
-        """The inverse of :meth:`metadata`."""
+        """Build the architecture from a file's metadata, the inverse of :meth:`metadata`."""
         return Architecture(**{key: metadata[key] for key in Architecture.__dataclass_fields__})
 
 
 def detect(
     tensors: Mapping[str, Tensor], *, names: Mapping[str, str], stride_in_1x1: bool = False
 ) -> Architecture:
-    """Read the architecture from the shapes.
+    """Determine the architecture from the shapes of the tensors.
 
     Args:
         tensors: by torchvision name.
-        names: from those to the names in the file, for the messages.
-        stride_in_1x1: where a bottleneck's stride sits; shapes cannot tell.
+        names: torchvision name -> name in the file, for error messages.
+        stride_in_1x1: True if a bottleneck's stride is in its first convolution, which shapes do
+            not show.
 
     Raises:
-        CheckpointError: a ResNet that Detectron2 cannot hold, said by name, or tensors missing
-            that decide which it is.
+        CheckpointError: Detectron2 cannot represent this ResNet, or a tensor is missing that
+            determines the architecture.
     """
 
     def refuse(what: str, key: str | None = None) -> CheckpointError:
         return CheckpointError(
-            f"the file holds {what}, which Detectron2's ResNet cannot hold: pre-train a plain "
+            f"the file holds {what}, which Detectron2's ResNet cannot represent: pre-train a plain "
             "ResNet, ResNeXt or wide ResNet with batch normalisation.",
             kind="unsupported",
             key=key,
@@ -203,7 +206,7 @@ def detect(
     def need(name: str) -> tuple[int, ...]:
         if name not in tensors:
             raise CheckpointError(
-                f"{name} is missing from the file, so that its architecture cannot be read.",
+                f"{name} is missing from the file, so its architecture cannot be determined.",
                 kind="missing_tensor",
                 key=name,
             )
@@ -231,8 +234,10 @@ def detect(
     if depth is None:
         n = 2 + (3 if kind == "bottleneck" else 2) * sum(counts)
         if 0 in counts:
-            raise refuse(f"an incomplete ResNet (blocks a stage: {counts})")
-        raise refuse(f"a ResNet-{n} ({kind} blocks {counts}; 18, 34, 50, 101 and 152 are known)")
+            raise refuse(f"an incomplete ResNet (blocks per stage: {counts})")
+        raise refuse(
+            f"a ResNet-{n} ({kind} blocks {counts}; 18, 34, 50, 101 and 152 are supported)"
+        )
     if kind == "basic":
         out = need("layer1.0.conv2.weight")[0]
         return Architecture(depth, 1, 64, stem[0], out, stride_in_1x1)

@@ -1,4 +1,4 @@
-"""From any checkpoint of a ResNet to named backbone tensors, with every tensor accounted for."""
+"""Conversion of a checkpoint to named backbone tensors, with each tensor accounted for."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from moco_det.conversion.find_encoder import flatten, recognise
 from moco_det.conversion.pixel_settings import own_metadata, settings_of
 from moco_det.conversion.proof import Proof, prove
 from moco_det.conversion.rescale import divide, factors, sentence
+from moco_det.conversion.statements import check_statements, stride_of
 from moco_det.conversion.weight_files import load_detectron2_weights, version, write, writer_for
 
 TARGETS = ("detectron2", "torchvision")
@@ -31,12 +32,12 @@ class Converted:
     """A converted backbone.
 
     Attributes:
-        tensors: float32 (counters int64), by the target's names, in the network's order.
-        metadata: pixel_mean and pixel_std (of 0 to 255, in the order of "format"), format,
+        tensors: float32 (counters int64), by name in the target, in the network's order.
+        metadata: pixel_mean and pixel_std (on the scale 0 to 255, ordered as "format"), format,
             stride_in_1x1, depth, num_groups, width_per_group, stem_out_channels,
             res2_out_channels, source, encoder, source_sha256, version; with ``rescale`` also
             rescaled, the largest factor that a convolution was divided by.
-        report: what became of every tensor of the file, warnings, and the proof.
+        report: what became of each tensor of the file, warnings, and the proof.
     """
 
     tensors: dict[str, Tensor]
@@ -63,30 +64,30 @@ def convert(
     """Convert the ResNet of any checkpoint.
 
     Args:
-        path: the checkpoint: PyTorch, pickle or safetensors, of any project.
-        to: "detectron2" or "torchvision", whose names the tensors get.
+        path: the checkpoint of any project: PyTorch, pickle or safetensors.
+        to: "detectron2" or "torchvision", after whose scheme the tensors are named.
         output: file to write: .pkl (detectron2 only), .pth or .safetensors. It appears only
-            after the proof has held for what was written.
-        source: the project, when the file's structure does not tell (see docs/convert.md).
-        prefix: of the encoder's tensors in the file, likewise.
-        encoder: which encoder of several, such as "key" or "student".
-        drop: regular expressions of tensors to leave out, beside those that are known.
-        stride_in_1x1: where a bottleneck's stride sits; False unless the file tells. True for
-            Detectron2's MSRA weights.
-        pixel_mean, pixel_std: statistics of 0 to 255 that the network was trained with;
-            ImageNet's unless the file tells.
-        pixel_format: "RGB" (default unless the file tells) or "BGR".
-        rescale: give every convolution the norm of a fresh one, and the running statistics of the
-            norm behind it what goes with that: the same function, which fine-tuning moves more
-            easily (see `moco_det.conversion.rescale`).
-        proof: run the network in both libraries and compare.
+            after the proof has held for the written content.
+        source: the project, where the structure of the file leaves it open (see docs/convert.md).
+        prefix: prefix of the encoder's tensors in the file, likewise.
+        encoder: the encoder to take from a file with several, such as "key" or "student".
+        drop: regular expressions of tensors to leave out in addition to the known ones.
+        stride_in_1x1: True if a bottleneck's stride is in its first convolution, as in
+            Detectron2's MSRA weights; False unless the file states it.
+        pixel_mean, pixel_std: statistics, on the scale 0 to 255, that the network was trained
+            with; ImageNet's unless the file states others.
+        pixel_format: "RGB" (the default unless the file states another) or "BGR".
+        rescale: give each convolution the norm of a fresh one and adjust the running statistics
+            of the norm after it: the function stays the same, and fine-tuning changes the weights
+            more easily (see `moco_det.conversion.rescale`).
+        proof: run the network in both libraries and compare the outputs.
 
     Returns:
-        The tensors, the metadata and the account.
+        The tensors, the metadata and the report.
 
     Raises:
-        CheckpointError: the file cannot be read, is no ResNet that the target can hold, has
-            tensors missing or unexplained, or the two networks differ by more than 1e-4.
+        CheckpointError: the file cannot be read, holds no ResNet that the target can represent,
+            lacks tensors or has unexplained ones, or the two networks differ by more than 1e-4.
     """
     options = _Options(
         to=to,
@@ -104,13 +105,13 @@ def convert(
     )  # fmt: skip
     try:
         return _convert(Path(path), options)
-    except CheckpointError as error:  # what is wrong with a tensor is found far from the file
+    except CheckpointError as error:  # raised where the file is not known
         raise error.at(Path(path)) from None
 
 
 @dataclass(frozen=True)
 class _Options:
-    """The keyword arguments of `convert`; ``stated`` are settings that override the file's."""
+    """The keyword arguments of `convert`; ``stated`` overrides the settings of the file."""
 
     to: str
     output: Path | None
@@ -136,25 +137,29 @@ def _convert(path: Path, options: _Options) -> Converted:
     )
     names = canonical_names(tensors, found)
     told, notes = settings_of(path, tree, tensors, found.source.name)
+    if (stride := stride_of(tree)) is not None:
+        told["stride_in_1x1"] = stride
+        notes.append("the position of the stride is from its meta.config")
     told |= {key: value for key, value in options.stated.items() if value is not None}
     backbone, architecture = select(tensors, names, found, bool(told["stride_in_1x1"]))
+    check_statements(tree, architecture)
     if to == "torchvision" and architecture.stride_in_1x1 and architecture.block != "basic":
         raise CheckpointError(
             "the network has its stride in the first 1x1 convolution of a block (STRIDE_IN_1X1), "
-            "where torchvision's has it in the 3x3: the tensors would load and compute something "
-            "else.",
+            "but torchvision's has it in the 3x3: the tensors would load and compute something "
+            "else; convert to detectron2.",
             kind="unsupported",
         )
     rename: Callable[[str], str] = (lambda n: str(to_detectron2(n))) if to == TARGETS[0] else str
     entries = account(tensors, originals, names, found, backbone, rename, options.drop)
     if architecture.block == "basic" and architecture.res2_out_channels != 64:
         notes.append(
-            "Detectron2's config cannot build a ResNet-18 or -34 of this width (it wants 64 "
+            "Detectron2's config cannot build a ResNet-18 or -34 of this width (it requires 64 "
             "channels in res2); its ResNet.make_stage can"
         )
     kept = {torch.float32, torch.int64}
     if others := sorted({str(t.dtype) for t in backbone.values()} - {str(d) for d in kept}):
-        notes.append(f"{', '.join(others)} became float32")
+        notes.append(f"{', '.join(others)} was converted to float32")
     backbone = {name: _owned(tensor) for name, tensor in backbone.items()}
     grown = factors(backbone, architecture)
     if said := sentence(grown, divided=rescale):
@@ -178,7 +183,7 @@ def _convert(path: Path, options: _Options) -> Converted:
         found.source.name, found.encoder, found.prefix, tuple(roles), architecture, to, entries,
         odd_values(backbone), notes,
     )  # fmt: skip
-    # The mapped input goes before the output is read back: three copies are never held at once.
+    # Free the input before the output is read back, so that three copies are never held at once.
     del tree, tensors
 
     def check(written: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
@@ -206,7 +211,7 @@ def _convert(path: Path, options: _Options) -> Converted:
 
 
 def _owned(tensor: Tensor) -> Tensor:
-    """A contiguous copy in float32 (counters int64): the mapped file may change or vanish."""
+    """Return a contiguous float32 (counters: int64) copy; the mapped file may change or vanish."""
     dtype = torch.float32 if tensor.is_floating_point() else torch.int64
     return tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
@@ -219,7 +224,8 @@ def _prove(
     to: str,
     divided: Mapping[str, float],
 ) -> Proof:
-    """Source in one library, written file in the other; the file's own metadata are believed."""
+    """Compare the source in one library with the written file, as its metadata describe it, in the
+    other."""
     statistics = {k: tuple(metadata[k]) for k in ("pixel_mean", "pixel_std")}
     if to == "detectron2":
         target = Architecture.of_metadata(metadata)

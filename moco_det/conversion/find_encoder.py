@@ -1,4 +1,4 @@
-"""Finding a file's encoder: by the structure of its names, or by what the user says of it."""
+"""The encoder in a file, found by the structure of the names or by the user's options."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ _CONTAINERS = re.compile(
 
 @dataclass(frozen=True)
 class Recognised:
-    """Where a file's encoder is.
+    """The location of the encoder in a file.
 
     Attributes:
-        prefix: of its tensors, in the flattened names.
-        others: prefix -> encoder, of the encoders that are not taken.
+        prefix: prefix of its tensors in the flattened names.
+        others: prefix -> role, of the encoders that are not taken.
     """
 
     source: Source
@@ -44,11 +44,11 @@ class Recognised:
 
 
 def flatten(tree: Any) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
-    """All tensors of a file by flattened name.
+    """Collect all tensors of a file by flattened name.
 
     Returns:
-        name -> tensor; name -> the file's own name, where wrappers were taken out; and the
-        top-level strings as "key=value".
+        name -> tensor; name -> name in the file, with the wrappers; and the top-level strings as
+        "key=value".
     """
     tensors: dict[str, Tensor] = {}
     originals: dict[str, str] = {}
@@ -63,7 +63,7 @@ def flatten(tree: Any) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
             return
         if not isinstance(node, (dict, list, tuple)) or id(node) in seen:
             return
-        seen.add(id(node))  # shared parts count once: a small file could unfold into a huge one
+        seen.add(id(node))  # shared parts count once: a small file could expand into a huge one
         items: Iterable[tuple[Any, Any]]
         items = node.items() if isinstance(node, dict) else enumerate(node)
         for key, value in items:
@@ -79,7 +79,7 @@ def flatten(tree: Any) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
 
 
 def bare(prefix: str) -> str:
-    """The prefix without the keys that only hold the weights."""
+    """Return the prefix without the keys that merely contain the weights."""
     while match := _CONTAINERS.match(prefix):
         prefix = prefix[match.end() :]
     return prefix
@@ -97,13 +97,13 @@ def recognise(
 
     Args:
         texts: top-level strings of the file, "key=value".
-        source: name of an entry of :data:`SOURCES` (or its beginning) that must be taken.
-        prefix: of the encoder's tensors, with or without wrappers and containers.
-        encoder: which one, if there are several.
+        source: name of the entry of :data:`SOURCES` to use.
+        prefix: prefix of the encoder's tensors, with or without wrappers and containers.
+        encoder: role of the encoder to take, if there are several.
 
     Raises:
-        CheckpointError: no ResNet (what it is instead, if known), several candidates, or an
-            option that names nothing in the file.
+        CheckpointError: there is no ResNet, there are several candidates, or an option matches
+            nothing in the file.
     """
     names = list(names)
     found = {
@@ -135,7 +135,7 @@ def recognise(
                     encoders.setdefault(path, role)
         if encoders and (prefix is None or next(iter(found)) in encoders):
             fitting.append((entry, encoders))
-    # The first layout whose usual encoder is there; a file may also hold the other one alone.
+    # The first layout whose usual encoder is present; a file may also hold only the other one.
     usual = [fit for fit in fitting if next(iter(fit[0].encoders)) in fit[1].values()]
     if usual or fitting:
         entry, encoders = (usual or fitting)[0]
@@ -153,12 +153,16 @@ def _entries(source: str | None) -> tuple[Source, ...]:
     def simple(text: str) -> str:
         return re.sub(r"[\W_]", "", text.lower())
 
-    for entry in SOURCES:
-        if simple(source) in (simple(entry.name), *(simple(p) for p in entry.name.split(" / "))):
-            return (entry,)
-    known = tuple(entry.name for entry in SOURCES)
+    named = tuple(
+        entry
+        for entry in SOURCES
+        if simple(source) in (simple(entry.name), *(simple(p) for p in entry.name.split(" / ")))
+    )
+    if named:
+        return named
+    known = tuple(dict.fromkeys(entry.name for entry in SOURCES))
     raise CheckpointError(
-        f"--source {source} is not known: one of {', '.join(known)}.",
+        f"--source {source} is unknown: choose one of {', '.join(known)}.",
         kind="option", key=source, candidates=known,
     )  # fmt: skip
 
@@ -178,11 +182,11 @@ def _choose(
     else:
         role = encoder or roles[0]
         paths = [p for p, r in encoders.items() if r == role]
-        if len(paths) > 1 and entry.encoders[role] == r".+":  # of a layout that is not known
+        if len(paths) > 1 and entry.encoders[role] == r".+":  # an unknown layout
             plain = [p for p in paths if not re.search(_MOMENTUM, p)]
             if len(plain) != 1:
                 raise CheckpointError(
-                    f"the file holds several ResNets and no known layout: choose one with "
+                    f"the file holds several ResNets in an unknown layout: choose one with "
                     f"--prefix: {', '.join(paths)}.",
                     kind="unrecognised", candidates=tuple(paths),
                 )  # fmt: skip
@@ -197,12 +201,10 @@ _MOMENTUM_ROLES = ("key", "momentum", "target", "teacher")
 
 
 def reason(name: str, recognised: Recognised) -> str | None:
-    """Why a tensor that is not the encoder's is left out; None if that is not known."""
+    """Return the reason to leave out a tensor that is not part of the encoder; None if unknown."""
     for prefix, role in recognised.others.items():
         if prefix and name.startswith(prefix) and not recognised.prefix.startswith(prefix):
-            momentum = role in ("key", "momentum", "target", "teacher") or re.search(
-                _MOMENTUM, name
-            )
+            momentum = role in _MOMENTUM_ROLES or re.search(_MOMENTUM, name)
             return "momentum encoder" if momentum else f"{role} encoder"
     inside = name.startswith(recognised.prefix)
     rest = name[len(recognised.prefix) :] if inside else bare(name)
@@ -214,7 +216,7 @@ def reason(name: str, recognised: Recognised) -> str | None:
 
 
 def other_resnet(rests: Iterable[str]) -> tuple[str, str] | None:
-    """The part that makes a ResNet one that Detectron2 cannot hold, and the tensor that tells."""
+    """Return a part that Detectron2's ResNet cannot represent, and a tensor of it; else None."""
     rests = list(rests)
     for pattern, what in OTHER_RESNETS:
         for rest in rests:
@@ -225,7 +227,7 @@ def other_resnet(rests: Iterable[str]) -> tuple[str, str] | None:
 
 def _option(option: str, value: str, known: list[str]) -> CheckpointError:
     return CheckpointError(
-        f"--{option} {value} is not in the file, which has {', '.join(known)}.",
+        f"--{option} {value} is not in the file: choose one of {', '.join(known)}.",
         kind="option", key=value, candidates=tuple(known),
     )  # fmt: skip
 
@@ -235,21 +237,21 @@ def _no_resnet(names: list[str]) -> CheckpointError:
         return CheckpointError("the file holds no tensors.", kind="unrecognised")
     if caffe2 := next((name for name in names if name.endswith("_branch2a_w")), None):
         return CheckpointError(
-            f"{caffe2} is Caffe2's name: Detectron2 loads this ResNet as it is; give the file as "
-            "MODEL.WEIGHTS.",
+            f"{caffe2} is a name in Caffe2's scheme, which Detectron2 loads as it is: pass it "
+            "as MODEL.WEIGHTS without converting it.",
             kind="unsupported", key=caffe2,
         )  # fmt: skip
     for pattern, what in OTHER_NETWORKS:
         key = next((name for name in names if re.search(pattern, name)), None)
         if key is not None:
             return CheckpointError(
-                f"the file holds {what}, as {key} tells, not a ResNet of the kinds that Detectron2 "
-                "holds: pre-train a ResNet, ResNeXt or wide ResNet.",
+                f"the file holds {what} (see {key}), not a ResNet that Detectron2 can represent: "
+                "pre-train a ResNet, ResNeXt or wide ResNet.",
                 kind="unsupported", key=key,
             )  # fmt: skip
     shown = ", ".join(names[:3])
     return CheckpointError(
-        f"no ResNet is found among the file's {counted(len(names), 'tensor')} ({shown}, ...): none "
-        "is named layer1.0.conv1.weight, 4.0.conv1.weight or res2.0.conv1.weight under any prefix.",
+        f"no ResNet among the file's {counted(len(names), 'tensor')} ({shown}, ...): none is named "
+        "layer1.0.conv1.weight, 4.0.conv1.weight or res2.0.conv1.weight under any prefix.",
         kind="unrecognised", candidates=tuple(names[:10]),
     )  # fmt: skip

@@ -1,8 +1,8 @@
-"""The tables: checkpoint layouts by project, reasons to leave tensors out, networks to refuse.
+"""Tables: checkpoint layouts by project, reasons to drop tensors, and networks to refuse.
 
 A file is first flattened: nested keys are joined by dots, and the components that wrappers insert
-(``module`` of DistributedDataParallel, ``_orig_mod`` of torch.compile) are taken out. Every prefix
-under which a ResNet's blocks are found is then looked up in :data:`SOURCES`, from the most telling
+(``module`` of DistributedDataParallel, ``_orig_mod`` of torch.compile) are removed. Each prefix
+under which a ResNet's blocks are found is then looked up in :data:`SOURCES`, from the most specific
 layout to the most general one. To add a project, add one entry.
 """
 
@@ -16,16 +16,16 @@ from moco_det.conversion.architecture import from_detectron2, from_sequential, f
 
 @dataclass(frozen=True)
 class Source:
-    """A layout.
+    """The checkpoint layout of a project.
 
     Attributes:
-        name: the project.
-        encoders: encoder -> regular expression of its whole prefix, without the keys that only
-            hold the weights ("state_dict.", "model."); the first one is the usual one.
-        marks: regular expressions that some tensor's name must contain, each of them; a top-level
-            string of the file counts as the name "key=value".
+        name: name of the project.
+        encoders: role -> regular expression of the encoder's whole prefix, without the keys that
+            merely contain the weights ("state_dict.", "model."); the first one is the default.
+        marks: regular expressions, each of which must be found in the name of a tensor or in a
+            top-level string of the file, written "key=value".
         naming: "torchvision", "sequential" or "detectron2", if the layout has only that one.
-        head: what ``fc`` beside the backbone is.
+        head: description of ``fc`` beside the backbone.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Naming:
-    """A way of naming a ResNet's tensors; ``probe`` tells it from the others."""
+    """A scheme of naming a ResNet's tensors; a tensor called ``probe`` identifies it."""
 
     probe: str
     canonical: Callable[[str], str | None]
@@ -91,9 +91,22 @@ SOURCES = (
         naming="sequential",
     ),
     Source(
+        "lightly",
+        {  # in its benchmarks "backbone" is the average of a query's or a student's
+            "backbone": r"backbone\.",
+            "momentum": r"(backbone_momentum|momentum_backbone|teacher_backbone|key_backbone)\.",
+            "query": r"query_backbone\.",
+            "student": r"student_backbone\.",
+        },
+        marks=(r"(^|\.)(\w+_)?(projection|prediction)_head\w*\.layers\.",),
+    ),
+    Source(
         "solo-learn",
         {"online": r"(backbone|encoder)\.", "momentum": r"momentum_(backbone|encoder)\."},
-        marks=(r"(^|\.)(classifier|projector|momentum_classifier)\.|^pytorch-lightning_version=",),
+        marks=(
+            r"(^|\.)(momentum_)?classifier\.",
+            r"(^|\.)(momentum_)?(projector|predictor|prototypes|head)\.",
+        ),
     ),
     Source(
         "DenseCL / DetCo / mmselfsup",
@@ -111,7 +124,7 @@ SOURCES = (
     Source("Lightning", {"backbone": r".+"}, marks=(r"^pytorch-lightning_version=",)),
     Source("unnamed project", {"backbone": r".+"}),
 )  # fmt: skip
-# What is left beside the encoder, by name: the first that is found in it counts.
+# Reasons to drop a tensor beside the encoder; the first pattern found in its name applies.
 REASONS = (
     (r"(^|\.)(\w*optim\w*|opt|momentum_buffer|exp_avg\w*|larc?s?)(\.|$)", "optimiser"),
     (r"(^|\.)(proposal_generator|roi_heads|sem_seg_head|mask_head|keypoint_head)\.",
@@ -121,12 +134,14 @@ REASONS = (
     (r"(^|\.)ranks\.", "state of the ranks"),
     (r"(^|\.)(\w*scaler|amp\w*|\w*scheduler\w*|trainer|meters|loops|callbacks|hooks|hyper_parameters"
      r"|metrics?|\w*logger)(\.|$)", "training state"),
+    (r"(^|\.)(acc\d*|auc|\w*(accuracy|_acc\d*|metric|auroc|f1|precision|recall|jaccard)\w*)(\.|$)"
+     r"|(^|\.)([tf][pn]|confmat|correct|total)$", "training state"),
     (r"(^|\.)(queue\w*|memory(_bank)?|feature_bank|bank)(\.|$)", "queue"),
     (r"prototypes", "prototypes"),
     (r"(^|\.)(\w*momentum\w*|\w*_ema|ema\w*|\w*target\w*|\w*teacher\w*|\w+_k|encoder_k|key_\w+)\.",
      "momentum encoder"),
     (r"predictor|prediction_head|(^|\.)pred\.", "prediction head"),
-    (r"project|(^|\.)(neck|mlp|value_transform)(\.|$)", "projection head"),
+    (r"project|(^|\.)(neck|mlp\d*|value_transform)(\.|$)", "projection head"),
     (r"(^|\.)(data_preprocessor\.\w+|pixel_mean|pixel_std|mean|std)$", "pixel statistics"),
     (r"(^|\.)(\w*classifier\w*|linear\w*|cls_head|logits|online_eval\w*|lin)\.",
      "classification layer (fc)"),
@@ -134,7 +149,7 @@ REASONS = (
     (r"(^|\.)(\w*loss\w*|\w*criterion\w*|center)(\.|$)", "loss"),
     (r"(^|\.)bn\.(running_mean|running_var|num_batches_tracked|weight|bias)$", "projection head"),
 )  # fmt: skip
-# Other networks, told by a name that no ResNet has.
+# Other networks, identified by a name that no ResNet has.
 OTHER_NETWORKS = (
     (r"relative_position_bias_table", "a Swin Transformer"),
     (r"(^|\.)(cls_token|class_token|patch_embed|pos_embed)(\.|$)|encoder_layer_0\.",
@@ -149,7 +164,7 @@ OTHER_NETWORKS = (
     (r"Mixed_5b", "an Inception network"),
     (r"(^|\.)features\.0\.(weight|0\.weight)", "a VGG, AlexNet or MobileNet"),
 )  # fmt: skip
-# ResNets with parts that a plain one lacks, looked for under the encoder's prefix.
+# ResNets with parts that a plain one lacks, searched for under the encoder's prefix.
 OTHER_RESNETS = (
     (r"^(conv1|stem)\.\d+\.", "a deep stem (ResNet-C, -D)"),
     (r"\.se(_module)?\.|\.attn\.|\.channel_conv", "channel attention (SE-ResNet and relatives)"),

@@ -1,4 +1,4 @@
-"""What a file tells of its network beside the shapes: pixel statistics and the place of strides."""
+"""Settings that the shapes do not show: pixel statistics and the position of strides."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-# ImageNet's statistics, of 0 to 255: what torchvision and the known projects normalise with.
+# ImageNet's statistics on the scale 0 to 255, with which torchvision and the known projects
+# normalise.
 DEFAULTS: dict[str, Any] = {
     "pixel_mean": (123.675, 116.28, 103.53),
     "pixel_std": (58.395, 57.12, 57.375),
@@ -23,26 +24,27 @@ DEFAULTS: dict[str, Any] = {
 def settings_of(
     path: Path, tree: Any, tensors: Mapping[str, Tensor], source: str
 ) -> tuple[dict[str, Any], list[str]]:
-    """The settings of :data:`DEFAULTS` as the file tells them, and notes on where from.
+    """Return the settings of :data:`DEFAULTS` as the file states them, and notes on their origin.
 
-    A converted file has metadata. A detector keeps its pixel statistics as buffers, and its run
-    directory has a ``config.yaml``, which is read as data.
+    A converted file has metadata. A detector has its pixel statistics as buffers, and its run
+    directory a ``config.yaml``, which is read as data.
     """
     if (metadata := own_metadata(tree)) is not None:
         told = {
             key: value for key, value in metadata.items() if key in (*DEFAULTS, "source", "encoder")
         }
-        return DEFAULTS | told, ["pixel statistics and stride placement are from its metadata"]
+        return DEFAULTS | told, ["pixel statistics and stride position are from its metadata"]
     if source != "Detectron2":
         return dict(DEFAULTS), []
     told, notes = dict(DEFAULTS), []
     config = _detectron2_config(path.parent / "config.yaml")
     if config:
-        notes.append(f"pixel statistics and stride placement are from {path.parent}/config.yaml")
+        notes.append(f"pixel statistics and stride position are from {path.parent}/config.yaml")
     else:
         notes.append(
-            "nothing tells where the strides sit and how pixels are normalised: as in torchvision "
-            "is assumed; say --stride-in-1x1 and --format BGR for a network of MSRA's weights"
+            "the file states neither the position of the strides nor the pixel statistics: "
+            "torchvision's are assumed; pass --stride-in-1x1 and --format BGR for a network that "
+            "started from MSRA's weights"
         )
         for key in ("pixel_mean", "pixel_std"):
             buffer = next((t for name, t in tensors.items() if name.endswith(key)), None)
@@ -52,7 +54,7 @@ def settings_of(
 
 
 def own_metadata(tree: Any) -> dict[str, Any] | None:
-    """The metadata of a file that this project converted; None if it has none, or malformed."""
+    """Return the metadata of a file that this project converted; None if absent or malformed."""
     if not isinstance(tree, dict):
         return None
     metadata = tree.get("metadata")

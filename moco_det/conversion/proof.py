@@ -1,8 +1,8 @@
 """The proof: the same images through a ResNet in torchvision's layout and through Detectron2's.
 
-The torchvision side is written out here with ``torch.nn.functional``, straight from the named
-tensors, so that it exists for every width (torchvision's own class does not) and shares no code
-with Detectron2's modules.
+The torchvision side is written here with ``torch.nn.functional``, directly on the named tensors, so
+that it supports all widths (torchvision's own class does not) and shares no code with Detectron2's
+modules.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _MOMENTUM, _EPS = 0.1, 1e-5  # torch.nn.BatchNorm2d's defaults, in torchvision a
 
 @dataclass(frozen=True)
 class Proof:
-    """Largest relative differences, max|a - b| / max|a|, of the two networks.
+    """Largest relative differences, max|a - b| / max|a|, between the two networks.
 
     Attributes:
-        eval: of stem and res2 to res5, norms with the running statistics.
-        train: the same, norms with the batch's statistics.
-        statistics: of the running statistics after one training step, by the feature's stage.
-        eps: of a rescaled network, which is compared with its source under the eps that its factors
-            amount to: what that changes, at most, in eval and train mode.
+        eval: outputs of stem and res2 to res5, by name, with the norms' running statistics.
+        train: the same with the statistics of the batch.
+        statistics: running statistics after one training step, by the name of the stage.
+        eps: for a rescaled network, which is compared with its source under correspondingly
+            scaled eps of the norms: the largest effect of that scaling, in eval and train mode.
     """
 
     eval: dict[str, float]
@@ -44,20 +44,20 @@ class Proof:
 
     @property
     def worst(self) -> float:
-        """The largest of all; infinite if one is not a number."""
+        """The largest of all differences; infinite if one is NaN."""
         values = [*self.eval.values(), *self.train.values(), *self.statistics.values()]
         return max(v if v == v else float("inf") for v in values)
 
     @property
     def holds(self) -> bool:
-        """Whether no stage differs by more than `TOLERANCE`, nor by the eps's `EPS_TOLERANCE`."""
+        """True if all differences are within `TOLERANCE` and that of eps in `EPS_TOLERANCE`."""
         return self.worst <= TOLERANCE and self.eps <= EPS_TOLERANCE
 
     @property
     def excess(self) -> str:
-        """What is too large, and the limit."""
+        """The value that is too large, and its limit."""
         if self.worst <= TOLERANCE:
-            why = "through the eps of its norms, which weighs more once weights are divided"
+            why = "through the eps of the norms, which weighs more when weights are divided"
             return f"{self.eps:.1e} {why}, more than {EPS_TOLERANCE:.0e}"
         return f"{self.worst:.1e}, more than {TOLERANCE:.0e}"
 
@@ -69,7 +69,7 @@ class Proof:
         ]
         verdict = "holds" if self.holds else "FAILS"
         if self.eps:
-            lines.append(f"  eps    {self.eps:>10.1e}: what it changes, limit {EPS_TOLERANCE:.0e}")
+            lines.append(f"  eps    {self.eps:>10.1e}: its effect, limit {EPS_TOLERANCE:.0e}")
         return "\n".join([*lines, f"  {verdict}: {self.worst:.1e}, limit {TOLERANCE:.0e}"])
 
 
@@ -81,13 +81,13 @@ def resnet_features(
     training: bool,
     factors: Mapping[str, float] | None = None,
 ) -> dict[str, Tensor]:
-    """A ResNet in torchvision's layout, straight from its state dict.
+    """Run a ResNet in torchvision's layout directly on its state dict.
 
     Args:
         tensors: float32, by torchvision name. Running statistics are updated in place when
             ``training``.
         images: float32 (N, 3, H, W), normalised.
-        factors: by the name of a convolution, what multiplies the eps of its norm by its square.
+        factors: name of a convolution -> factor whose square multiplies the eps of its norm.
 
     Returns:
         Outputs of "stem" (after the pooling) and "res2" to "res5", (N, C, H / stride, W / stride).
@@ -116,10 +116,10 @@ def resnet_features(
 
 
 def build_detectron2(architecture: Architecture) -> torch.nn.Module:
-    """Detectron2's network of that architecture, without memory for its parameters.
+    """Build Detectron2's network of that architecture, without memory for its parameters.
 
-    Built from a config as a detector's is; narrow and wide ResNet-18 and -34, which that route
-    refuses, from the same blocks.
+    It is built from a config, as in a detector; narrow and wide ResNet-18 and -34, which a config
+    cannot express, are built from the same blocks.
     """
     from detectron2.config import get_cfg
     from detectron2.layers import ShapeSpec
@@ -178,16 +178,18 @@ def prove(
         torchvision: backbone tensors by torchvision name.
         detectron2: backbone tensors by Detectron2 name, nothing missing and nothing more.
         source: architecture of the first network.
-        target: of the second, as the converted file's metadata tell; the same by default.
-        pixel_mean, pixel_std: the statistics, of 0 to 255, that images are normalised with.
-        divided: by torchvision name of a convolution, how many times smaller its weights are meant
-            to be in the second network (see `moco_det.conversion.rescale`).
+        target: architecture of the second, from the converted file's metadata; ``source`` by
+            default.
+        pixel_mean, pixel_std: statistics, on the scale 0 to 255, that normalise the images.
+        divided: torchvision name of a convolution -> factor by which its weights are smaller in
+            the second network (see `moco_det.conversion.rescale`).
 
     Returns:
-        The differences. Nothing is raised when they are too large: see :attr:`Proof.holds`.
+        The differences; :attr:`Proof.holds` is False if they are too large.
 
     Raises:
-        CheckpointError: Detectron2's network lacks a tensor, has one too many or in another shape.
+        CheckpointError: a tensor of Detectron2's network is missing or has another shape, or there
+            is one that it has no place for.
     """
     ours = {name: value.float() for name, value in torchvision.items()}
     network = build_detectron2(target or source)
@@ -198,7 +200,7 @@ def prove(
     with torch.no_grad():
         outputs = {False: resnet_features(ours, source, images, training=False, factors=divided)}
         evaluated = _differences(outputs[False], network.eval()(images))
-        # One training step writes the running statistics: into copies of them.
+        # A training step writes the running statistics: let it write into copies.
         before = dict(ours)
         ours |= {k: v.clone() for k, v in ours.items() if "running_" in k}
         for module in network.modules():
@@ -226,7 +228,8 @@ def _eps_matters(
     images: Tensor,
     outputs: Mapping[bool, dict[str, Tensor]],
 ) -> float:
-    """By how much the outputs, by whether in training, differ from those under the usual eps."""
+    """Return the largest difference of ``outputs`` (keyed by ``training``) to those under the usual
+    eps."""
     worst = 0.0
     for training, scaled in outputs.items():
         copies = {k: v.clone() if "running_" in k else v for k, v in tensors.items()}
@@ -243,13 +246,13 @@ def _load(network: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:
             state.setdefault(name, torch.tensor(0))
         elif name not in state:
             raise CheckpointError(
-                f"Detectron2's network needs {name} {tuple(tensor.shape)}, which is missing.",
+                f"Detectron2's network needs {name} of shape {tuple(tensor.shape)}; it is missing.",
                 kind="missing_tensor",
                 key=name,
             )
         elif state[name].shape != tensor.shape:
             raise CheckpointError(
-                f"Detectron2's network needs {name} {tuple(tensor.shape)}, not "
+                f"Detectron2's network needs {name} of shape {tuple(tensor.shape)}, not "
                 f"{tuple(state[name].shape)}.",
                 kind="shape",
                 key=name,
@@ -262,7 +265,7 @@ def _load(network: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _images() -> Tensor:
-    """Two images (2, 3, 96, 96) of 0 to 255: smooth structure and pixel noise."""
+    """Generate two images (2, 3, 96, 96) of 0 to 255: smooth structure and pixel noise."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.randn(2, 3, 6, 6, generator=generator)
     smooth = F.interpolate(coarse, size=(96, 96), mode="bilinear", align_corners=False)
@@ -275,7 +278,7 @@ def _differences(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str
 
 
 def _difference(a: Tensor, b: Tensor) -> float:
-    """max|a - b| / max|a|; not a number if either holds one that is none."""
+    """Return max|a - b| / max|a|; NaN if either tensor holds a NaN."""
     if a.shape != b.shape:
         return float("inf")
     return float((a - b).abs().max() / a.abs().max().clamp_min(1e-12))

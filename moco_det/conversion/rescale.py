@@ -1,10 +1,10 @@
-"""Divide out what the weights have grown by in pre-training, without a change of the function.
+"""Removal of the growth of weights in pre-training, without changing the network's function.
 
-A batch norm divides by the standard deviation of what it gets, so the factor of the convolution
-before it does not show: not in the output, nor in the loss. It does in the gradient, which falls as
-the weights grow: by a step of the same learning rate their direction turns 1 / factor**2 as far
-(van Laarhoven 2017, "L2 regularization versus batch and weight normalization"). A layer that
-pre-training has grown tenfold learns in fine-tuning as if its learning rate were a hundredth.
+A batch norm divides by the standard deviation of its input, so a factor in the weights of the
+convolution before it affects neither the output nor the loss. It does affect the gradient, which
+falls as the weights grow: a step with the same learning rate turns their direction 1 / factor**2 as
+far (van Laarhoven 2017, "L2 regularization versus batch and weight normalization"). A layer that
+has grown tenfold in pre-training is fine-tuned as if its learning rate were a hundredth.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from moco_det.conversion.architecture import Architecture
 
 
 def factors(tensors: Mapping[str, Tensor], architecture: Architecture) -> dict[str, float]:
-    """By the convolution's name: norm of its weights over the norm that a fresh layer has.
+    """Return the ratio of each convolution's norm to that of a fresh layer, by its name.
 
-    Fresh weights have the variance 2 / (out * kernel^2) (He et al. 2015, fan-out; Detectron2's
-    networks start so too), and the norm sqrt(2 * in), of a group's channels.
+    Fresh weights have the variance 2 / (out * kernel^2) (He et al. 2015, fan-out; Detectron2 too
+    initialises its networks so), and the norm sqrt(2 * in), where "in" counts a group's channels.
 
     Args:
-        tensors: of the backbone, by torchvision name.
+        tensors: the backbone's, by torchvision name.
 
     Returns:
-        One factor a layer; 1 for a layer of zeros or of values that are not finite.
+        One factor per layer; 1 for a layer whose weights are all zero or not finite.
     """
     result = {}
     for layer in architecture.layers():
@@ -41,11 +41,11 @@ def factors(tensors: Mapping[str, Tensor], architecture: Architecture) -> dict[s
 def divide(
     tensors: Mapping[str, Tensor], architecture: Architecture, by: Mapping[str, float]
 ) -> dict[str, Tensor]:
-    """The same network with every convolution divided by its factor.
+    """Return the same network with each convolution divided by its factor.
 
     The running mean is divided by it as well, and the running variance by its square; the norm's
-    weight and bias stay. What differs is the eps of the norms, which weighs factor**2 as much as
-    it did: the converter's proof measures what that is.
+    weight and bias stay. The one difference is the eps of the norms, whose relative effect grows by
+    factor**2: the converter's proof measures it.
 
     Returns:
         All tensors; those that change are new.
@@ -56,7 +56,7 @@ def divide(
 
 
 def running_factors(architecture: Architecture, by: Mapping[str, float]) -> dict[str, float]:
-    """By the name of a running statistic, what `divide` has divided it by."""
+    """Return the divisor that `divide` applies to each running statistic, by its name."""
     return {
         f"{layer.norm}.{leaf}": by[layer.conv] ** power
         for layer in architecture.layers()
@@ -65,11 +65,11 @@ def running_factors(architecture: Architecture, by: Mapping[str, float]) -> dict
 
 
 def sentence(by: Mapping[str, float], divided: bool) -> str | None:
-    """What is to be said of the factors; nothing if they are small."""
+    """Return a note on the factors; None if they are small."""
     name, largest = max(by.items(), key=lambda item: item[1])
     if divided:
         return (
-            f"every convolution was given the norm of a fresh one; {name} had the largest, "
-            f"{largest:.1f} times that"
+            f"each convolution was given the norm of a fresh one; {name} had grown most, to "
+            f"{largest:.1f} times that norm"
         )
-    return growth_warning(name, largest, "--rescale divides it out and leaves the output the same")
+    return growth_warning(name, largest, "--rescale divides the factor out and keeps the output")

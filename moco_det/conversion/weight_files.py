@@ -1,4 +1,4 @@
-"""Converted files: written so that Detectron2 and torchvision load them, read without trust."""
+"""Weight files, written so that Detectron2 and torchvision load them, read without trust."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Weights(NamedTuple):
     """A Detectron2 weight file.
 
     Attributes:
-        tensors: by name, as the file has them.
-        metadata: of a file that this project converted, else None.
+        tensors: the tensors by their names in the file.
+        metadata: metadata of a file that this project converted, else None.
         author: the file's ``__author__``, "Caffe2" for Detectron's own layout.
-        matching_heuristics: whether Detectron2 matches the names by their endings.
+        matching_heuristics: True if Detectron2 matches the names by their endings.
     """
 
     tensors: dict[str, Tensor]
@@ -41,13 +41,13 @@ class Weights(NamedTuple):
 
 
 def load_detectron2_weights(path: str | os.PathLike[str]) -> Weights:
-    """Read weights in Detectron2's naming, executing nothing.
+    """Read weights in Detectron2's naming scheme, without executing anything.
 
     Args:
         path: a converted file (ours or the reference's), or Detectron2's own .pkl or .pth.
 
     Raises:
-        CheckpointError: not readable, or not in Detectron2's naming.
+        CheckpointError: the file cannot be read, or its names are not Detectron2's.
     """
     tree = read_checkpoint(path)
     metadata, author, heuristics, model = None, None, False, tree
@@ -73,7 +73,7 @@ def load_detectron2_weights(path: str | os.PathLike[str]) -> Weights:
         tensors = {name: t for name, t in tensors.items() if not name.endswith("_momentum")}
     if not any("res2" in name for name in tensors):
         raise CheckpointError(
-            f"{path} holds no weights in Detectron2's naming (res2.0.conv1.weight, ...): convert "
+            f"{path} holds no weights with Detectron2's names (res2.0.conv1.weight, ...): convert "
             "it first with tools/convert.py.",
             kind="unrecognised",
             path=path,
@@ -87,7 +87,7 @@ def load_detectron2_weights(path: str | os.PathLike[str]) -> Weights:
 
 
 def version() -> str:
-    """Of this project, "unknown" if it was not installed."""
+    """Return the version of this project; "unknown" if it is not installed."""
     try:
         return importlib.metadata.version("moco-det")
     except importlib.metadata.PackageNotFoundError:
@@ -102,15 +102,15 @@ def write(
     to: str,
     check: Callable[[Path], None],
 ) -> None:
-    """Write a converted file atomically, after ``check`` of the finished temporary file.
+    """Write a converted file atomically, after ``check`` has passed on the temporary file.
 
     Args:
-        path: its suffix is the format: .pkl, .pth (or .pt), .safetensors.
+        path: file to write; its suffix selects the format: .pkl, .pth (or .pt), .safetensors.
         to: "detectron2" (wrapped as its loader expects) or "torchvision" (a state dict).
-        check: called with the written file, before it gets its name; may raise.
+        check: called with the written file before it takes its name; may raise.
 
     Raises:
-        CheckpointError: a suffix that is not known, or a .pkl for torchvision.
+        CheckpointError: the suffix is unknown, or .pkl for torchvision.
     """
     writer = writer_for(path, to)
     replace_file(path, lambda file: writer(file, tensors, metadata), check)
@@ -119,10 +119,10 @@ def write(
 def writer_for(
     path: Path, to: str
 ) -> Callable[[IO[bytes], Mapping[str, Tensor], Mapping[str, Any]], None]:
-    """The writer of a suffix.
+    """Return the writer for a file's suffix.
 
     Raises:
-        CheckpointError: no such suffix for this target.
+        CheckpointError: the suffix is not one of the target's.
     """
     writers = {
         ("detectron2", ".pkl"): _write_pickle,
@@ -135,7 +135,9 @@ def writer_for(
     if (to, suffix) not in writers:
         known = ", ".join(s for target, s in writers if target == to)
         raise CheckpointError(
-            f"-o {path}: {to} weights are written as {known}.", kind="option", path=path
+            f"-o {path}: the suffix for {to} weights must be one of {known}.",
+            kind="option",
+            path=path,
         )
     return writers[to, suffix]
 
@@ -150,7 +152,7 @@ def _wrapped(model: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str,
 
 
 class _PortablePickler(pickle.Pickler):
-    """Arrays as calls of ``numpy.ndarray``: NumPy 2's own pickles do not load under NumPy 1."""
+    """Pickles arrays as calls of ``numpy.ndarray``; NumPy 2's own pickles fail in NumPy 1."""
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, np.ndarray):
@@ -160,7 +162,7 @@ class _PortablePickler(pickle.Pickler):
 
 def _write_pickle(file: IO[bytes], tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
     arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
-    # Protocol 5 holds a bytearray as it is; older ones would have it read twice.
+    # Protocol 5 stores a bytearray as it is; older ones would hold its bytes twice when reading.
     _PortablePickler(file, protocol=5).dump(_wrapped(arrays, meta))
 
 
@@ -171,7 +173,7 @@ def _write_torch(file: IO[bytes], tensors: Mapping[str, Tensor], meta: Mapping[s
 def _write_state_dict(
     file: IO[bytes], tensors: Mapping[str, Tensor], meta: Mapping[str, Any]
 ) -> None:
-    """A plain state dict, loadable with ``strict=True``; the metadata are an attribute of it."""
+    """Write a plain state dict, which loads with ``strict=True``, and the metadata on it."""
     state = OrderedDict(tensors)
     # Modules keep their versions here, by prefix; no module has this one.
     state._metadata = {"moco-det": {k: v for k, v in meta.items() if k != "author"}}  # type: ignore[attr-defined]
@@ -192,7 +194,7 @@ def _write_safetensors(
             "data_offsets": [start, end],
         }
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the data begin aligned
+    text += b" " * (-len(text) % 8)  # align the data
     file.write(struct.pack("<Q", len(text)) + text)
     for tensor in tensors.values():
         file.write(tensor.numpy().tobytes())

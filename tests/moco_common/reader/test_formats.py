@@ -149,6 +149,7 @@ def test_wild_objects_are_discarded_and_the_tensors_around_them_read(
     assert same(read["state_dict"], {"w": torch.ones(2), "p": torch.ones(3)})
     assert read["best"] == 0.5
     assert isinstance(read["args"], Discarded)
+    assert read["args"].values["lr"] == 0.03
     assert read["args"].name == "argparse.Namespace"
     assert read["hyper_parameters"].name.endswith("_Config")
     assert isinstance(read["objects"], Discarded)

@@ -235,7 +235,7 @@ def test_the_extra_norm_after_res5_stays_with_the_detector(tmp_path: Path) -> No
 def test_a_detectors_config_beside_it_tells_stride_and_pixels(tmp_path: Path) -> None:
     model = prefixed("backbone.", reference_conversion(backbone(state_dict("resnet50", 0.125))))
     path = _save(tmp_path / "model_final.pth", {"model": model})
-    assert any("nothing tells" in note for note in convert(path, proof=False).report.notes)
+    assert any("states neither" in note for note in convert(path, proof=False).report.notes)
     config = {
         "MODEL": {
             "PIXEL_MEAN": [103.53, 116.28, 123.675],

@@ -159,6 +159,54 @@ LAYOUTS: dict[str, tuple[str, str, Callable[[], Any]]] = {
         "backbone",
         lambda: {"state_dict": BODY, "author": "x"},
     ),
+    "densecl, epoch_N": (
+        "DenseCL / DetCo / mmselfsup",
+        "backbone",
+        lambda: {
+            "meta": {},
+            "state_dict": prefixed("encoder_q.0.", BODY)
+            | prefixed("encoder_q.1.mlp.", HEAD)
+            | prefixed("encoder_q.1.mlp2.", HEAD)
+            | prefixed("encoder_k.0.", OTHER)
+            | prefixed("backbone.", BODY)
+            | {"queue": torch.ones(4), "queue2": torch.ones(4), "queue2_ptr": torch.zeros(1)},
+        },
+    ),
+    "moco, main_lincls": (
+        "torchvision / timm",
+        "backbone",
+        lambda: {
+            "arch": "resnet18",
+            "state_dict": _wrap(NET),
+            "best_acc1": torch.tensor([67.5]),
+        },
+    ),
+    "averaged model": (
+        "torchvision / timm",
+        "backbone",
+        lambda: {"n_averaged": torch.tensor(3), **_wrap(NET)},
+    ),
+    "lightly, as its benchmarks": (
+        "lightly",
+        "backbone",
+        lambda: {
+            "pytorch-lightning_version": "2.0",
+            "hyper_parameters": {},
+            "state_dict": prefixed("backbone.", BODY)
+            | prefixed("projection_head.layers.", HEAD)
+            | prefixed("query_backbone.", OTHER)
+            | prefixed("query_projection_head.layers.", HEAD)
+            | linear("online_classifier.classification_head", 10, 64),
+        },
+    ),
+    "lightning, a classifier": (
+        "Lightning",
+        "backbone",
+        lambda: {
+            "pytorch-lightning_version": "2.0",
+            "state_dict": prefixed("backbone.", BODY) | linear("classifier", 10, 64),
+        },
+    ),
     "solo-learn": ("solo-learn", "online", lambda: _solo("backbone")),
     "solo-learn, old": ("solo-learn", "online", lambda: _solo("encoder")),
     "vissl": ("VISSL", "trunk", _vissl),
@@ -193,8 +241,7 @@ def test_a_layout_is_recognised_and_its_encoder_comes_out_whole(
 
 
 def test_every_source_of_the_table_has_a_case() -> None:
-    real = {"lightly"}  # below, with its own package
-    assert {source.name for source in SOURCES} - real == {case[0] for case in LAYOUTS.values()}
+    assert {source.name for source in SOURCES} == {case[0] for case in LAYOUTS.values()}
 
 
 @pytest.mark.parametrize(
@@ -234,6 +281,39 @@ def test_a_tensor_that_nothing_explains_is_an_error_until_it_is_dropped(tmp_path
     assert caught.value.kind == "unknown_tensor"
     report = convert(tmp_path / "a.pth", drop=[r"\.gate\."], proof=False).report
     assert report.dropped == {"--drop": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "why"),
+    [
+        ("best_acc1", (1,), "training state"),
+        ("n_averaged", (), "training state"),
+        ("module.logit_scale", (), "training state"),
+        ("module.train_acc.tp", (10,), "training state"),
+        ("module.val_metrics.MulticlassF1Score.fn", (10,), "training state"),
+        ("module.confmat", (10, 10), "training state"),
+        ("text.transformer.weight", (4, 4), "outside the encoder"),
+        ("positional_embedding", (77, 8), "outside the encoder"),
+    ],
+)
+@pytest.mark.parametrize("prefix", ["", "visual."])
+def test_a_loose_tensor_that_is_no_part_of_the_encoder_is_left_out_and_accounted_for(
+    tmp_path: Path, name: str, shape: tuple[int, ...], why: str, prefix: str
+) -> None:
+    torch.save({"state_dict": prefixed(prefix, BODY), name: torch.ones(shape)}, tmp_path / "a.pth")
+    report = convert(tmp_path / "a.pth", proof=False).report
+    assert report.mapped == len(BODY)
+    assert sum(report.dropped.values()) == 1
+    if not prefix.startswith(name.split(".")[0]):
+        assert set(report.dropped) <= {why, "outside the encoder"}
+
+
+@pytest.mark.parametrize("name", ["layer1.0.skip_gain", "layer2.gate", "conv1.scale", "adapter.a"])
+def test_a_tensor_inside_the_encoder_is_never_left_out_unasked(tmp_path: Path, name: str) -> None:
+    torch.save(prefixed("visual.", BODY | {name: torch.ones(())}), tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=name) as caught:
+        convert(tmp_path / "a.pth")
+    assert caught.value.kind == "unknown_tensor"
 
 
 def test_a_missing_tensor_is_named_with_the_nearest_candidates(tmp_path: Path) -> None:
@@ -378,7 +458,7 @@ def test_resnets_with_other_parts_are_refused_by_name(
 
 def test_detectrons_own_caffe2_file_is_to_be_used_as_it_is(tmp_path: Path) -> None:
     torch.save({"res2_0_branch2a_w": torch.ones(1), "conv1_w": torch.ones(1)}, tmp_path / "a.pth")
-    with pytest.raises(CheckpointError, match=r"give the file as MODEL\.WEIGHTS"):
+    with pytest.raises(CheckpointError, match=r"pass it as MODEL\.WEIGHTS"):
         convert(tmp_path / "a.pth")
 
 
