@@ -1,4 +1,4 @@
-"""YAML files of nested keys, and the line of each key."""
+"""YAML as bounded data, and files of nested keys with the line of each key."""
 
 from __future__ import annotations
 
@@ -8,23 +8,39 @@ from typing import Any
 import yaml
 
 from moco_common.errors import UserError
+from moco_common.files import read_regular
+
+MAX_BYTES, MAX_VALUES, MAX_DEPTH, MAX_NUMBER = 1 << 20, 100_000, 50, 1000
+
+
+class LimitError(yaml.YAMLError):
+    """Raised for YAML whose values would cost far more time or memory than its text."""
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse plain YAML; a Python tag is refused, never evaluated.
+
+    Aliases and merge keys count as often as they are used, and numbers have at most `MAX_NUMBER`
+    characters, so that the cost is bounded.
+
+    Raises:
+        yaml.YAMLError: it is not plain YAML, or exceeds a limit.
+    """
+    return _parse(text)[0]
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     """Return the nested values of a file and the line of each dotted key, counted from 1.
 
-    Only plain YAML is read: a Python tag is refused, never evaluated.
-
     Raises:
         UserError: the file is unreadable, is not YAML of nested keys, or states a key twice.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_regular(path, MAX_BYTES).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the config {path}: {error}.") from None
     try:
-        values = yaml.safe_load(text)
-        lines = _lines(yaml.compose(text, yaml.SafeLoader), path)
+        values, lines = _parse(text, path)
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         at = f"line {mark.line + 1}: " if mark else ""
@@ -37,7 +53,47 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     return values or {}, lines
 
 
-def _lines(node: yaml.Node | None, path: Path, prefix: str = "") -> dict[str, int]:
+def _parse(text: str, path: Path | None = None) -> tuple[Any, dict[str, int]]:
+    """Return the values and, for a file, the line of each dotted key."""
+    if len(text) > MAX_BYTES:
+        raise LimitError(f"more than {MAX_BYTES:,} characters")
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None, {}
+        _count(node, {}, 0)
+        lines = _lines(node, path) if path else {}
+        return loader.construct_document(node), lines
+    except RecursionError:
+        raise LimitError(f"nested more than {MAX_DEPTH} deep") from None
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # PyYAML's constructors of numbers and dates, such as 2024-99-99 or `!!int x`.
+        raise yaml.YAMLError(f"a value that cannot be read ({error})") from None
+    finally:
+        loader.dispose()
+
+
+def _count(node: yaml.Node, counts: dict[int, int], depth: int) -> int:
+    """Return the number of values below a node, with aliases expanded; ``counts`` are by id."""
+    if depth > MAX_DEPTH:
+        raise LimitError(f"nested more than {MAX_DEPTH} deep")
+    if isinstance(node, yaml.ScalarNode):
+        if not node.tag.endswith((":str", ":binary")) and len(node.value) > MAX_NUMBER:
+            raise LimitError(f"a number of {len(node.value):,} characters")
+        return 1
+    if id(node) not in counts:
+        counts[id(node)] = MAX_VALUES  # while it is being counted: an alias inside itself
+        parts = node.value
+        if isinstance(node, yaml.MappingNode):
+            parts = [part for pair in node.value for part in pair]
+        counts[id(node)] = 1 + sum(_count(part, counts, depth + 1) for part in parts)
+    if counts[id(node)] >= MAX_VALUES:
+        raise LimitError(f"more than {MAX_VALUES:,} values, or an alias inside itself")
+    return counts[id(node)]
+
+
+def _lines(node: yaml.Node, path: Path, prefix: str = "") -> dict[str, int]:
     found: dict[str, int] = {}
     for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
         name, line = f"{prefix}{key.value}", key.start_mark.line + 1

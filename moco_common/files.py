@@ -1,4 +1,4 @@
-"""Atomic writes: a file exists whole or not at all."""
+"""Atomic writes, which leave a file whole or not at all; reading of regular files only."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import errno
 import json
 import os
 import shutil
+import stat
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, BinaryIO, cast
 
 from moco_common.errors import UserError
 
+MAX_BYTES = 2**29  # of a file that is read whole, such as a picture
 _UNFINISHED = ".part"
 _protected: list[Path] = []
 
@@ -24,6 +26,36 @@ def check_exists(path: str | Path, advice: str = "check the path") -> None:
     ``coco:...``) is not a path."""
     if ":" not in str(path) and not Path(path).expanduser().exists():
         raise UserError(f"{path} does not exist: {advice}.")
+
+
+def open_regular(path: str | bytes | os.PathLike[str], most: int | None = MAX_BYTES) -> BinaryIO:
+    """Open a regular file for reading; never wait for one of another kind.
+
+    Args:
+        most: largest size of the file in bytes; None for any.
+
+    Raises:
+        OSError: it cannot be opened, is too large, or is a pipe, device, socket or folder.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    try:
+        status = os.fstat(handle)
+        name = os.fsdecode(path)
+        if not stat.S_ISREG(status.st_mode):
+            kind = IsADirectoryError if stat.S_ISDIR(status.st_mode) else OSError
+            raise kind(f"{name} is not a regular file")
+        if most is not None and status.st_size > most:
+            raise OSError(f"{name} has {status.st_size:,} bytes, more than the limit of {most:,}")
+        return open(handle, "rb")
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def read_regular(path: str | bytes | os.PathLike[str], most: int = MAX_BYTES) -> bytes:
+    """Return the content of a regular file; see `open_regular`."""
+    with open_regular(path, most) as file:
+        return file.read()
 
 
 def make_folder(folder: Path, option: str) -> None:
@@ -65,11 +97,11 @@ def check_output(path: Path) -> None:
     if not path.exists():
         return
     if not path.is_file():
-        raise UserError(f"{path} is not a regular file and is not replaced: choose another name")
+        raise UserError(f"{path} is not a regular file and is not replaced: choose another name.")
     for source in _protected:
         if source.exists() and path.samefile(source):
             raise UserError(
-                f"{path} is an input ({source}) and is not replaced: choose another output"
+                f"{path} is an input ({source}) and is not replaced: choose another output."
             )
 
 
@@ -82,7 +114,8 @@ def replacing(
 
     A reader finds the old file or the new one, never half of either, even if this process is
     killed; `remove_unfinished` removes what a killed process leaves. Missing folders are created,
-    and the file gets the permissions that the user's umask allows.
+    and the file gets the permissions that the user's umask allows. A symbolic link stays: the file
+    that it points to is replaced.
 
     Args:
         path: the file to write or replace.
@@ -113,7 +146,7 @@ def new_beside(path: str | Path, suffix: str = "") -> Path:
 
     The first half of `replacing`, for writers that do not fit into a ``with`` block.
     """
-    path = Path(path)
+    path = _behind_links(path)
     check_output(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(
@@ -125,13 +158,19 @@ def new_beside(path: str | Path, suffix: str = "") -> Path:
 
 def put_in_place(unfinished: Path, path: str | Path) -> Path:
     """Rename a file from `new_beside`, filled and closed, to ``path`` in one step."""
-    path = Path(path)
+    path = _behind_links(path)
     with unfinished.open("rb") as file:
         os.fsync(file.fileno())
     unfinished.chmod(0o666 & ~_umask())
     os.replace(unfinished, path)
     sync_folder(path.parent)
     return path
+
+
+def _behind_links(path: str | Path) -> Path:
+    """Return the file that a symbolic link points to, or the path itself."""
+    path = Path(path)
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def replace_file(

@@ -6,7 +6,6 @@ Ghostscript for PostScript. Every picture of a user is therefore opened here.
 
 import io
 import os
-import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,7 +15,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-MAX_BYTES = 2**29  # more than any picture of MAX_PIXELS takes uncompressed
+from moco_common.files import open_regular
+
 MAX_PIXELS = 89_478_485  # Pillow's threshold for a decompression bomb warning
 for _plugin in ("Avif", "Bmp", "Gif", "Jpeg", "Mpo", "Png", "Ppm", "Tiff", "WebP"):
     with suppress(ImportError):  # an older Pillow has no AVIF
@@ -48,35 +48,6 @@ class DecodeError(ValueError):
 
 class RefusedImageError(DecodeError):
     """Raised when a picture is intact, but 8-bit RGB pixels would not show what it holds."""
-
-
-def open_regular(path: str | bytes | os.PathLike[str], most: int = MAX_BYTES) -> BinaryIO:
-    """Open a regular file for reading; never wait for one of another kind.
-
-    Args:
-        most: largest size of the file, in bytes.
-
-    Raises:
-        OSError: it cannot be opened, is too large, or is a pipe, device, socket or folder.
-    """
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-    try:
-        status = os.fstat(handle)
-        name = os.fsdecode(path)
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(f"{name} is not a regular file")
-        if status.st_size > most:
-            raise OSError(f"{name} has {status.st_size:,} bytes, more than the limit of {most:,}")
-        return open(handle, "rb")
-    except BaseException:
-        os.close(handle)
-        raise
-
-
-def read_regular(path: str | bytes | os.PathLike[str], most: int = MAX_BYTES) -> bytes:
-    """Return the content of a regular file; see `open_regular`."""
-    with open_regular(path, most) as file:
-        return file.read()
 
 
 @contextmanager

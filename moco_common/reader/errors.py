@@ -119,6 +119,8 @@ def explain(error: Exception, path: Path, size: int, head: bytes) -> CheckpointE
         return refusal("missing_file", "does not exist; check the path")
     if isinstance(error, IsADirectoryError):
         return refusal("missing_file", "is a directory; name a file in it")
+    if isinstance(error, OSError) and error.errno is None:  # raised by open_regular
+        return refusal("unreadable", "is a pipe, device or socket, not a file; save it to a file")
     if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: an offset below zero
         return refusal(
             "unreadable", f"cannot be read ({error.strerror or cause}); check the file and the disk"

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from moco_common.files import open_regular
 from moco_common.reader.errors import (
     FILE_ERRORS,
     CheckpointError,
@@ -70,7 +71,7 @@ def read_checkpoint(
     """
     path, size, head = Path(path), 0, b""
     try:
-        with path.open("rb") as file:
+        with open_regular(path, most=None) as file:
             size = os.fstat(file.fileno()).st_size
             if size == 0:
                 raise RefusedError("empty", "is empty (0 bytes); download or save it again")

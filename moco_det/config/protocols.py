@@ -8,6 +8,7 @@ wherever ``NAME`` has batch norm.
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from detectron2.config import CfgNode
 
 INITIALISATIONS = ("moco", "supervised", "random")
+_Files = dict[Path, tuple[dict[str, Any], dict[str, Any]]]  # their own values, and merged ones
+_LONGEST_CHAIN = 20
 GROUP_NORM = "GN"  # suffix of a protocol's name, and Detectron2's name for the norm
 # Keys for how and where a run is executed, which do not affect what it measures.
 HOUSEKEEPING = frozenset(
@@ -128,13 +131,9 @@ def stated_keys(name_or_file: str) -> list[str]:
     path = Path(name_or_file).expanduser()
     if path.suffix not in (".yaml", ".yml"):
         return []
-    own = read_yaml(path)[0]
-    bases = own.pop("_BASE_", [])
-    keys = list(flatten(own))
-    for base in [bases] if isinstance(bases, str) else bases:
-        beside = path.parent / Path(base).expanduser()
-        keys += stated_keys(str(beside if beside.suffix in (".yaml", ".yml") else base))
-    return keys
+    files: _Files = {}
+    _read_yaml(path, files)
+    return [key for own, _ in files.values() for key in flatten(own)]
 
 
 def differences(old: CfgNode, new: CfgNode) -> list[str]:
@@ -203,22 +202,40 @@ def _to_group_norm(config: dict[str, Any], plain: str) -> None:
     )
 
 
-def _read_yaml(path: Path, inside: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Read a file, merged into its ``_BASE_``, as a nested dict by YAML's safe loader."""
-    path = path.resolve()
+def _read_yaml(
+    path: Path, files: _Files | None = None, inside: tuple[Path, ...] = ()
+) -> dict[str, Any]:
+    """Read a file, merged into its ``_BASE_``, as a nested dict of plain YAML.
+
+    Args:
+        files: what has been read before, once each; filled in.
+        inside: the files whose ``_BASE_`` this one is.
+    """
+    path, files = path.resolve(), {} if files is None else files
     if path in inside:
         raise UserError(f"{path} is its own _BASE_ (through {inside[-1]}): break the cycle.")
+    if len(inside) > _LONGEST_CHAIN:
+        raise UserError(f"{inside[0]} has a chain of more than {_LONGEST_CHAIN} _BASE_ files.")
+    if path in files:
+        return copy.deepcopy(files[path][1])
     own, lines = read_yaml(path)
     bases = own.pop("_BASE_", [])
     check_keys(flatten(own), str(path), lines)
     own = check_values(own, str(path), lines)
     merged: dict[str, Any] = {}
-    for base in [bases] if isinstance(bases, str) else bases:
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise UserError(f"{path}: _BASE_ must be a file, a protocol, or a list of these.")
+    for base in bases:
         beside = path.parent / Path(base).expanduser()
         is_file = beside.suffix in (".yaml", ".yml")
-        _update(merged, _read_yaml(beside, (*inside, path)) if is_file else _read_protocol(base))
+        _update(
+            merged,
+            _read_yaml(beside, files, (*inside, path)) if is_file else _read_protocol(base),
+        )
     _update(merged, own)
-    return merged
+    files[path] = own, merged
+    return copy.deepcopy(merged)
 
 
 def _update(base: dict[str, Any], other: Mapping[str, Any]) -> None:

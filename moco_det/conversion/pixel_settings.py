@@ -11,6 +11,9 @@ from typing import Any
 import yaml
 from torch import Tensor
 
+from moco_common.config import MAX_BYTES, parse_yaml
+from moco_common.files import read_regular
+
 # ImageNet's statistics on the scale 0 to 255, with which torchvision and the known projects
 # normalise.
 DEFAULTS: dict[str, Any] = {
@@ -61,7 +64,7 @@ def own_metadata(tree: Any) -> dict[str, Any] | None:
     if isinstance(strings := tree.get("__metadata__"), dict):  # safetensors hold strings only
         try:
             metadata = json.loads(strings.get("moco-det", "null"))
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
     if not isinstance(metadata, dict) or "source_sha256" not in metadata:
         return None
@@ -76,7 +79,7 @@ def own_metadata(tree: Any) -> dict[str, Any] | None:
 
 def _detectron2_config(path: Path) -> dict[str, Any]:
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config = parse_yaml(read_regular(path, MAX_BYTES).decode("utf-8"))
         told = {
             "pixel_mean": config["MODEL"]["PIXEL_MEAN"],
             "pixel_std": config["MODEL"]["PIXEL_STD"],

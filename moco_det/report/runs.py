@@ -14,7 +14,9 @@ from typing import Any, TypeGuard
 
 import yaml
 
+from moco_common.config import MAX_BYTES, parse_yaml
 from moco_common.errors import UserError
+from moco_common.files import read_regular
 from moco_det.config.defaults import flatten
 
 LARGEST = 1e100
@@ -177,7 +179,7 @@ def _read_config(run: Run) -> dict[str, Any]:
     if not file.exists():
         return {}
     try:
-        tree = _checked(yaml.safe_load(file.read_text(encoding="utf-8")))
+        tree = _checked(parse_yaml(read_regular(file, MAX_BYTES).decode("utf-8")))
     except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         run.problems.append(f"{file} is not readable as YAML ({_first_line(error)})")
         return {}

@@ -19,8 +19,8 @@ from typing import IO, Any
 import numpy as np
 
 from moco_common.errors import UserError
-from moco_common.files import replace_file
-from moco_common.images import MAX_BYTES, is_picture
+from moco_common.files import MAX_BYTES, replace_file
+from moco_common.images import is_picture
 from pretrain.data.source_base import EXTENSIONS, OTHER_EXTENSIONS, PassedOver
 
 LOST = "the shard is damaged or cut off here, and what followed in it is lost"

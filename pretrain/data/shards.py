@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 
 from moco_common.errors import UserError
-from moco_common.images import MAX_BYTES
+from moco_common.files import MAX_BYTES
 from moco_common.text import counted
 from pretrain.data.shard_index import (
     LOST,

@@ -15,7 +15,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from moco_common.errors import UserError
-from moco_common.images import is_picture, open_regular, read_regular
+from moco_common.files import open_regular, read_regular
+from moco_common.images import is_picture
 from pretrain.data.shards import open_shards
 from pretrain.data.source_base import EXTENSIONS, OTHER_EXTENSIONS, PassedOver, Source
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 from moco_common import comm
+from moco_common.config import parse_yaml
 from moco_common.errors import UserError
 from moco_common.text import counted
 from moco_common.version import __version__
@@ -98,7 +98,7 @@ def check_commands(cfg: CfgNode, folder: Path) -> None:
     path, state, _ = _newest(folder)
     if state is None:
         return
-    recorded = yaml.safe_load(state["config"])["DATA"]
+    recorded = parse_yaml(state["config"])["DATA"]
     for command in commands:
         if command not in recorded:
             raise UserError(
@@ -129,7 +129,7 @@ def restore(
     path, state, notes = _newest(folder)
     if state is None:
         return 0, notes
-    notes += _compare(cfg, yaml.safe_load(state["config"]), path)
+    notes += _compare(cfg, parse_yaml(state["config"]), path)
     try:
         method.load_state_dict(state["state_dict"])
         take_step.load_state_dict(state)
@@ -198,7 +198,7 @@ def _newest(folder: Path) -> tuple[Path, dict[str, Any] | None, list[str]]:
 
 def _compare(cfg: CfgNode, old: dict[str, Any], path: Path) -> list[str]:
     """Return notes on changed keys; raise UserError if one of them must not change."""
-    now = leaves(yaml.safe_load(cfg.dump()))
+    now = leaves(parse_yaml(cfg.dump()))
     # A key that an older version did not have had the effect of today's default.
     before = {name: key.default for name, key in all_keys().items()} | leaves(old)
     other_methods = all_keys().keys() - keys_of(cfg.METHOD).keys()

@@ -10,6 +10,7 @@ import torch
 import yaml
 from fvcore.common.config import CfgNode
 
+from moco_common.config import parse_yaml
 from moco_common.errors import UserError
 from pretrain.checkpoint import format as checkpoint
 from pretrain.config.defaults import get_defaults
@@ -150,7 +151,7 @@ def _config_text(folder: Path) -> str:
 def _parse(text: str, where: Path) -> CfgNode:
     cfg = get_defaults()
     try:
-        values = yaml.safe_load(text)
+        values = parse_yaml(text)
     except yaml.YAMLError:
         values = None
     if not isinstance(values, dict) or "METHOD" not in values:

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
+from moco_common.config import parse_yaml
 from moco_common.errors import UserError
 from moco_common.reader.errors import CheckpointError
 from moco_common.reader.formats import read_checkpoint
@@ -133,7 +133,7 @@ def load_backbone(path: str | os.PathLike[str]) -> tuple[ResNet, dict[str, Any] 
     try:
         content = read_checkpoint(path)
         if isinstance(content, dict) and str(content.get("format")).startswith(_OURS):
-            config = yaml.safe_load(content["config"])
+            config = parse_yaml(content["config"])
             tensors = backbone_of(content["state_dict"], "encoder_q.")
         else:
             if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):

@@ -1,43 +1,73 @@
-"""Which files a tool may write over."""
+"""A writer replaces regular files only, and whole."""
 
 import os
-from pathlib import Path
+import stat
 
 import pytest
 
 from moco_common.errors import UserError
-from moco_common.files import protecting, replace_text
+from moco_common.files import new_beside, put_in_place, replace_file, replace_text
 
 
-@pytest.mark.parametrize("way", ["same", "relative", "link", "hard link", "through a folder link"])
-def test_an_input_is_not_written_over_by_whatever_path(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
-) -> None:
-    source, other = tmp_path / "input", tmp_path / "other"
-    source.write_text("precious")
-    monkeypatch.chdir(tmp_path)
-    target = {"same": source, "relative": Path("../", tmp_path.name, "./input")}.get(way, other)
-    if way == "link":
-        other.symlink_to(source)
-    elif way == "hard link":
-        os.link(source, other)
-    elif way == "through a folder link":
-        other.symlink_to(tmp_path)
-        target = other / "input"
-    with protecting([source, tmp_path / "absent"]), pytest.raises(UserError, match="is an input"):
-        replace_text(target, "lost")
-    assert source.read_text() == "precious"
-    assert sorted(p.name for p in tmp_path.iterdir()) in (["input"], ["input", "other"])
-    replace_text(target, "after the block")
-    assert target.read_text() == "after the block"
+def test_a_pipe_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "a")
+    with pytest.raises(UserError, match="not a regular file"):
+        replace_text(tmp_path / "a", "x")
+    assert stat.S_ISFIFO((tmp_path / "a").stat().st_mode)
 
 
-def test_a_pipe_a_device_and_a_folder_are_not_replaced(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "link").symlink_to("/dev/null")
-    for name in ("pipe", "folder", "link"):
-        with pytest.raises(UserError, match="not a regular file"):
-            replace_text(tmp_path / name, "text")
-    assert (tmp_path / "pipe").is_fifo()
-    assert (tmp_path / "link").is_symlink()
+def test_a_folder_is_not_replaced(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(UserError, match="not a regular file"):
+        replace_text(tmp_path / "a", "x")
+    assert (tmp_path / "a").is_dir()
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_a_device_is_not_replaced(tmp_path, link):
+    device = tmp_path / "null"
+    if link:
+        device.symlink_to("/dev/null")
+    else:
+        try:
+            os.mknod(device, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+        except OSError:
+            pytest.skip("only root may make a device")
+    with pytest.raises(UserError, match="not a regular file"):
+        replace_text(device, "x")
+    assert stat.S_ISCHR(device.stat().st_mode)
+    assert device.is_symlink() == link
+    assert [path.name for path in tmp_path.iterdir()] == ["null"]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_symbolic_link_stays_and_its_target_is_replaced(tmp_path, there):
+    (tmp_path / "far").mkdir()
+    target, link = tmp_path / "far/a", tmp_path / "link"
+    if there:
+        target.write_text("before")
+    link.symlink_to(target)
+    replace_text(link, "after")
+    assert link.is_symlink()
+    assert target.read_text() == "after"
+    unfinished = new_beside(link)
+    assert unfinished.parent == target.parent  # the same file system, so that a rename is atomic
+    unfinished.write_text("again")
+    put_in_place(unfinished, link)
+    assert link.is_symlink()
+    assert target.read_text() == "again"
+    assert [path.name for path in target.parent.iterdir()] == ["a"]
+
+
+def test_a_failed_write_leaves_what_a_link_points_to(tmp_path):
+    (tmp_path / "a").write_text("before")
+    (tmp_path / "link").symlink_to("a")
+
+    def write(file):
+        file.write(b"half")
+        raise ValueError("half")
+
+    with pytest.raises(ValueError, match="half"):
+        replace_file(tmp_path / "link", write)
+    assert (tmp_path / "link").read_text() == "before"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "link"]

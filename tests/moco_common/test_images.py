@@ -13,14 +13,13 @@ from PIL import Image, ImageOps
 
 from moco_common import images
 from moco_common.errors import UserError
+from moco_common.files import open_regular, read_regular
 from moco_common.images import (
     DecodeError,
     RefusedImageError,
     check_picture,
     is_picture,
-    open_regular,
     read_picture,
-    read_regular,
 )
 from moco_det.data.datasets.image_frame import read_header
 from moco_det.inference.predictor import load_image

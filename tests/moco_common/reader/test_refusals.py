@@ -21,6 +21,7 @@ import torch
 
 from moco_common.reader.errors import CheckpointError
 from moco_common.reader.formats import read_checkpoint
+from tests.moco_common.bounded import run_bounded
 
 
 class _Call:
@@ -208,3 +209,72 @@ def test_any_flipped_byte_is_read_or_refused_but_never_crashes(
         path.write_bytes(changed)
         with suppress(CheckpointError):
             read_checkpoint(path)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "link to a device"])
+def test_only_a_regular_file_is_opened(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "a.pth"
+    if kind == "pipe":
+        os.mkfifo(path)  # which would be waited for, for ever
+    elif kind == "device":
+        path = Path("/dev/zero")
+    else:
+        path.symlink_to("/dev/zero")
+    with pytest.raises(CheckpointError, match="is a pipe, device or socket") as caught:
+        read_checkpoint(path)
+    assert caught.value.kind == "unreadable"
+
+
+def _shared_storage(count: int) -> bytes:
+    """Many tensors, each of which is all of one storage that is not aligned."""
+    buffer = io.BytesIO()
+    storage = torch.zeros(100_001, dtype=torch.uint8)
+    torch.save({str(i): storage[1:] for i in range(count)}, buffer)
+    return buffer.getvalue()
+
+
+def _nested(levels: int) -> bytes:
+    return b"\x80\x02" + b"]" * levels + b"a" * (levels - 1) + b"."
+
+
+EXPENSIVE = {
+    "2^40 bytes": b"\x80\x05\x96" + struct.pack("<Q", 1 << 40) + b".",
+    "16 GiB of text": b"\x80\x04\x8d" + struct.pack("<Q", 1 << 34) + b"x.",
+    "a shared storage": _shared_storage(2_000),
+    "deep lists": _nested(200_000),
+    "deep tuples": b"\x80\x02)" + b"\x85" * 200_000 + b".",
+    "deep json of safetensors": struct.pack("<Q", 400_009) + b'{"a":' + b"[" * 400_004,
+    "a long integer": b"I" + b"9" * 2_000_000 + b"\n.",
+    "a long hexadecimal": b"\x80\x02\x8b"
+    + struct.pack("<i", 1_000_000)
+    + b"\x7f" * 1_000_000
+    + b".",
+    "a memo of every object": b"\x80\x04]" + b"\x94" * 500_000 + b".",
+    "twice of twice": b"\x80\x02]q\x00"
+    + b"".join(b"(h%sh%s\x86q%s0" % (bytes([i]), bytes([i]), bytes([i + 1])) for i in range(100))
+    + b"hd.",
+}
+
+
+def test_reading_is_bounded_by_the_file_in_time_and_address_space(tmp_path: Path) -> None:
+    for number, content in enumerate(EXPENSIVE.values()):
+        (tmp_path / f"{number}.pth").write_bytes(content)
+    run_bounded(
+        f"""
+import time
+from pathlib import Path
+from moco_common.reader.errors import CheckpointError
+from moco_common.reader.formats import read_checkpoint
+import safetensors
+bound()
+for path in sorted(Path({str(tmp_path)!r}).glob("*.pth")):
+    began = time.process_time()
+    try:
+        read_checkpoint(path)
+    except CheckpointError as error:
+        assert str(error).count("\\n") == 0, error
+    assert time.process_time() - began < 20, path
+""",
+        seconds=200,
+        megabytes=500,
+    )

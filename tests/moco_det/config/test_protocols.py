@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from moco_det.config.protocols import (
     load_config,
     protocol_names,
     split_name,
+    stated_keys,
 )
 
 SHARED = {
@@ -423,3 +425,27 @@ def test_configs_are_found_inside_an_installed_package(tmp_path):
         [sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.stdout.split() == [str(copy / "configs"), "24000"], done.stderr
+
+
+def test_bases_that_double_are_read_once_each_and_a_long_chain_is_refused(tmp_path):
+    (tmp_path / "0.yaml").write_text("_BASE_: VOC-random\nSOLVER: {MAX_ITER: 100, STEPS: [50]}\n")
+    for level in range(1, 18):
+        bases = f"_BASE_: [{level - 1}.yaml, {level - 1}.yaml]"
+        (tmp_path / f"{level}.yaml").write_text(f"{bases}\nSOLVER: {{MAX_ITER: {100 + level}}}\n")
+    began = time.process_time()
+    cfg = load_config(str(tmp_path / "17.yaml"))
+    assert (cfg.SOLVER.MAX_ITER, list(cfg.SOLVER.STEPS)) == (117, [50])
+    assert load_config(str(tmp_path / "3.yaml")).SOLVER.MAX_ITER == 103
+    assert set(stated_keys(str(tmp_path / "17.yaml"))) == {"SOLVER.MAX_ITER", "SOLVER.STEPS"}
+    assert time.process_time() - began < 20
+    for level in range(18, 200):
+        (tmp_path / f"{level}.yaml").write_text(f"_BASE_: {level - 1}.yaml\n")
+    with pytest.raises(UserError, match="a chain of more than"):
+        load_config(str(tmp_path / "199.yaml"))
+
+
+@pytest.mark.parametrize("base", ["5", "[1, 2]", "{a: b}", "[[VOC]]"])
+def test_a_base_that_is_no_name_is_refused(tmp_path, base):
+    (tmp_path / "own.yaml").write_text(f"_BASE_: {base}\n")
+    with pytest.raises(UserError, match="_BASE_ must be"):
+        load_config(str(tmp_path / "own.yaml"))
