@@ -13,7 +13,7 @@ from moco_common.files import read_regular
 MAX_BYTES, MAX_VALUES, MAX_DEPTH, MAX_NUMBER = 1 << 20, 100_000, 50, 1000
 
 
-class LimitError(yaml.YAMLError):
+class LimitError(yaml.YAMLError):  # type: ignore[misc]
     """Raised for YAML whose values would cost far more time or memory than its text."""
 
 

@@ -99,8 +99,8 @@ def read_backbone(path: str) -> BackboneWeights:
         found = settings[f"MODEL.RESNETS.{key.upper()}"]
         if metadata.get(key, found) != found:
             raise UserError(
-                f"the metadata of {path} state {key} {metadata[key]}, but its tensors {found}: "
-                "convert it again."
+                f"the metadata of {path} state {key} {metadata[key]}, but its tensors have "
+                f"{found}: convert it again."
             )
     for key, config_key in _METADATA_KEYS.items():
         if key in metadata:
