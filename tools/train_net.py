@@ -42,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     add("--explain", nargs="?", const="", metavar="KEY", help=what)
     what = "run the most expensive batch, report the memory it needs, and exit"
     add("--preflight", action="store_true", help=what)
+    add("--check-images", action="store_true", help="decode all images before anything else")
     add("--quiet", action="store_true", help="print warnings and errors only")
     add("--output-dir", metavar="DIR", help="run directory (default: OUTPUT_DIR of the config)")
     add("overrides", nargs="*", metavar="KEY VALUE", help="config keys and their values")
@@ -56,8 +57,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             args.train_data = args.train_data[:at]
             break
     if args.explain and len(args.overrides) % 2:  # --explain KEY VALUE: an override, not a KEY
-        args.overrides = [args.explain, *args.overrides]
-        args.explain = ""
+        args.overrides, args.explain = [args.explain, *args.overrides], ""
     args.overrides += ["PREFLIGHT", "only"] if args.preflight else []
     del args.preflight
     return args

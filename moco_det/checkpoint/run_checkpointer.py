@@ -1,6 +1,7 @@
 """The checkpoints of a run, written atomically and read without executing anything."""
 
 import logging
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from moco_common.files import replace_file, replace_text
 from moco_det.checkpoint.detector_weights import load_detector, read_detector
 
 log = logging.getLogger(__name__)
+_NAME = re.compile(r"[\w.-]+\.pth")  # of a checkpoint in ``last_checkpoint``
 
 
 class RunCheckpointer(Checkpointer):
@@ -59,6 +61,8 @@ class RunCheckpointer(Checkpointer):
             UserError: none can be read, or it is another detector's.
         """
         refused = None
+        if (name := _tagged(Path(self.save_dir))) is not None and not _NAME.fullmatch(name):
+            log.warning("warning: %s/last_checkpoint names no checkpoint", self.save_dir)
         for path in newest_checkpoints(self.save_dir):
             try:
                 checkpoint = read_detector(path)
@@ -91,11 +95,17 @@ def newest_checkpoints(folder: str | Path) -> list[Path]:
     others by iteration."""
     folder = Path(folder)
     paths = sorted(folder.glob("model_*.pth"), key=lambda p: p.name, reverse=True)  # final first
-    tag = folder / "last_checkpoint"
-    if not tag.is_file():
+    name = _tagged(folder)
+    if name is None or not _NAME.fullmatch(name):
         return paths
-    named = folder / tag.read_text(encoding="utf-8").strip()
+    named = folder / name
     return [named, *(path for path in paths if path != named)]
+
+
+def _tagged(folder: Path) -> str | None:
+    """Return what ``last_checkpoint`` holds; None if there is no such file."""
+    tag = folder / "last_checkpoint"
+    return tag.read_bytes()[:256].decode(errors="replace").strip() if tag.is_file() else None
 
 
 def _owned(tree: Any) -> Any:

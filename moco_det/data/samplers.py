@@ -192,13 +192,9 @@ class TrainingSet:
             # Forked workers share the records with this process.
             multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
         )
-        batches = iter(loader)
+        batches = iter(Readable(loader))
         try:
-            for number, batch in zip(numbers, batches, strict=True):
-                for item in batch:
-                    if isinstance(item, UserError):
-                        raise item
-                yield number, batch
+            yield from zip(numbers, batches, strict=True)
         finally:
             del batches  # ends the workers
 
@@ -214,17 +210,42 @@ class _Mapped(Dataset[dict[str, Any] | UserError]):
     def __getitem__(self, at: tuple[int, int]) -> dict[str, Any] | UserError:
         position, image = at
         record = self.images[image]
-        try:
-            with _seeded_sample(self.seed, self.sequence, position):
-                return self.mapper(record)
-        # Returned: an error that is raised in a worker arrives with the worker's traceback.
-        except UserError as error:
-            return error
-        except (OSError, ValueError, SyntaxError) as error:
-            if not isinstance(error, SizeMismatchError) and _can_be_read(record):
-                raise  # a bug, not the image
-            reason = " ".join(str(error).split()) or type(error).__name__
-            return UserError(f"cannot read {record['file_name']}: {reason}.")
+        with _seeded_sample(self.seed, self.sequence, position):
+            return map_or_explain(self.mapper, record)
+
+
+def map_or_explain(mapper: Mapper, record: dict[str, Any]) -> dict[str, Any] | UserError:
+    """Return what a mapper makes of a record, or the error that names an unreadable image.
+
+    It is returned because an error that is raised in a loader's process arrives with the traceback
+    of that process.
+    """
+    try:
+        return mapper(record)
+    except UserError as error:
+        return error
+    except (OSError, ValueError, SyntaxError) as error:
+        if not isinstance(error, SizeMismatchError) and _can_be_read(record):
+            raise  # a bug, not the image
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return UserError(f"cannot read {record['file_name']}: {reason}.")
+
+
+class Readable:
+    """A loader of what `map_or_explain` returns: its batches, or the first error, raised."""
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.loader:
+            for item in batch:
+                if isinstance(item, UserError):
+                    raise item
+            yield batch
 
 
 def _can_be_read(record: Mapping[str, Any]) -> bool:
@@ -241,6 +262,7 @@ def _start_worker(worker: int) -> None:
     # needs its workers until the iteration ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKERS_GRACE))
 
 

@@ -1,7 +1,9 @@
 """Console output of a run, one plain line at a time; everything else goes into ``log.txt``."""
 
+import errno
 import io
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -99,8 +101,14 @@ class _Console(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         stream = sys.stderr if record.levelno >= logging.WARNING else self._out
-        with tqdm.external_write_mode(file=self._out):
-            print(self.format(record), file=stream, flush=True)
+        try:
+            with tqdm.external_write_mode(file=self._out):
+                print(self.format(record), file=stream, flush=True)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            # The terminal was closed. SIGHUP stops the run, which still has to save.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class TerminalBar(HookBase):

@@ -1,5 +1,6 @@
 """Turn a command line into a plan: everything that can be settled or refused before training."""
 
+import os
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -11,6 +12,7 @@ from detectron2.config import CfgNode
 from moco_common import comm, run_lock
 from moco_common.errors import UserError
 from moco_common.launch import check_processes, planned_ranks, restarted, under_torchrun
+from moco_common.progress import silent
 from moco_common.resnet import has_bottlenecks
 from moco_det.checkpoint.backbone_weights import apply_settings, check_norm, read_backbone
 from moco_det.checkpoint.detector_weights import holds_detector
@@ -18,10 +20,12 @@ from moco_det.config.key_descriptions import explanation
 from moco_det.config.protocols import GROUP_NORM, deviations, load_config, split_name, stated_keys
 from moco_det.config.schedule_scaling import scale_schedule
 from moco_det.data.build import settle_data
+from moco_det.data.check_images import check_images
 from moco_det.data.samplers import share
+from moco_det.engine.resume import compare_config
 from moco_det.engine.train_step import precision
 
-__all__ = ["Options", "Plan", "prepare", "trials"]
+__all__ = ["Options", "Plan", "prepare", "trials", "uses_gpus"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Options:
     strict: bool = False
     explain: str | None = None  # a key, "" for the whole run, None to train
     quiet: bool = False  # print warnings only
+    check_images: bool = False  # decode all images first
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,8 @@ def prepare(options: Options) -> Plan:
     if not explaining and not options.eval_only and early:
         _check_output_dir(Path(cfg.OUTPUT_DIR), resume)
     if not explaining:
-        check_processes(options.num_gpus)
+        _check_writable(Path(cfg.OUTPUT_DIR), options.eval_only)
+        check_processes(options.num_gpus, uses_gpus(options))
     world_size = planned_ranks(options.num_gpus)
     source = "" if name == cfg.PROTOCOL else f" (from {name})"
     notes = [f"protocol   {cfg.PROTOCOL or 'none'}{source}"]
@@ -101,6 +107,8 @@ def prepare(options: Options) -> Plan:
         notes += settle_data(
             cfg, explicit, options.train_data, options.test_data, options.eval_only
         )
+    if not explaining:
+        _check_images(cfg, options)
     cfg, scaled = scale_schedule(cfg, reference, explicit, world_size)
     notes += _wrapped("scaled", scaled)
     _check_solver(cfg, world_size)
@@ -117,15 +125,22 @@ def prepare(options: Options) -> Plan:
     )
 
 
+def uses_gpus(options: Options) -> bool:
+    """Return False if the command line asks for CPUs on whatever machine."""
+    settings = dict(zip(options.overrides[::2], options.overrides[1::2], strict=False))
+    return not settings.get("MODEL.DEVICE", "cuda").startswith("cpu")
+
+
 def trials(plan: Plan, count: int | None) -> list[Plan]:
     """Return the run or ``count`` trials of it: seeds SEED, SEED + 1, ... in ``trial_0``, ...
 
     With ``--resume``, finished trials are skipped.
+
+    Raises:
+        UserError: a folder holds another run, or one with other settings.
     """
     if count is None:
-        if not plan.eval_only:
-            _check_output_dir(Path(plan.cfg.OUTPUT_DIR), plan.resume)
-        return [plan]
+        return [_checked(plan)]
     plans = []
     for k in range(count):
         cfg = plan.cfg.clone()
@@ -133,13 +148,21 @@ def trials(plan: Plan, count: int | None) -> list[Plan]:
         cfg.SEED += k
         cfg.OUTPUT_DIR = str(Path(plan.cfg.OUTPUT_DIR, f"trial_{k}"))
         cfg.freeze()
-        if plan.resume and Path(cfg.OUTPUT_DIR, "results.json").is_file() and not plan.eval_only:
-            continue
-        if not plan.eval_only:
-            _check_output_dir(Path(cfg.OUTPUT_DIR), plan.resume)
         head = [f"trial      {k + 1} of {count}, seed {cfg.SEED}"]
-        plans.append(replace(plan, cfg=cfg, notes=head + plan.notes))
+        trial = _checked(replace(plan, cfg=cfg, notes=head + plan.notes))
+        finished = plan.resume and Path(cfg.OUTPUT_DIR, "results.json").is_file()
+        if not finished or plan.eval_only:
+            plans.append(trial)
     return plans
+
+
+def _checked(plan: Plan) -> Plan:
+    """Check the folder of a run; note the settings that a resumed run changes."""
+    if plan.eval_only:
+        return plan
+    _check_output_dir(Path(plan.cfg.OUTPUT_DIR), plan.resume)
+    changed = compare_config(plan.cfg) if plan.resume else []
+    return replace(plan, notes=[*plan.notes, *_wrapped("changed", changed)])
 
 
 def _wrapped(title: str, changes: Sequence[str]) -> list[str]:
@@ -234,6 +257,30 @@ def _check_solver(cfg: CfgNode, world_size: int) -> None:
     precision(cfg)
     if solver.MAX_ITER < 1:
         raise UserError(f"SOLVER.MAX_ITER must be at least 1, not {solver.MAX_ITER}.")
+
+
+def _check_images(cfg: CfgNode, options: Options) -> None:
+    """Decode all images if asked to; otherwise look for truncated files in the test set."""
+    whole = options.check_images or cfg.PREFLIGHT == "only"
+    names = cfg.DATASETS.TEST
+    if whole and not options.eval_only:
+        names = (*cfg.DATASETS.TRAIN, *names)
+    check_images(names, whole=whole, say=silent if options.quiet else print)
+
+
+def _check_writable(directory: Path, eval_only: bool) -> None:
+    """Refuse an output directory that cannot be written, before anything is read."""
+    nearest = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK):
+        return
+    reason = f"no permission to write {nearest}" if nearest.is_dir() else f"{nearest} is a file"
+    advice = "choose another one"
+    if eval_only and nearest == directory:
+        advice = (
+            f"evaluate with --config {directory}/config.yaml, another --output-dir and "
+            f"MODEL.WEIGHTS {directory}/model_final.pth"
+        )
+    raise UserError(f"--output-dir {directory} cannot be written ({reason}): {advice}.")
 
 
 def _check_output_dir(directory: Path, resume: bool) -> None:

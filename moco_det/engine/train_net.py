@@ -30,7 +30,7 @@ from moco_det.data.register import write_findings
 from moco_det.data.samplers import TrainingSet, load_training_set
 from moco_det.engine.console_log import log, logging_to
 from moco_det.engine.memory_preflight import preflight
-from moco_det.engine.setup import Options, Plan, prepare, trials
+from moco_det.engine.setup import Options, Plan, prepare, trials, uses_gpus
 from moco_det.engine.trainer import build_trainer, evaluate
 from moco_det.modeling.detector import build_detector
 
@@ -45,13 +45,14 @@ def train_net(options: Options) -> None:
         UserError: the input is wrong; nothing is written if that is known beforehand.
         Stopped: a signal ended the run; its state is saved.
     """
+    on_gpu = uses_gpus(options)
     if under_torchrun():
-        check_processes(options.num_gpus)
-        launch(_settle_and_run, options.num_gpus, options)
+        check_processes(options.num_gpus, on_gpu)
+        launch(_settle_and_run, options.num_gpus, options, on_gpu=on_gpu)
         return
     plan = prepare(options)
     data = SharedData(_data_sets(plan.cfg)) if options.num_gpus > 1 else None
-    launch(_run_trials, options.num_gpus, plan, options.trials, data)
+    launch(_run_trials, options.num_gpus, plan, options.trials, data, on_gpu=on_gpu)
 
 
 def _data_sets(cfg: CfgNode) -> tuple[str, ...]:

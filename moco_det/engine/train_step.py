@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -81,7 +81,8 @@ class TrainStep:
             waited += time.perf_counter() - start
             files.append([str(image.get("file_name", "?")) for image in batch])
             seed_model(self.seed, TRAINING, number)
-            rows.append(self._pass(batch, last=index == self.passes - 1))
+            with _failure_explained(iteration, files[-1]):
+                rows.append(self._pass(batch, last=index == self.passes - 1))
         losses = self._mean_losses(rows, files, iteration)
         if self.scaler is None:
             self.optimizer.step()
@@ -116,11 +117,7 @@ class TrainStep:
             ]
             found = ", ".join(name for names in comm.all_gather(here) for name in names)
             wrong = ", ".join(f"{k} {v}" for k, v in losses.items() if not math.isfinite(v))
-            raise UserError(
-                f"the loss is not finite in iteration {iteration + 1} ({wrong}), on the images "
-                f"{found}; nothing was saved since the last checkpoint: lower SOLVER.BASE_LR or "
-                "lengthen SOLVER.WARMUP_ITERS, and continue with --resume."
-            )
+            raise _diverged(f"the loss is not finite in iteration {iteration + 1} ({wrong})", found)
         return {"total_loss": sum(losses.values()), **losses}
 
     def close(self) -> None:
@@ -138,6 +135,33 @@ class TrainStep:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scaler is not None and "grad_scaler" in state:
             self.scaler.load_state_dict(state["grad_scaler"])
+
+
+@contextmanager
+def _failure_explained(iteration: int, names: list[str]) -> Iterator[None]:
+    """Turn what a model raises when training diverges, or the GPU is full, into a `UserError`."""
+    images = ", ".join(names)
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError:
+        raise UserError(
+            f"iteration {iteration + 1} needs more memory than the GPU has, on the images "
+            f"{images}: raise SOLVER.ACCUMULATION_STEPS or set SOLVER.AMP.ENABLED True, and "
+            "continue with --resume if there is a checkpoint; --preflight measures what is needed."
+        ) from None
+    except (FloatingPointError, AssertionError) as error:  # Detectron2's checks of its boxes
+        if isinstance(error, AssertionError) and "infinite or NaN" not in str(error):
+            raise
+        what = f"the model's output is not finite in iteration {iteration + 1}"
+        raise _diverged(what, images) from None
+
+
+def _diverged(what: str, images: str) -> UserError:
+    return UserError(
+        f"{what}, on the images {images}; nothing was saved since the last checkpoint: lower "
+        "SOLVER.BASE_LR or lengthen SOLVER.WARMUP_ITERS, and continue with --resume if there is a "
+        "checkpoint."
+    )
 
 
 def forward_backward(

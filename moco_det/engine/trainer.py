@@ -5,7 +5,7 @@
 
 import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import JSONWriter, TensorboardXWriter
 from torch import nn
 
+from moco_common.errors import lost_worker_explained
 from moco_common.hardware import cpu_count
 from moco_common.progress import Loop
 from moco_common.stopping import Stopped, StopRequest
@@ -29,13 +30,16 @@ from moco_det.data.dataset_mapper import build_test_mapper, build_train_mapper
 from moco_det.data.samplers import (
     PRECISE_BN,
     TRAINING,
+    Readable,
     TrainingSet,
     load_training_set,
+    map_or_explain,
     numbers,
     share,
 )
 from moco_det.engine.console_log import ProgressPrinter, TerminalBar, printing_to_log
 from moco_det.engine.hooks import Checkpoints, Evaluation, PreciseBN, Writers, forget_later_lines
+from moco_det.engine.resume import changes_of_data, fingerprint
 from moco_det.engine.train_step import TrainStep, precision
 from moco_det.evaluation.build import build_evaluator, evaluated_tasks
 from moco_det.evaluation.results import headline, results_folder, with_classes_apart, write_results
@@ -58,6 +62,7 @@ class Trainer(TrainerBase):
         model: the bare model, not wrapped in DDP.
         max_iter: length of the schedule.
         output_dir: the run directory.
+        data: fingerprint of the training set, saved and compared when the run is resumed.
     """
 
     def __init__(
@@ -67,8 +72,10 @@ class Trainer(TrainerBase):
         model: nn.Module,
         max_iter: int,
         output_dir: str,
+        data: Mapping[str, int | str],
     ) -> None:
         super().__init__()
+        self.data = dict(data)
         self.step = step
         self.scheduler = scheduler
         self.model = model
@@ -101,7 +108,7 @@ class Trainer(TrainerBase):
         self.step.start(self.start_iter, self.max_iter)
         self.step.model.train()
         try:
-            with self.stop:
+            with self.stop, lost_worker_explained():
                 self.train(self.start_iter, self.max_iter)
         except Stopped:  # after the last line of progress
             done = min(self.iter + 1, self.max_iter)
@@ -111,11 +118,21 @@ class Trainer(TrainerBase):
             self.step.close()
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "_trainer": self.step.state_dict()}
+        state = {**super().state_dict(), "_trainer": self.step.state_dict()}
+        return {**state, "data": self.data}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        rates = self.scheduler.base_lrs
         super().load_state_dict(state_dict)
         self.step.load_state_dict(state_dict["_trainer"])
+        # The schedule is the config's, which may have changed; both states hold rates of the old.
+        self.scheduler.base_lrs = rates
+        for group, base, rate in zip(
+            self.optimizer.param_groups, rates, self.scheduler.get_lr(), strict=True
+        ):
+            group.update(initial_lr=base, lr=rate)
+        if changed := changes_of_data(state_dict.get("data", self.data), self.data):
+            log.warning("warning: the training data have changed since the run began: %s", changed)
 
 
 def build_trainer(
@@ -150,8 +167,9 @@ def build_trainer(
     wrapped = create_ddp_model(
         model, broadcast_buffers=False, device_ids=None if on_cpu else [comm.get_local_rank()]
     )
+    training_set = training_set or load_training_set(cfg)
     batches = partial(
-        (training_set or load_training_set(cfg)).batches,
+        training_set.batches,
         build_train_mapper(cfg),
         per_pass,
         seed=cfg.SEED,
@@ -167,17 +185,30 @@ def build_trainer(
         dtype=precision(cfg),
     )
     trainer = Trainer(
-        step, build_lr_scheduler(cfg, optimizer), model, cfg.SOLVER.MAX_ITER, cfg.OUTPUT_DIR
+        step,
+        build_lr_scheduler(cfg, optimizer),
+        model,
+        cfg.SOLVER.MAX_ITER,
+        cfg.OUTPUT_DIR,
+        fingerprint(training_set),
     )
     precise = None
     if cfg.TEST.PRECISE_BN.ENABLED:
         count = cfg.TEST.PRECISE_BN.NUM_ITER
+        images, available = count * cfg.SOLVER.IMS_PER_BATCH, len(training_set.images)
+        if images > available:
+            log.info(
+                "norms      precise BN takes %d passes of %d images before each evaluation, which "
+                "shows the %d training images %.0f times: fewer suffice "
+                "(TEST.PRECISE_BN.NUM_ITER)",
+                *(count, cfg.SOLVER.IMS_PER_BATCH, available, images / available),
+            )
         precise = PreciseBN(
             cfg.TEST.EVAL_PERIOD,
             model,
             lambda: batches(sequence=PRECISE_BN, numbers=numbers(0, count, **ranks)),
             seed=cfg.SEED,
-            images=count * cfg.SOLVER.IMS_PER_BATCH,
+            images=images,
         )
     if comm.is_main_process():
         trainer.register_hooks([TerminalBar()])  # first: its figure is then that of the line above
@@ -242,12 +273,15 @@ def evaluate(cfg: CfgNode, model: nn.Module, *, iteration: int | None = None) ->
     loader = build_detection_test_loader(
         cfg,
         name,
-        mapper=build_test_mapper(cfg),
+        mapper=partial(map_or_explain, build_test_mapper(cfg)),
         num_workers=min(cfg.DATALOADER.NUM_WORKERS, cpu_count()),
     )
     loop = Loop("evaluating", len(loader), say=log.info, period=10.0)
-    with printing_to_log():  # pycocotools prints its tables
-        results = inference_on_dataset(model, loader, evaluator, {"after_inference": loop.tick})
+    # pycocotools prints its tables.
+    with printing_to_log(), lost_worker_explained():
+        results = inference_on_dataset(
+            model, Readable(loader), evaluator, {"after_inference": loop.tick}
+        )
     if not comm.is_main_process():
         return {}
     results = {task: with_classes_apart(scores) for task, scores in results.items()}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import resource
 import signal
 import subprocess
@@ -158,3 +159,21 @@ def test_a_containers_quota_bounds_the_data_loader_workers(words, tmp_path, monk
     monkeypatch.setattr(trainer.TrainingSet, "batches", watched)
     assert main([*words, "SOLVER.MAX_ITER", "1", "DATALOADER.NUM_WORKERS", "8"]) == 0
     assert set(started) == {1}
+
+
+def test_a_closed_terminal_saves_the_run(words, tmp_path):
+    """A real terminal whose other end is closed: its session gets SIGHUP, its lines EIO."""
+    command = [sys.executable, str(ROOT / "tools/train_net.py"), *words, "SOLVER.MAX_ITER", "5000"]
+    child, terminal = pty.fork()
+    if not child:
+        os.chdir(ROOT)
+        os.execv(command[0], command)
+    said = b""
+    while b"iter    3/5000" not in said:
+        said += os.read(terminal, 4096)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 129, said
+    log = (tmp_path / "run/log.txt").read_text()
+    assert "continue with --resume" in log
+    assert "Traceback" not in log
+    assert (tmp_path / "run/last_checkpoint").is_file()

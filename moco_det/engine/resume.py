@@ -1,0 +1,88 @@
+"""Comparison of a resumed run with what its directory and its checkpoint record."""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import CfgNode
+
+from moco_common.errors import UserError
+from moco_det.checkpoint.run_checkpointer import newest_checkpoints
+from moco_det.config.defaults import flatten
+from moco_det.config.protocols import load_config
+from moco_det.data.samplers import TrainingSet
+
+# Keys, or prefixes of keys, that may change when a run is resumed: those of LOGGED, and all whose
+# names end in _TEST, with a line in the log. All others must not change.
+LOGGED = (
+    *("DATASETS.TRAIN", "DATASETS.TEST", "TEST."),
+    *("SOLVER.BASE_LR", "SOLVER.MAX_ITER", "SOLVER.STEPS", "SOLVER.GAMMA", "SOLVER.NUM_DECAYS"),
+    *("SOLVER.LR_SCHEDULER_NAME", "SOLVER.RESCALE_INTERVAL", "SOLVER.WARMUP"),
+    *("SOLVER.ACCUMULATION_STEPS", "SOLVER.AMP", "SOLVER.CLIP_GRADIENTS"),
+)
+FREE = (
+    *("VERSION", "SOURCE", "OUTPUT_DIR", "LOG_PERIOD", "VIS_PERIOD", "CUDNN_BENCHMARK"),
+    *("PREFLIGHT", "MODEL.DEVICE", "DATASETS.STRICT", "DATALOADER.NUM_WORKERS"),
+    *("SOLVER.CHECKPOINT_PERIOD", "SOLVER.CHANNELS_LAST", "SOLVER.REFERENCE_WORLD_SIZE"),
+)
+_FILES = ("MODEL.WEIGHTS", "MODEL.ARCHITECTURE_FROM")  # compared as paths
+
+
+def compare_config(cfg: CfgNode) -> list[str]:
+    """Return ``KEY OLD -> NEW`` for each setting that differs from the run's and may.
+
+    Args:
+        cfg: the resolved config of a run that resumes in its ``OUTPUT_DIR``. If there is no
+            checkpoint, the run starts again and nothing is compared.
+
+    Raises:
+        UserError: a setting differs that must not; the message names all of them.
+    """
+    recorded = Path(cfg.OUTPUT_DIR, "config.yaml")
+    if not newest_checkpoints(cfg.OUTPUT_DIR) or not recorded.is_file():
+        return []
+    before, now = flatten(load_config(str(recorded))), flatten(cfg)
+    logged, refused = [], []
+    for key in sorted(now.keys() - set(FREE)):
+        old, new = _comparable(key, before.get(key)), _comparable(key, now[key])
+        if old == new:
+            continue
+        if key.startswith(LOGGED) or key.endswith("_TEST"):
+            logged.append(f"{key} {before.get(key)} -> {now[key]}")
+        else:
+            refused.append(f"{key} was {before.get(key)!r} and is now {now[key]!r}")
+    if refused:
+        raise UserError(
+            f"{cfg.OUTPUT_DIR} holds a run with other settings, which cannot be resumed with "
+            f"these: {'; '.join(refused)}. Use the same settings or another --output-dir."
+        )
+    return logged
+
+
+def _comparable(key: str, value: Any) -> Any:
+    if key in _FILES and value:
+        return os.path.abspath(os.path.expanduser(value))
+    return [_comparable("", part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+def fingerprint(training_set: TrainingSet) -> dict[str, int | str]:
+    """Summarise a training set for its run's checkpoints, so that a change can be noticed."""
+    names = "\n".join(Path(image["file_name"]).name for image in training_set.images)
+    sizes = b"" if training_set.sizes is None else training_set.sizes.tobytes()
+    parts = {"names": names.encode(), "sizes": sizes, "objects": training_set.objects.tobytes()}
+    digests = {name: hashlib.sha256(part).hexdigest() for name, part in parts.items()}
+    return {"images": len(training_set.images), **digests}
+
+
+def changes_of_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Name what differs between two fingerprints; an empty string if nothing does."""
+    if before["images"] != now["images"]:
+        return f"{now['images']} images instead of {before['images']}"
+    texts = {
+        "names": "other file names, or the same in another order",
+        "sizes": "other image sizes",
+        "objects": "other numbers of objects",
+    }
+    return ", ".join(text for name, text in texts.items() if before[name] != now[name])
