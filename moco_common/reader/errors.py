@@ -30,7 +30,7 @@ class CheckpointError(UserError):
 
     Attributes:
         kind: category for programs: "missing_file", "unreadable", "empty", "truncated",
-            "damaged", "hostile", "zip_bomb", "html", "lfs_pointer", "unknown_format",
+            "damaged", "hostile", "memory", "zip_bomb", "html", "lfs_pointer", "unknown_format",
             "unsupported", "unrecognised", "missing_tensor", "unknown_tensor", "shape", "proof",
             "option".
         path: the file.
@@ -93,6 +93,13 @@ FILE_ERRORS = (
     RecursionError,
     OSError,
 )
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return True for the exceptions of Python, the system and torch when memory is used up."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError) or os.strerror(errno.ENOMEM) in str(error)
 
 
 def explain(error: Exception, path: Path, size: int, head: bytes) -> CheckpointError:

@@ -26,6 +26,7 @@ from moco_common.reader.errors import (
     RefusedError,
     TruncatedError,
     explain,
+    is_out_of_memory,
     refuse_other_formats,
 )
 from moco_common.reader.records import Discarded, Storage, resolve
@@ -66,8 +67,8 @@ def read_checkpoint(
         safetensors file (strings) are under "__metadata__".
 
     Raises:
-        CheckpointError: the file is missing, empty, truncated, damaged, hostile, or not a
-            checkpoint.
+        CheckpointError: the file is missing, empty, truncated, damaged, hostile, too large for the
+            memory, or not a checkpoint.
     """
     path, size, head = Path(path), 0, b""
     try:
@@ -78,7 +79,14 @@ def read_checkpoint(
             head = file.read(512)
             file.seek(0)
             return _format_of(head)(_Source(path, file, size, copy, checksums))
-    except FILE_ERRORS as error:
+    except (*FILE_ERRORS, MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise CheckpointError(
+                f"{path} ({size / 1e9:.1f} GB) needs more memory than is free; close other "
+                "programs or use a machine with more memory.", kind="memory", path=path
+            ) from None  # fmt: skip
+        if not isinstance(error, FILE_ERRORS):
+            raise
         raise explain(error, path, size, head) from None
 
 

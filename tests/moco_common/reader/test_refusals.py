@@ -1,6 +1,7 @@
 """Hostile and damaged files: nothing runs, and each kind has a sentence of its own."""
 
 import builtins
+import errno
 import io
 import os
 import pickle
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 
+from moco_common.reader import formats
 from moco_common.reader.errors import CheckpointError
 from moco_common.reader.formats import read_checkpoint
 from tests.moco_common.bounded import run_bounded
@@ -278,3 +280,33 @@ for path in sorted(Path({str(tmp_path)!r}).glob("*.pth")):
         seconds=200,
         megabytes=500,
     )
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)),
+        RuntimeError("unable to mmap 9 bytes from file </a.pth>: Cannot allocate memory (12)"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: Cannot allocate memory"),
+    ],
+)
+def test_too_little_memory_is_not_a_damaged_file(error, tmp_path, monkeypatch):
+    def fails(_):
+        raise error
+
+    path = tmp_path / "large.pth"
+    torch.save({"a": torch.ones(2)}, path)
+    monkeypatch.setattr(formats, "_format_of", lambda head: fails)
+    with pytest.raises(CheckpointError, match="more memory than is free") as caught:
+        read_checkpoint(path)
+    assert caught.value.kind == "memory"
+    assert "download" not in str(caught.value)
+
+
+def test_another_runtime_error_is_a_bug(tmp_path, monkeypatch):
+    path = tmp_path / "a.pth"
+    torch.save({"a": torch.ones(2)}, path)
+    monkeypatch.setattr(formats, "_read_zip", lambda source: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):
+        read_checkpoint(path)
