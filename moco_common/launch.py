@@ -10,9 +10,11 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from multiprocessing import connection
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from multiprocessing import connection, parent_process
 from typing import Any
 
 import torch
@@ -20,12 +22,17 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from moco_common.errors import UserError
-from moco_common.hardware import cpu_count
+from moco_common.hardware import cpu_count, restarted, under_torchrun
 from moco_common.stopping import Stopped, signals_to_stop
 from moco_common.text import counted
 
+__all__ = ["check_processes", "launch", "planned_ranks", "restarted", "under_torchrun"]
+
 START_METHOD = "spawn"  # a forked process could not use a GPU that this one has used
-GRACE = 20.0  # seconds for the other ranks to end after one is lost
+GRACE = 20.0  # seconds that the other ranks have to end once one is lost
+ORPHAN_GRACE = 300.0  # seconds that a rank has to save and end once its launcher is lost
+MEETING = timedelta(minutes=10)  # time that ranks wait for each other at the start
+QUIET = 10.0  # seconds before a line says that they wait
 _LOST = (-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT)  # exit codes
 _STOPPED = "stopped: run the same command again, with --resume if there is a checkpoint"
 
@@ -58,11 +65,6 @@ def launch(
         function(*args)
 
 
-def under_torchrun() -> bool:
-    """Return True if ``torchrun`` (or a Slurm job) started this process as one of several ranks."""
-    return {"RANK", "WORLD_SIZE"} <= os.environ.keys()
-
-
 def planned_ranks(processes: int) -> int:
     """Return the number of ranks on all machines that `launch` will use."""
     return int(os.environ["WORLD_SIZE"]) if under_torchrun() else processes
@@ -91,17 +93,6 @@ def check_processes(processes: int, on_gpu: bool | None = None) -> None:
 
 def _uses_gpus(on_gpu: bool | None) -> bool:
     return on_gpu is not False and torch.cuda.is_available()
-
-
-def restarted() -> bool:
-    """Return True if a launcher has restarted this run: ``torchrun`` after the loss of a rank,
-    Slurm after a requeue. Such a run resumes from its last checkpoint without ``--resume``.
-
-    torchrun counts restarts on each host, so ranks may disagree; the run resumes if any rank was
-    restarted.
-    """
-    counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
-    return any(int(os.environ.get(name) or 0) > 0 for name in counts)
 
 
 def _on_ranks(function: Callable[..., Any], processes: int, on_gpu: bool | None, args: Any) -> None:
@@ -221,6 +212,8 @@ def _as_rank(
 ) -> None:
     on_gpu = _uses_gpus(on_gpu)
     backend = "nccl" if on_gpu else "gloo"
+    if processes is not None:
+        threading.Thread(target=_end_with_launcher, name="launcher", daemon=True).start()
     try:
         if processes is None:
             with _used_port_explained(os.environ.get("MASTER_PORT", "")):
@@ -241,20 +234,58 @@ def _as_rank(
             torch.cuda.set_device(local_rank)
         function(*args)
     except UserError as error:
-        if endings is not None:
-            endings.put(str(error))
+        _report(endings, str(error))
         raise
     except Stopped as stopped:
         if endings is None:
             raise
-        endings.put((stopped.signal, stopped.message))  # this rank has ended in order
+        _report(endings, (stopped.signal, stopped.message))  # and this rank has ended well
     except KeyboardInterrupt:
         if endings is None:
             raise
-        endings.put((signal.SIGINT, _STOPPED))
+        _report(endings, (signal.SIGINT, _STOPPED))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _report(endings: Any, ending: object) -> None:
+    if endings is not None:
+        with suppress(BrokenPipeError):  # the launcher was killed
+            endings.put(ending)
+
+
+def _end_with_launcher() -> None:
+    """Stop this rank when its launcher is gone: nobody else would, and ranks of a launcher that was
+    killed at the start wait for each other."""
+    launcher = parent_process()
+    assert launcher is not None
+    connection.wait([launcher.sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)  # within the training loop, it saves
+    time.sleep(ORPHAN_GRACE)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextmanager
+def _meeting(address: str, others: int) -> Iterator[None]:
+    """Print a line while ranks wait for each other within ``with``, and explain a time-out."""
+    minutes = MEETING.total_seconds() / 60
+    text = f"waiting for {counted(others, 'other rank')} at {address}, at most {minutes:g} minutes"
+    line = threading.Timer(QUIET, print, [text], {"file": sys.stderr, "flush": True})
+    line.daemon = True
+    line.start()
+    try:
+        yield
+    except (RuntimeError, TimeoutError, ValueError) as error:
+        if "EADDRINUSE" in str(error):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"The ranks did not meet at {address} ({reason}): check that all were started and that "
+            f"this address can be reached, or unset RANK and WORLD_SIZE to run one process."
+        ) from None
+    finally:
+        line.cancel()
 
 
 @contextmanager
@@ -274,7 +305,9 @@ def _join_torchrun(backend: str) -> None:
     """Join the other ranks of this start of the group, not of an earlier one: torchrun keeps its
     store over restarts, with the dead ranks' addresses in it, and reading those hangs (pytorch
     issue 135712)."""
-    store, rank, world_size = next(dist.rendezvous("env://"))
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    with _meeting(address, int(os.environ["WORLD_SIZE"]) - 1):
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=MEETING))
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0)
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)

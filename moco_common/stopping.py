@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import threading
@@ -27,6 +28,18 @@ def signals_to_stop() -> list[signal.Signals]:
     """Return the signals that stop a run; SIGHUP does not under ``nohup``, which ignores it."""
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return [number for number in _SIGNALS if not (ignored and number is signal.SIGHUP)]
+
+
+def _leave_terminal() -> None:
+    """Discard all further output to a terminal that is gone, where writing would raise EIO."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        try:
+            os.ttyname(stream)
+        except OSError as error:
+            if error.errno == errno.EIO:  # otherwise it is a file or a pipe
+                os.dup2(nowhere, stream)
+    os.close(nowhere)
 
 
 class StopRequest:
@@ -121,6 +134,8 @@ class StopRequest:
             self._interrupts += 1
             if self._interrupts > 1:
                 raise KeyboardInterrupt
+        if number == signal.SIGHUP:
+            _leave_terminal()
         self.signal = self.signal or number
         if self._waiting:
             self._limit_wait()

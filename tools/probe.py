@@ -2,7 +2,6 @@
 """Measure a frozen backbone: weighted kNN and linear classification, without fine-tuning."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +11,8 @@ if __name__ == "__main__":  # run as a file: import from the checkout, not from 
     import tools  # noqa: F401 (handles a Ctrl-C during the imports)
 
 from moco_common.errors import run_tool
-from moco_common.files import check_exists
-from moco_common.hardware import cpu_count
+from moco_common.files import check_exists, make_folder
+from moco_common.hardware import cpu_count, rank
 from moco_common.progress import silent
 
 EPILOG = """examples:
@@ -58,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
 
 def work(argv: Sequence[str] | None) -> None:
     args = vars(parser().parse_intermixed_args(argv))
-    if os.environ.get("RANK", "0") != "0":
+    if rank() > 0:
         return  # under torchrun: one process does it all
     output, features, no_cache = (args.pop(name) for name in ("output", "features", "no_cache"))
     config, overrides, linear = (args.pop(name) for name in ("config", "overrides", "linear"))
@@ -72,6 +71,7 @@ def work(argv: Sequence[str] | None) -> None:
         check_exists(args["checkpoint"], "name a checkpoint, or `random`")
     for folder in filter(None, (args["train"], args["test"])):
         check_exists(folder)
+    make_folder(output.parent, "-o")
     from pretrain.probe.linear import LinearProtocol
     from pretrain.probe.run import Settings, probe, summary, write
 

@@ -12,12 +12,19 @@ from torch import Tensor
 from moco_common import comm
 from moco_common.errors import UserError
 
-_WAY_ON = "this state was not saved; use --resume to continue from the last checkpoint"
 _WIDTH = 1024
 _ROW, _COLUMN = 0x1E3779B97F4A7C14, 0x2545F4914F6CDD1C  # even, with many bits set
 
 
-def check_finite(state: Mapping[str, Any], step: int) -> None:
+def way_on(saved: int) -> str:
+    """Return what to do after a failure, where ``saved`` is the step of the last checkpoint; 0 if
+    there is none."""
+    if not saved:
+        return "start again (no checkpoint has been saved yet)"
+    return f"use --resume to continue from the checkpoint of iteration {saved}"
+
+
+def check_finite(state: Mapping[str, Any], step: int, saved: int = 0) -> None:
     """Check that all floating-point tensors of a state are finite.
 
     Raises:
@@ -35,12 +42,12 @@ def check_finite(state: Mapping[str, Any], step: int) -> None:
     for name, finite in zip(floats, extremes.isfinite().all(1).tolist(), strict=True):
         if not finite:
             raise UserError(
-                f"{name} is not finite after iteration {step}: {_WAY_ON}, with a lower "
-                f"SOLVER.BASE_LR."
+                f"{name} is not finite after iteration {step}, and this state was not saved: "
+                f"{way_on(saved)}, with a lower SOLVER.BASE_LR."
             )
 
 
-def check_same_on_all_ranks(state: Mapping[str, Tensor], step: int) -> None:
+def check_same_on_all_ranks(state: Mapping[str, Tensor], step: int, saved: int = 0) -> None:
     """Compare digests of all tensors across the ranks. All ranks must call this.
 
     Raises:
@@ -58,7 +65,8 @@ def check_same_on_all_ranks(state: Mapping[str, Tensor], step: int) -> None:
         raise UserError(
             f"{list(state)[tensor]} differs between rank {', '.join(map(str, ranks))} and rank 0 "
             f"after iteration {step} ({int(differs.any(0).sum())} of {len(state)} tensors differ; "
-            f"the cause is a machine, the network or the method): {_WAY_ON}."
+            f"the cause is a machine, the network or the method), and this state was not saved: "
+            f"{way_on(saved)}."
         )
 
 

@@ -38,6 +38,15 @@ LAST = "checkpoint_last.pth"
 _MARK = b"sha256:"
 # Kinds of unreadable files that an earlier checkpoint would not remedy.
 NOT_DAMAGED = ("missing_file", "unreadable", "hostile")
+# Parts that a run needs to be resumed; a method that reads another kind of state says so itself.
+_PARTS = {
+    "config": str,
+    "state_dict": dict,
+    "optimizer": dict,
+    "step": int,
+    "images": int,
+    "ranks": dict,
+}
 _SEAL = 2 + len(_MARK) + 64  # bytes: length of the comment, mark, hexadecimal digest
 
 
@@ -100,6 +109,36 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not sealed:
         raise DamagedError(f"{path} has lost its checksum: use an earlier checkpoint.")
     return checkpoint
+
+
+def load_run(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """`load`, and check that every part has its type, for whoever needs more than the weights.
+
+    Raises:
+        UserError: a part is missing or of another type; the message names it.
+    """
+    checkpoint = load(path)
+    if (part := _malformed(checkpoint)) is not None:
+        raise UserError(
+            f"{path} is not as tools/pretrain.py writes it ({part!r} is missing or not of its "
+            f"kind): use another checkpoint."
+        )
+    return checkpoint
+
+
+def _malformed(checkpoint: dict[str, Any]) -> str | None:
+    """Return the first part that is missing or of another type or range."""
+    for part, kind in _PARTS.items():
+        if type(checkpoint.get(part)) is not kind:
+            return part
+    for part, least in (("step", 0), ("images", 1)):
+        if not least <= checkpoint[part] < 1 << 48:
+            return part
+    ranks = checkpoint["ranks"]
+    tables = all(isinstance(rows, torch.Tensor) and rows.dim() == 2 for rows in ranks.values())
+    if not tables or "torch" not in ranks or len(set(map(len, ranks.values()))) != 1:
+        return "ranks"
+    return None if isinstance(checkpoint.get("data", {}), dict) else "data"
 
 
 def _discarded(node: Any) -> str | None:

@@ -224,6 +224,12 @@ def load_config(name_or_file: str, overrides: Sequence[str] = ()) -> CfgNode:
     for key, value in leaves(values).items():
         _set(cfg, key, value, f"{path}, line {lines[key]}," if key in lines else str(path))
     recipe_batch = cfg.SOLVER.BATCH_SIZE
+    for word in overrides[::2]:
+        if "/" in word or word.endswith((".pth", ".yaml")):
+            raise UserError(
+                f"{word} is a path, not a KEY VALUE pair: --resume takes no path, it resumes from "
+                f"the newest checkpoint in --output-dir; --config takes a YAML file."
+            )
     if len(overrides) % 2:
         raise UserError(
             f"Overrides are KEY VALUE pairs, but '{overrides[-1]}' has no partner: write pairs "

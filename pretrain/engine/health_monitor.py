@@ -25,7 +25,8 @@ class Monitor:
         chance_loss: loss of an encoder that has learned nothing, such as log(K+1); None if there is
             no such number, in which case only the spread is checked.
         patience: steps before the first warning: at the start the loss *is* at chance, and a queue
-            must be filled with keys before the accuracy means anything.
+            must be filled with keys before the accuracy means anything. A plateau gets twice as
+            many.
         remedies: "collapse", "plateau" and "leak" -> what to do about it.
         window: number of observations that are averaged; each is itself a mean over the steps of a
             progress line.
@@ -75,11 +76,13 @@ class Monitor:
                 f"initial plateau.",
             )
         elif loss > AT_CHANCE * chance:
+            if step < 2 * self.patience:  # many runs leave the plateau by themselves
+                return None
             return self._once(
                 "plateau",
-                f"the loss stays at chance, {chance:.2f}, although the embeddings differ (spread "
-                f"{spread:.2f}): the two views of an image have too little in common, or the "
-                f"learning rate is unsuitable.",
+                f"the loss is still at chance, {chance:.2f}, although the embeddings differ "
+                f"(spread {spread:.2f}). If it does not fall soon, the two views of an image have "
+                f"too little in common, or the learning rate is unsuitable.",
             )
         elif accuracy > 0.985 and loss < 0.05 * chance:
             return self._once(

@@ -13,6 +13,7 @@ from moco_common import comm
 from moco_common.errors import UserError
 from moco_common.files import append_text
 from pretrain import distributed
+from pretrain.checkpoint.consistency import way_on
 
 SKIPPED = "skipped_images.txt"
 
@@ -34,8 +35,11 @@ class Scalars:
         device = comm.device()
         self._fresh.append(torch.stack([value.float().to(device) for value in outputs.values()]))
 
-    def settle(self, step: int) -> None:
+    def settle(self, step: int, saved: int = 0) -> None:
         """Average over the ranks after ``step`` steps. All ranks must call this.
+
+        Args:
+            saved: the step of the last checkpoint, see `way_on`.
 
         Raises:
             UserError: on every rank, if the loss of any rank is not finite; the message names the
@@ -50,8 +54,7 @@ class Scalars:
             if not math.isfinite(loss):
                 raise UserError(
                     f"The loss is {loss} at iteration {step - len(rows) + i + 1}: lower "
-                    f"SOLVER.BASE_LR, and use --resume to continue from the last checkpoint, whose "
-                    f"weights are finite."
+                    f"SOLVER.BASE_LR, and {way_on(saved)}."
                 )
         self._settled.append(rows)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
@@ -25,6 +26,8 @@ LOGGED = ("DATA", "SOLVER")
 FREE = ("OUTPUT_DIR", "DATALOADER", "CHECKPOINT", "LOG", "PROBE")
 FIXED = ("SOLVER.BATCH_SIZE", "SOLVER.OPTIMIZER")  # exceptions: these must not change
 STATISTICS = ("running_mean", "running_var")  # BN statistics, which are each rank's own
+# Raised by torch for a state of another network, or one that is malformed.
+_MISFITS = (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError)
 MUST_NOT = "cannot be changed"
 MAY_AND_IS_LOGGED = "can be changed; the change is logged"
 MAY = "can be changed"
@@ -98,7 +101,7 @@ def check_commands(cfg: CfgNode, folder: Path) -> None:
     path, state, _ = _newest(folder)
     if state is None:
         return
-    recorded = parse_yaml(state["config"])["DATA"]
+    recorded = _config(state, path).get("DATA", [])
     for command in commands:
         if command not in recorded:
             raise UserError(
@@ -115,39 +118,35 @@ def restore(
     images: int,
     data: dict[str, str],
 ) -> tuple[int, list[str]]:
-    """Restore a run from the newest intact checkpoint in ``folder``; without one, do nothing.
+    """Restore a run from the newest intact checkpoint in ``folder``, if there is one.
 
     All ranks must call this.
 
     Returns:
-        The number of completed steps, and notes for the log: damaged checkpoints that were
-        skipped, changed keys, a changed number of ranks or images.
+        The number of completed steps, and notes for the log: no checkpoint, damaged checkpoints
+        that were skipped, changed keys or data, a changed number of ranks.
 
     Raises:
         UserError: all checkpoints are damaged, or the newest belongs to another configuration.
     """
     path, state, notes = _newest(folder)
     if state is None:
-        return 0, notes
-    notes += _compare(cfg, parse_yaml(state["config"]), path)
+        others = sorted(path.name for path in folder.glob("*.pth"))
+        beside = f" (only {', '.join(others[:3])}, of another origin)" if others else ""
+        return 0, [f"there is no checkpoint to resume in {folder}{beside}: starting at iteration 0"]
+    notes += _compare(cfg, _config(state, path), path)
+    world, ranks = comm.world_size(), state["ranks"]
     try:
         method.load_state_dict(state["state_dict"])
         take_step.load_state_dict(state)
-    except (RuntimeError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())
+        if len(ranks["torch"]) == world:
+            _restore_rank(method, {name: rows[comm.rank()] for name, rows in ranks.items()})
+    except _MISFITS as error:
+        reason = " ".join(str(error).split())[:500]
         raise UserError(
             f"{path} does not fit this run ({reason}): choose another --output-dir."
         ) from None
-    world, rank, ranks = comm.world_size(), comm.rank(), state["ranks"]
-    if len(ranks["torch"]) == world:
-        # A copy: torch reads the state as a struct, and crashes on a view that is not aligned.
-        torch.set_rng_state(ranks["torch"][rank].clone())
-        if "cuda" in ranks and comm.device().type == "cuda":
-            torch.cuda.set_rng_state(ranks["cuda"][rank].clone(), comm.device())
-        if own := _statistics(method):
-            for name, value in _unflatten(ranks["batch_norm"][rank], own).items():
-                own[name].copy_(value)
-    else:
+    if len(ranks["torch"]) != world:
         notes.append(
             f"{path} was written by {counted(len(ranks['torch']), 'rank')} and is resumed on "
             f"{world}, from the same position in the data"
@@ -168,13 +167,34 @@ def restore(
     return int(state["step"]), notes
 
 
+def _config(state: dict[str, Any], path: Path) -> dict[str, Any]:
+    try:
+        config = parse_yaml(state["config"])
+    except (yaml.YAMLError, ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
+        raise UserError(f"{path} contains no readable configuration: use another checkpoint.")
+    return config
+
+
+def _restore_rank(method: Method, own: dict[str, Tensor]) -> None:
+    """Restore what is this rank's own: random states and BN statistics."""
+    # A copy: torch reads the state as a struct, and crashes on a view that is not aligned.
+    torch.set_rng_state(own["torch"].clone())
+    if "cuda" in own and comm.device().type == "cuda":
+        torch.cuda.set_rng_state(own["cuda"].clone(), comm.device())
+    if statistics := _statistics(method):
+        for name, value in _unflatten(own["batch_norm"], statistics).items():
+            statistics[name].copy_(value)
+
+
 def _newest(folder: Path) -> tuple[Path, dict[str, Any] | None, list[str]]:
     """Load the newest intact checkpoint; rank 0 chooses it, so that all ranks load the same."""
     name, state, notes = "", None, []
     if comm.rank() == 0:
         for path in checkpoint.candidates(folder):
             try:
-                state, name = checkpoint.load(path), path.name
+                state, name = checkpoint.load_run(path), path.name
                 break
             except checkpoint.DamagedError as error:
                 notes.append(str(error))
@@ -192,7 +212,7 @@ def _newest(folder: Path) -> tuple[Path, dict[str, Any] | None, list[str]]:
                 f"{folder / name} exists on rank 0 but not on rank {comm.rank()}: choose an "
                 f"--output-dir on a file system that all hosts share."
             )
-        state = checkpoint.load(folder / name)
+        state = checkpoint.load_run(folder / name)
     return folder / name, state, notes
 
 

@@ -12,7 +12,7 @@ import torch
 from fvcore.common.config import CfgNode
 
 from moco_common import comm
-from moco_common.errors import UserError
+from moco_common.errors import UserError, lost_worker_explained
 from moco_common.files import full_disk_left_to_caller, remove_unfinished, replace_text
 from moco_common.hardware import cpu_count
 from moco_common.run_lock import PRETRAINING, RunLock, check_kind_of_run
@@ -118,8 +118,14 @@ def train(cfg: CfgNode, resume: bool = False, quiet: bool = False, profile: int 
                 )
             for note in source.notes:
                 progress.say(note)
-            for note in notes:
+            for note in [*notes, *_remarks(cfg, images, total)]:
                 progress.warn(note)
+            if images < method.settling_images:
+                progress.say(
+                    f"the method compares with the last {method.settling_images} images, but the "
+                    f"data have only {images}: an image is then among its own negatives; use more "
+                    f"images or a shorter queue"
+                )
             wait = patience(method.settling_images, cfg.SOLVER.BATCH_SIZE)
             monitor = Monitor(method.chance_loss, wait, method.remedies)
 
@@ -127,8 +133,11 @@ def train(cfg: CfgNode, resume: bool = False, quiet: bool = False, profile: int 
         say = progress.say if progress else print
         profiler = Profiler(folder, profile, say=say) if profile else None
         run_step = profiler.watch_step(take_step) if profiler else take_step
-        step, stop, pause, found = start, 0, 0.0, {}
-        with closing(_batches(cfg, source, method, start, total)) as batches:  # stops its workers
+        step, stop, pause, found, saved = start, 0, 0.0, {}, start
+        with (
+            lost_worker_explained(),
+            closing(_batches(cfg, source, method, start, total)) as batches,  # stops its workers
+        ):
             for batch in request.waiting(profiler.watch_data(batches) if profiler else batches):
                 lr = _learning_rate(cfg, step, total, warmup)
                 scalars.add(run_step(batch.to(device), batch.index, step, lr))
@@ -145,7 +154,7 @@ def train(cfg: CfgNode, resume: bool = False, quiet: bool = False, profile: int 
                     with progress.pause() if progress else nullcontext():
                         found = knn.evaluate(method)
                 if logs or saves:
-                    scalars.settle(step)
+                    scalars.settle(step, saved)
                     skipped.settle()
                 if logs:
                     means = scalars.take() | found
@@ -170,10 +179,11 @@ def train(cfg: CfgNode, resume: bool = False, quiet: bool = False, profile: int 
                     if main and step == start + 1:
                         snapshots.reserve(state)
                     if saves:
-                        guards.check_finite(state["state_dict"], step)
-                        guards.check_same_on_all_ranks(shared(state), step)
+                        guards.check_finite(state["state_dict"], step, saved)
+                        guards.check_same_on_all_ranks(shared(state), step, saved)
                         if main:
                             snapshots.take(state)
+                        saved = step
                         pause += time.perf_counter() - began
                 if progress and step == start + 1:
                     progress.begin(step)
@@ -208,6 +218,24 @@ def _check(cfg: CfgNode) -> None:
         section, name = key.split(".")
         if cfg[section][name] < 1:
             raise UserError(f"{key} is {cfg[section][name]}: it must be at least 1.")
+
+
+def _remarks(cfg: CfgNode, images: int, total: int) -> list[str]:
+    """Return what a user might not expect of a run of ``total`` steps over so many images."""
+    remarks = []
+    if total < cfg.SOLVER.MAX_ITER:
+        remarks.append(
+            f"SOLVER.MAX_ITER is {cfg.SOLVER.MAX_ITER}, but SOLVER.EPOCHS {cfg.SOLVER.EPOCHS:g} "
+            f"ends the run after {counted(total, 'iteration')}: set SOLVER.EPOCHS 0 for a run of "
+            f"{cfg.SOLVER.MAX_ITER}"
+        )
+    if images < cfg.SOLVER.BATCH_SIZE:
+        remarks.append(
+            f"the data have {counted(images, 'image')}, fewer than a batch of "
+            f"{cfg.SOLVER.BATCH_SIZE}: an image occurs several times in a batch, as its own "
+            f"negative; use more images or a lower SOLVER.BATCH_SIZE"
+        )
+    return remarks
 
 
 def _batches(

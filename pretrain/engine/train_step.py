@@ -83,8 +83,24 @@ class TrainStep:
         return state | {"scaler": self.scaler.state_dict()} if self.scaler.is_enabled() else state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a `state_dict`; without a ``scaler`` in it, a float16 run starts a new one."""
-        self.optimizer.load_state_dict(state["optimizer"])
+        """Restore a `state_dict`; without a ``scaler`` in it, a float16 run starts a new one.
+
+        The optimiser's settings remain those of this run, as they may be changed on resume.
+
+        Raises:
+            ValueError, KeyError, TypeError: the state is that of another network, or malformed.
+        """
+        saved, own = state["optimizer"], self.optimizer.state_dict()["param_groups"]
+        groups = [
+            {**group, "params": old["params"]}
+            for group, old in zip(own, saved["param_groups"], strict=True)
+        ]
+        self.optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+        for weights, values in self.optimizer.state.items():
+            for name, value in values.items():
+                fits = isinstance(value, Tensor) and value.shape == weights.shape
+                if not fits and value is not None:
+                    raise ValueError(f"the optimiser's {name} is not of its tensor's shape")
         if "scaler" in state:
             self.scaler.load_state_dict(state["scaler"])
 

@@ -86,7 +86,7 @@ class InspectedRun:
         if self.state:
             try:
                 method.load_state_dict(self.state["state_dict"])
-            except (RuntimeError, ValueError, KeyError) as error:
+            except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UserError(
                     f"{self.path} does not fit its own configuration "
                     f"({' '.join(str(error).split())[:200]}): inspect it with the version of this "
@@ -107,14 +107,14 @@ def open_run(path: str | Path) -> InspectedRun:
     if not path.exists():
         raise UserError(f"{path} does not exist: pass the --output-dir of a pre-training run.")
     if path.is_file():
-        state = checkpoint.load(path)
+        state = checkpoint.load_run(path)
         run = InspectedRun(path.parent, _parse(state["config"], path), path=path, state=state)
         run.records = [r for r in _records(run) if r["iteration"] <= run.step]
         return run
     found, notes = checkpoint.candidates(path), []
     for candidate in found:
         try:
-            state = checkpoint.load(candidate)
+            state = checkpoint.load_run(candidate)
         except checkpoint.DamagedError as error:
             notes.append(str(error))
             continue
@@ -152,7 +152,7 @@ def _parse(text: str, where: Path) -> CfgNode:
     cfg = get_defaults()
     try:
         values = parse_yaml(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         values = None
     if not isinstance(values, dict) or "METHOD" not in values:
         raise UserError(
@@ -161,7 +161,7 @@ def _parse(text: str, where: Path) -> CfgNode:
         )
     try:
         cfg.merge_from_other_cfg(CfgNode(values))
-    except (KeyError, ValueError, AssertionError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, AssertionError) as error:
         reason = " ".join(str(error.args[0] if error.args else error).split())
         raise UserError(
             f"{where} was written by another version of this project ({reason}): inspect the run "

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from fvcore.common.config import CfgNode
 
-from moco_common.files import check_output, protecting, replace_file
+from moco_common.files import check_output, make_folder, protecting, replace_file
 from moco_common.text import counted
 from pretrain.data.decoding import decode
 from pretrain.data.loader import build_batches
@@ -21,7 +21,9 @@ _SIDE = 160  # side in pixels to which smaller views are enlarged, by a whole fa
 
 def write_views(cfg: CfgNode, path: str, n: int = 8) -> str:
     """Draw the first ``n`` samples of the run that ``cfg`` describes; return a line about it."""
-    source, target = open_source(cfg.DATA), Path(path)
+    target = Path(path)
+    make_folder(target.parent, "--show-views")
+    source = open_source(cfg.DATA)
     files = [part for spec in cfg.DATA for part in spec.split(":")]
     with protecting([*files, *source.files_in(target.parent)]):
         check_output(target)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,13 @@ import torch
 from moco_common import comm
 from moco_common import launch as launching
 from moco_common.errors import UserError
-from moco_common.launch import _wait_for_a_failure_or_all, check_processes, launch, restarted
+from moco_common.launch import (
+    _wait_for_a_failure_or_all,
+    check_processes,
+    launch,
+    restarted,
+    under_torchrun,
+)
 from moco_common.stopping import Stopped, StopRequest
 from tests.moco_det.ranks import preload
 
@@ -116,11 +123,11 @@ def test_a_signal_reaches_the_ranks_which_stop_with_its_status(tmp_path, listeni
 
 
 SLOW = """
-import sys, time
+import os, sys, time
 if __name__ != "__main__":
-    print("importing", flush=True)
+    os.write(1, b"importing\\n")
     time.sleep(60)
-def work(): pass
+def work(): time.sleep(300 if 'waiting' in sys.argv else 0)
 if __name__ == "__main__":
     from moco_common.errors import run_tool
     from moco_common.launch import launch
@@ -162,7 +169,8 @@ def test_ctrl_c_while_the_ranks_import_ends_in_one_line(tmp_path):
 def test_more_processes_than_gpus_are_refused(monkeypatch, processes, gpus, environment, reason):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    for name, value in ({"RANK": "0", "WORLD_SIZE": "3"} if environment else {}).items():
+    group = {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name, value in (group if environment else {}).items():
         monkeypatch.setenv(name, value)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -236,3 +244,64 @@ def test_a_restart_is_known_by_the_launchers_count(monkeypatch):
         monkeypatch.setenv(name, "2")
         assert restarted()
         monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, False),
+        ({"WORLD_SIZE": "1", "RANK": "0"}, False),  # as containers have it
+        ({"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, True),
+        ({"WORLD_SIZE": "8"}, False),
+        ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, True),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR and MASTER_PORT are not set"),
+        ({"WORLD_SIZE": "two", "RANK": "0"}, "no numbers"),
+        ({"WORLD_SIZE": "1", "RANK": "3"}, "RANK is not below WORLD_SIZE"),
+        ({"WORLD_SIZE": "0", "RANK": "0"}, "RANK is not below WORLD_SIZE"),
+    ],
+)
+def test_a_launcher_is_recognised_by_a_complete_environment(monkeypatch, environment, expected):
+    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if isinstance(expected, bool):
+        assert under_torchrun() == expected
+    else:
+        with pytest.raises(UserError, match=f"{expected}.*unset RANK and WORLD_SIZE"):
+            under_torchrun()
+
+
+def test_ranks_that_wait_for_each_other_say_so_and_give_up_in_one_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(launching, "QUIET", 0.2)
+    monkeypatch.setattr(launching, "MEETING", timedelta(seconds=2))
+    port = str(launching._free_port())
+    for name, value in zip(
+        ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"),
+        "2 1 127.0.0.1".split() + [port],
+        strict=True,
+    ):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"did not meet at 127.0.0.1:{port}"):
+        launch(print, 1)
+    assert f"waiting for 1 other rank at 127.0.0.1:{port}" in capsys.readouterr().err
+
+
+def test_ranks_end_with_a_launcher_that_is_killed_while_they_start(tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW.replace("time.sleep(60)", "time.sleep(1)"))
+    tool = subprocess.Popen(
+        [sys.executable, tmp_path / "slow.py", "waiting"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+    )
+    assert tool.stdout.readline() == "importing\n"
+    assert tool.stdout.readline() == "importing\n"
+    tool.kill()
+    assert tool.wait(60) == -9
+    # Its ranks hold the other end of the pipe: the end of the file is the end of all of them.
+    started = time.monotonic()
+    tool.stdout.read()
+    assert time.monotonic() - started < 60

@@ -201,7 +201,7 @@ def test_a_warm_up_is_told_in_epochs_or_in_iterations():
     assert load_config("small-data", ["SOLVER.WARMUP_EPOCHS", "2"]).SOLVER.WARMUP_ITERS == 0
     both = ["SOLVER.WARMUP_EPOCHS", "2", "SOLVER.WARMUP_ITERS", "20"]
     solver = load_config("small-data", both).SOLVER
-    with pytest.raises(UserError, match="WARMUP_ITERS is 20 and SOLVER.WARMUP_EPOCHS 2: one must"):
+    with pytest.raises(UserError, match="WARMUP_ITERS is 20 and SOLVER.WARMUP_EPOCHS 2: set one"):
         warmup_steps(
             images, batch_size=64, iterations=solver.WARMUP_ITERS, epochs=solver.WARMUP_EPOCHS
         )

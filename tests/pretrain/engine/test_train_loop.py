@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pretrain.checkpoint import format as checkpoint
-from tests.pretrain.runs import TINY, assert_equal_checkpoints, run, write_photographs
+from tests.pretrain.runs import TINY, Run, assert_equal_checkpoints, run, write_photographs
 from tools.pretrain import main
 
 ROOT = Path(__file__).parents[3]
@@ -117,6 +117,10 @@ def test_iterations_alone_make_a_run(photographs, tmp_path):
         (["--data", "PHOTOS", "CHECKPOINT.KEEP", "0"], "CHECKPOINT.KEEP is 0"),
         (["--data", "PHOTOS", "SOLVER.SCHEDULE", "exponential"], "number of iterations between"),
         (["--data", "PHOTOS", "--output-dir", "/dev/null/run"], "cannot be written"),
+        (["--data", "PHOTOS", "--resume", "runs/moco/checkpoint_last.pth"], "takes no path"),
+        (["--data", "PHOTOS", "--resume", "runs/moco"], "newest checkpoint in --output-dir"),
+        (["--data", "PHOTOS", "--resume", "last.pth", "SEED", "1"], "last.pth is a path"),
+        (["--data", "PHOTOS", "--show-views", "/dev/null/a/b.png"], "with --show-views"),
     ],
 )
 def test_a_users_mistake_is_one_sentence_and_a_status(photographs, tmp_path, words, message):
@@ -130,6 +134,49 @@ def test_a_users_mistake_is_one_sentence_and_a_status(photographs, tmp_path, wor
     assert len(errors) == 1  # of two ranks, the same
     assert message in errors.pop()
     assert "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    ("count", "words", "remark"),
+    [
+        (13, ["SOLVER.MAX_ITER", 9, "SOLVER.EPOCHS", 1], "ends the run after 2 iterations"),
+        (1, [], "warning: the data have 1 image, fewer than a batch of 8"),
+        (7, [], "warning: the data have 7 images, fewer than a batch of 8"),
+        (13, [], "compares with the last 20 images, but the data have only 13"),
+        (13, ["--resume"], "warning: there is no checkpoint to resume in"),
+    ],
+)
+def test_what_a_user_might_not_expect_is_said(tmp_path, count, words, remark):
+    data = write_photographs(tmp_path / "data", count)
+    options = ["SOLVER.MAX_ITER", 2, *[word for word in words if word != "--resume"]]
+    resume = [word for word in words if word == "--resume"]
+    code, text = run(*resume, "--data", data, "--output-dir", tmp_path / "run", *TINY, *options)
+    assert code == 0, text
+    assert remark in text
+    assert ("fewer than a batch" in text) == (count < 8)
+    assert ("ends the run after" in text) == ("SOLVER.EPOCHS" in words)
+
+
+def test_a_foreign_checkpoint_beside_is_named_when_there_is_nothing_to_resume(
+    photographs, tmp_path
+):
+    torch.save({"state_dict": {}}, tmp_path / "moco_v2_800ep.pth")
+    words = ["--data", photographs, "--output-dir", tmp_path, *TINY, "SOLVER.MAX_ITER", 1]
+    code, text = run("--resume", *words)
+    assert code == 0, text
+    assert "(only moco_v2_800ep.pth, of another origin): starting at iteration 0" in text
+
+
+def test_a_lost_loader_process_is_one_sentence(photographs, tmp_path):
+    words = ["--data", photographs, "--output-dir", tmp_path, *TINY, "DATALOADER.NUM_WORKERS", 1]
+    started = Run(*words, "SOLVER.MAX_ITER", 100000)
+    started.wait_for("iter   2/")
+    pid = started.ranks[0].pid
+    (worker, *_) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    os.kill(int(worker), signal.SIGKILL)
+    assert started.wait() == [1], started.text
+    assert "error: A data-loading process was lost (DataLoader worker" in started.text
+    assert "Traceback" not in started.text
 
 
 def test_the_run_does_not_depend_on_the_number_of_workers(photographs, tmp_path):

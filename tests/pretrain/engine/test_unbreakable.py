@@ -142,7 +142,12 @@ def mount(folder, size):
 
 @pytest.mark.parametrize(
     ("number", "ranks", "status"),
-    [(signal.SIGTERM, 2, 143), (signal.SIGUSR1, 1, 138), (signal.SIGINT, 1, 130)],
+    [
+        (signal.SIGTERM, 2, 143),
+        (signal.SIGUSR1, 1, 138),
+        (signal.SIGINT, 1, 130),
+        (signal.SIGHUP, 1, 129),
+    ],
 )
 def test_a_stopped_run_saves_its_last_step_and_goes_on_as_if_never_stopped(
     photographs, whole, tmp_path, number, ranks, status
@@ -244,6 +249,8 @@ def test_a_loss_that_is_not_finite_is_told_with_its_first_step(photographs, tmp_
     assert code == 1
     assert "Traceback" not in text
     assert "error: The loss is nan at iteration 2: lower SOLVER.BASE_LR" in text
+    assert ("use --resume to continue from the checkpoint of iteration 1" in text) == (save == 1)
+    assert ("no checkpoint has been saved yet" in text) == (save != 1)
     if save == 1:
         state = checkpoint.load(tmp_path / LAST)
         assert state["step"] == 1
