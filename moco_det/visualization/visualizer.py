@@ -5,19 +5,14 @@ from typing import Any
 
 import numpy as np
 from detectron2.utils.visualizer import VisImage, Visualizer
-from matplotlib.font_manager import get_font_names
 from numpy.typing import NDArray
 
-from moco_det.visualization.figure import literal
+from moco_det.visualization.figure import fonts, literal
 
 LineStyle = tuple[float, Sequence[float]]
 SOLID: LineStyle = (0, ())
 DASHED: LineStyle = (0, (3, 2))
 DOTTED: LineStyle = (0, (1, 1))
-# Matplotlib's own font has no Chinese, Japanese or Korean; these do, where they are installed.
-CJK_FONTS = ("Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans JP", "Noto Sans SC", "PingFang SC",
-             "Hiragino Sans", "Microsoft YaHei", "WenQuanYi Zen Hei", "IPAGothic")  # fmt: skip
-FONTS = ["DejaVu Sans", *sorted(set(CJK_FONTS) & set(get_font_names()))]
 
 
 def lighter(color: NDArray[np.uint8]) -> NDArray[np.floating]:
@@ -50,7 +45,7 @@ class ObjectVisualizer(Visualizer):
     def draw_text(self, text: str, position: Sequence[float], **options: Any) -> VisImage:
         output = super().draw_text(literal(text), position, **options)
         drawn = output.ax.texts[-1]
-        drawn.set_fontfamily(FONTS)
+        drawn.set_fontfamily(fonts())
         extent = drawn.get_window_extent()  # pixels; y runs up
         x, y = drawn.get_position()
         right = max(0.0, extent.x1 + 2 - output.width)
