@@ -103,7 +103,7 @@ def _register(cfg: CfgNode, train: Sequence[str]) -> list[str] | None:
     classes = list(cfg.DATASETS.CLASSES or union) or None
     for spec, own in data.items():
         if own is not None:
-            own.register(classes, strict=cfg.DATASETS.STRICT)
+            own.register(classes, strict=cfg.DATASETS.STRICT, masks=cfg.MODEL.MASK_ON)
         else:
             _check_known(cfg, spec, classes)
     return classes

@@ -1,7 +1,9 @@
 """Own data sets by spec, checked as they are read.
 
-``voc:DIR:SPLIT`` is a folder in PASCAL VOC layout, ``coco:JSON:IMAGES`` an annotation file in COCO
-format with its image folder, ``semseg:IMAGES:LABELS`` images with label files. Any other text is
+``voc:DIR:SPLIT`` is a folder of PASCAL VOC annotations, ``coco:DIR:SPLIT`` one of COCO's and
+``yolo:DIR:SPLIT`` one of YOLO's, in the layouts that tools write; ``coco:JSON:IMAGES`` is an
+annotation file with its image folder, ``semseg:IMAGES:LABELS`` images with label files. A share, as
+in ``voc:DIR:90%`` and ``voc:DIR:90%-rest``, makes two splits where there is none. Any other text is
 the name of a data set that Detectron2 knows. The classes are read from the data.
 """
 
@@ -21,26 +23,42 @@ from moco_common.files import write_json_atomically
 from moco_common.text import counted
 from moco_det.data.catalog import Record, add_to_catalogs, dataset_report
 from moco_det.data.datasets.coco import read_coco
-from moco_det.data.datasets.findings import DatasetReport, SemanticReport, collector_paused
+from moco_det.data.datasets.coco_layouts import find_coco
+from moco_det.data.datasets.coco_masks import settle_masks
+from moco_det.data.datasets.findings import (
+    CONSEQUENCES,
+    DatasetReport,
+    SemanticReport,
+    collector_paused,
+)
 from moco_det.data.datasets.sem_seg import IGNORE_LABEL, is_semantic, read_semantic
 from moco_det.data.datasets.voc import VOCFolder
+from moco_det.data.datasets.yolo import read_yolo
+from moco_det.data.shares import Share, split_share
 
 __all__ = ["DatasetReport", "OwnData", "dataset_report", "read", "register", "write_findings"]
-FORMS = "voc:DIR:SPLIT, coco:JSON:IMAGES, semseg:IMAGES:LABELS or a name that Detectron2 knows"
+FORMS = (
+    "voc:DIR:SPLIT, coco:DIR:SPLIT, yolo:DIR:SPLIT, coco:JSON:IMAGES, semseg:IMAGES:LABELS or a "
+    "name that Detectron2 knows"
+)
 
 
-def register(spec: str, classes: Sequence[str] | None = None, *, strict: bool = False) -> str:
+def register(
+    spec: str, classes: Sequence[str] | None = None, *, strict: bool = False, masks: bool = True
+) -> str:
     """Read and check a data set, and register it with Detectron2 under its spec.
 
     Each call reads the data anew. Catalogs belong to a process.
 
     Args:
-        spec: ``voc:DIR:SPLIT`` (the split ``all`` needs no ``ImageSets``), ``coco:JSON:IMAGES``,
-            ``semseg:IMAGES:LABELS``, or one of Detectron2's own names.
+        spec: one of the forms above (the split ``all`` is every annotated image), or one of
+            Detectron2's own names.
         classes: class names in the order of the training set, for a test set. By default the data
             set's own: for a VOC folder all classes of the folder, sorted, so that its splits
             agree; for a COCO file its categories by id.
         strict: whether a finding is an error instead of an entry in the report.
+        masks: whether masks are wanted. Without, they are not judged, and no object is left out
+            for its mask.
 
     Returns:
         The name in ``DatasetCatalog`` and ``MetadataCatalog``, which is the spec. Annotations hold
@@ -60,7 +78,7 @@ def register(spec: str, classes: Sequence[str] | None = None, *, strict: bool = 
     if data is None:
         check_known(spec, classes)
     else:
-        data.register(classes, strict=strict)
+        data.register(classes, strict=strict, masks=masks)
     return spec
 
 
@@ -80,7 +98,9 @@ class OwnData:
     metadata: dict[str, Any]
     report: DatasetReport
 
-    def register(self, classes: Sequence[str] | None = None, *, strict: bool = False) -> None:
+    def register(
+        self, classes: Sequence[str] | None = None, *, strict: bool = False, masks: bool = True
+    ) -> None:
         """Number the classes and register the data set, once; see :func:`register`."""
         report = self.report
         report.classes = list(self.classes if classes is None else classes)
@@ -91,6 +111,7 @@ class OwnData:
             self._check_labels(report.classes)
             self.metadata["stuff_classes"] = report.classes
         else:
+            self.metadata |= settle_masks(self.records, report, wanted=masks)
             self._number_classes(report.classes)
             self.metadata["thing_classes"] = report.classes
             counts = [len(record["annotations"]) for record in self.records]
@@ -133,30 +154,54 @@ def read(spec: str, voc_folder: Callable[[Path], VOCFolder] = VOCFolder) -> OwnD
     """
     if not is_spec(spec):
         return None
-    kind, _, rest = spec.partition(":")
     report = SemanticReport(spec) if is_semantic(spec) else DatasetReport(spec)
     with collector_paused():
         if is_semantic(spec):
             records, classes = read_semantic(spec, report)
             metadata = {"evaluator_type": "sem_seg", "ignore_label": IGNORE_LABEL}
-        elif kind == "voc":
-            folder, split = _two_parts(spec, *rest.rpartition(":")[::2])
-            records, classes = voc_folder(Path(folder).expanduser()).read(split, report)
-            metadata = {"evaluator_type": "voc", "has_masks": False, "mask_format": "polygon"}
-            metadata["split"] = split
         else:
-            file, images = map(Path, _two_parts(spec, *_split_at_json(rest)))
-            records, classes, metadata = read_coco(file.expanduser(), images.expanduser(), report)
-            metadata["evaluator_type"] = "coco"
+            whole, share = split_share(spec)
+            records, classes, metadata = _read_objects(whole, spec, share, voc_folder, report)
+            if share is not None and records:
+                records = share.of(records)
     if not records:
         raise UserError(f"{spec} has no usable image{_commonest(report)}")
     return OwnData(spec, records, classes, metadata, report)
 
 
+def _read_objects(
+    whole: str,
+    spec: str,
+    share: Share | None,
+    voc_folder: Callable[[Path], VOCFolder],
+    report: DatasetReport,
+) -> tuple[list[Record], list[str], dict[str, Any]]:
+    """Records, classes and metadata of a data set of boxes, before its share is taken."""
+    kind, _, rest = whole.partition(":")
+    if kind == "coco" and ".json:" in rest:
+        first, second = _split_at_json(rest)
+    elif share is not None and Path(rest).expanduser().is_dir():
+        first, second = rest, "all"
+    else:
+        first, _, second = rest.rpartition(":")
+    _check_parts(spec, first, second)
+    folder = Path(first).expanduser()
+    if kind == "voc":
+        records, classes = voc_folder(folder).read(second, report)
+        return records, classes, {"evaluator_type": "voc", "split": spec[len(f"voc:{first}:") :]}
+    if kind == "yolo":
+        records, classes, metadata = read_yolo(folder, second, report)
+    elif folder.is_dir():
+        records, classes, metadata = read_coco(*find_coco(folder, second), report)
+    else:
+        records, classes, metadata = read_coco(folder, [Path(second).expanduser()], report)
+    return records, classes, {**metadata, "evaluator_type": "coco"}
+
+
 def is_spec(text: str) -> bool:
-    """Whether :func:`read` reads the data set of this name, not Detectron2."""
+    """True if :func:`read` reads the data set of this name, not Detectron2."""
     kind, _, rest = text.partition(":")
-    return is_semantic(text) or (kind in ("voc", "coco") and bool(rest))
+    return is_semantic(text) or (kind in ("voc", "coco", "yolo") and bool(rest))
 
 
 def check_known(name: str, classes: Sequence[str] | None) -> None:
@@ -208,10 +253,9 @@ def contiguous_ids(ids: dict[str, int], classes: list[str]) -> dict[int, int]:
     return mapping
 
 
-def _two_parts(spec: str, first: str, second: str) -> tuple[str, str]:
+def _check_parts(spec: str, first: str, second: str) -> None:
     if not first or not second:
         raise UserError(f"'{spec}' is not a data set: write {FORMS}")
-    return first, second
 
 
 def _split_at_json(rest: str) -> tuple[str, str]:
@@ -227,5 +271,7 @@ def _commonest(report: DatasetReport) -> str:
     groups = report.groups()
     if not groups:
         return ": its list of images is empty"
-    (kind, _), found = max(groups.items(), key=lambda item: len(item[1]))
-    return f": {len(found):,} x {kind} (first: {found[0].file} {found[0].object})".rstrip()
+    causes = {key: found for key, found in groups.items() if key[0] not in CONSEQUENCES}
+    (kind, _), found = max((causes or groups).items(), key=lambda item: len(item[1]))
+    where = f"{found[0].file}, {found[0].object}" if found[0].object else found[0].file
+    return f": {len(found):,} x {kind} (first: {where})"

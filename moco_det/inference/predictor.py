@@ -18,7 +18,7 @@ from moco_det.checkpoint.detector_weights import load_detector, read_detector
 from moco_det.checkpoint.run_checkpointer import newest_checkpoints
 from moco_det.config.defaults import is_semantic_model
 from moco_det.config.protocols import load_config
-from moco_det.data.datasets.voc import IMAGE_SUFFIXES
+from moco_det.data.datasets.image_files import IMAGE_SUFFIXES
 from moco_det.inference.drawings import drawings_near
 from moco_det.inference.video import VIDEO_SUFFIXES, is_video, video_facts
 from moco_det.modeling.detector import build_detector

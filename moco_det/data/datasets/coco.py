@@ -8,64 +8,77 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple
 
+import numpy as np
 from detectron2.structures import BoxMode
 
 from moco_common.errors import UserError
 from moco_det.data.datasets.coco_keypoints import Skeleton, read_keypoints, read_skeleton
-from moco_det.data.datasets.coco_masks import (
-    Mask,
-    MaskError,
-    mask_area,
-    mask_box,
-    read_mask,
-    to_rle,
-)
-from moco_det.data.datasets.findings import DatasetReport
+from moco_det.data.datasets.coco_masks import Mask, MaskError, mask_area, mask_box, read_mask
+from moco_det.data.datasets.findings import DatasetReport, Finding
+from moco_det.data.datasets.image_files import ImageFolder
 from moco_det.data.datasets.image_frame import (
     Frame,
     ImageHeader,
     find_frame,
     mend_box,
+    ordered_corners,
     read_headers,
 )
+from moco_det.data.datasets.units import check_corners, refuse_normalised
+from moco_det.data.datasets.values import are_numbers, is_whole, read_flag, read_id, whole_number
 
 Json = dict[str, Any]
+NAME_KEYS = ("file_name", "filename")  # the format's, and what some tools write
+
+
+class _Object(NamedTuple):
+    """One annotation: its label in the report, its class and the file's entry."""
+
+    label: str
+    class_name: str
+    entry: Json
 
 
 def read_coco(
-    json_file: Path, image_folder: Path, report: DatasetReport
+    json_file: Path, image_folders: Sequence[Path], report: DatasetReport
 ) -> tuple[list[Json], list[str], Json]:
     """Read a COCO data set.
+
+    Args:
+        image_folders: of several, the one that holds the most of the named images is taken.
 
     Returns:
         Detectron2's dataset dicts, with class *names* under ``category_id``, and ``area`` (square
         pixels) in each annotation; the class names by category id; and the metadata
-        ``has_masks``, ``mask_format``, ``category_ids`` (class name -> id in the file) and, with
-        keypoints, ``keypoint_names``, ``keypoint_flip_map`` and ``keypoint_connection_rules``.
+        ``category_ids`` (class name -> id in the file) and, with keypoints, ``keypoint_names``,
+        ``keypoint_flip_map`` and ``keypoint_connection_rules``.
 
     Raises:
-        UserError: the file is not a COCO annotation file, or the folder does not exist.
+        UserError: the file is not a COCO annotation file, or its boxes are not
+            [x, y, width, height] in pixels.
     """
     content = _load(json_file)
-    if not image_folder.is_dir():
-        raise UserError(f"the image folder {image_folder} of {json_file} does not exist")
     file = json_file.name
-    names, category_ids = _read_categories(content["categories"], json_file, report)
-    images = _read_images(content["images"], file, image_folder, report)
-    objects = _objects_by_image(content["annotations"], images, names, file, report)
+    names, category_ids = _read_categories(content, json_file, report)
+    images, aliases = _read_images(content["images"], json_file, image_folders, report)
+    listed = {read_id(entry.get("id")) for entry in content["images"] if isinstance(entry, dict)}
+    objects = _objects_by_image(
+        content["annotations"], images, aliases, listed, names, file, report
+    )
     skeleton = read_skeleton(content["categories"], content["annotations"], file, report)
-
     headers = read_headers([image["path"] for image in images.values()])
+    _check_units(images, headers, objects, file, report)
     records = []
-    for (image_id, image), header in zip(images.items(), headers, strict=True):
-        record = _read_record(image_id, image, header, objects[image_id], names, skeleton, report)
+    for (key, image), header in zip(images.items(), headers, strict=True):
+        record = _read_record(image, header, objects[key], skeleton, report)
         if record is not None:
             records.append(record)
-    classes = list(dict.fromkeys(names[key] for key in sorted(names)))
-    metadata = unify_masks(records, report) | {"category_ids": category_ids}
+    classes = list(dict.fromkeys(names.values()))
+    metadata: Json = {"category_ids": category_ids}
     if skeleton is not None:
         metadata |= skeleton.metadata()
     return records, classes, metadata
@@ -90,20 +103,19 @@ def _load(json_file: Path) -> Json:
     return content
 
 
-def _is_id(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _read_categories(
-    entries: list[Any], json_file: Path, report: DatasetReport
-) -> tuple[dict[int, str], dict[str, int]]:
-    """Category id -> class name, and class name -> the first id that has it."""
+    content: Json, json_file: Path, report: DatasetReport
+) -> tuple[dict[str, str], dict[str, int]]:
+    """Category id -> class name, by ascending id, and class name -> the first id that has it.
+
+    Ids that are not whole numbers are replaced by 1, 2, ... in the second.
+    """
     kinds: dict[str, dict[str, None]] = defaultdict(dict)  # the supercategories under one name
-    read: dict[int, tuple[str, str]] = {}
-    for number, entry in enumerate(entries, start=1):
+    read: dict[str, tuple[str, str]] = {}
+    for number, entry in enumerate(content["categories"], start=1):
         entry = entry if isinstance(entry, dict) else {}
-        key, name = entry.get("id"), entry.get("name")
-        if not _is_id(key) or not isinstance(name, str) or not name.strip():
+        key, name = read_id(entry.get("id")), entry.get("name")
+        if key is None or not isinstance(name, str) or not name.strip():
             report.add(
                 "category unreadable", json_file.name, f"category {number}", action="skipped"
             )
@@ -115,9 +127,11 @@ def _read_categories(
                 f"'{entry_read[0]}': give each category its own id"
             )
         kinds[entry_read[0]][entry_read[1]] = None
-    names: dict[int, str] = {}
+    _leave_out_root(read, content["annotations"], report)
+    whole = all(map(is_whole, read))
+    names: dict[str, str] = {}
     first_ids: dict[str, int] = {}
-    for key in sorted(read):
+    for position, key in enumerate(sorted(read, key=int if whole else str), start=1):
         name, kind = read[key]
         if len(kinds[name]) > 1:  # a mouse is an animal or a device: two classes
             report.add(
@@ -127,84 +141,186 @@ def _read_categories(
         elif name in first_ids:
             report.add("category name twice", json_file.name, f"'{name}'", action="made one class")
         names[key] = name
-        first_ids.setdefault(name, key)
+        first_ids.setdefault(name, int(key) if whole else position)
     return names, first_ids
 
 
+def _leave_out_root(
+    read: dict[str, tuple[str, str]], annotations: list[Any], report: DatasetReport
+) -> None:
+    """Leave out the category that Roboflow puts above all others: it has no object of its own."""
+    for key, (name, kind) in list(read.items()):
+        others = [other for index, (_, other) in read.items() if index != key]
+        if kind == "none" and others and all(other == name for other in others):
+            used = any(
+                isinstance(entry, dict) and read_id(entry.get("category_id")) == key
+                for entry in annotations
+            )
+            if not used:
+                del read[key]
+                report.notes.append(
+                    f"the category '{name}' (id {key}) has no object and is only the supercategory "
+                    "of the others: left out of the classes"
+                )
+
+
 def _read_images(
-    entries: list[Any], file: str, folder: Path, report: DatasetReport
-) -> dict[int | str, Json]:
-    """Image id -> entry with ``path``, by ascending id, without those that have no file."""
-    found: dict[str, list[Path]] | None = None  # files by bare name, listed when first needed
-    images: dict[int | str, Json] = {}
+    entries: list[Any], json_file: Path, folders: Sequence[Path], report: DatasetReport
+) -> tuple[dict[str, Json], dict[str, str]]:
+    """Image id -> entry with ``image_id`` and ``path``, by ascending id, without those that have
+    no file; and the ids of entries that list the image of another one -> that one's."""
+    read: dict[str, Json] = {}
+    ambiguous: set[str] = set()  # ids of several files, whose objects could be of either
+    file, other_key = json_file.name, 0
     for number, entry in enumerate(entries, start=1):
         entry = entry if isinstance(entry, dict) else {}
-        key, name = entry.get("id"), entry.get("file_name")
-        if not (_is_id(key) or isinstance(key, str)) or not isinstance(name, str) or not name:
-            report.add("image entry unreadable", file, f"image {number}", action="image skipped")
+        key = read_id(entry.get("id"))
+        names = [entry[name] for name in NAME_KEYS if isinstance(entry.get(name), str)]
+        if key is None or not names or not names[0]:
+            missing = "an id" if key is None else f"a name under '{NAME_KEYS[0]}'"
+            kind = "image entry unreadable"
+            report.add(kind, file, f"image {number} (it lacks {missing})", action="image skipped")
             continue
-        if key in images:
+        other_key += NAME_KEYS[0] not in entry
+        if key in read:
             report.add("image id twice", file, f"image {number} (id {key})", action="image skipped")
+            if names[0] != read[key]["file_name"]:
+                ambiguous.add(key)
             continue
-        path = folder / name
-        if "\0" in name or not path.is_file():
-            if found is None:
-                found = defaultdict(list)
-                for root, _, files in os.walk(folder):
-                    for bare in files:
-                        found[bare].append(Path(root, bare))
-            candidates = found.get(name.replace("\\", "/").rpartition("/")[2], [])
-            if len(candidates) != 1:
-                report.add("image missing", name, action="image skipped")
-                continue
-            path = candidates[0]
-            report.add("image in another folder", name, action="found by its name")
-        images[key] = {**entry, "path": path.absolute()}
-    if all(_is_id(key) for key in images):
-        return dict(sorted(images.items()))
+        read[key] = {**entry, "image_id": entry["id"], "file_name": names[0]}
+    for key in sorted(ambiguous):
+        where = f"the first image of the id {key}, as its objects may be of either"
+        report.add("image id twice", file, where, action="image skipped")
+        del read[key]
+    if other_key:
+        report.add(f"images named under '{NAME_KEYS[1]}'", file, action="read as 'file_name'")
+    folder = _fullest(folders, [image["file_name"] for image in read.values()], json_file)
+    finder = ImageFolder(folder, around=(folder.parent, json_file.parent))
+    paths = finder.find([image["file_name"] for image in read.values()], report)
+
+    aliases: dict[str, str] = {}
+    first: dict[str, str] = {}  # path -> id
+    images: dict[str, Json] = {}
+    for (key, image), path in zip(read.items(), paths, strict=True):
+        if path is None:
+            continue
+        aliases[key] = first.setdefault(os.path.normpath(path.absolute()), key)
+        if aliases[key] == key:
+            images[key] = {**image, "path": path.absolute()}
+        elif _size(image) == _size(images[aliases[key]]):
+            where = f"ids {aliases[key]} and {key}"
+            report.add("image listed twice", image["file_name"], where, action="made one image")
+        else:
+            del aliases[key]
+            where = f"id {key}, with another size"
+            report.add("image listed twice", image["file_name"], where, action="image skipped")
     # The COCO API sorts ids, so they must be of one type.
-    return {str(key): images[key] for key in sorted(images, key=str)}
+    whole = all(whole_number(image["image_id"]) is not None for image in images.values())
+    for key, image in images.items():
+        image["image_id"] = int(key) if whole else key
+    return {k: images[k] for k in sorted(images, key=int if whole else str)}, aliases
+
+
+def _fullest(folders: Sequence[Path], names: list[str], json_file: Path) -> Path:
+    """The folder that holds the most of some images.
+
+    Raises:
+        UserError: none of the folders exists.
+    """
+    there = [folder for folder in folders if folder.is_dir()]
+    if not there:
+        near = ImageFolder(folders[0], around=(json_file.parent,)).nearest(
+            names[0] if names else ""
+        )
+        hint = f": the nearest image is {near}" if near else ""
+        raise UserError(f"the image folder {folders[0]} of {json_file} does not exist{hint}")
+    if len(there) == 1:
+        return there[0]
+    sample = names[:: max(1, len(names) // 50)]
+    return max(there, key=lambda f: sum(os.path.isfile(os.path.join(f, n)) for n in sample))
 
 
 def _objects_by_image(
     entries: list[Any],
-    images: dict[int | str, Json],
-    names: dict[int, str],
+    images: dict[str, Json],
+    aliases: dict[str, str],
+    listed: set[str | None],
+    names: dict[str, str],
     file: str,
     report: DatasetReport,
-) -> dict[int | str, list[tuple[str, Json]]]:
-    """Image id -> (name for the report, entry) of its annotations."""
-    as_text = any(isinstance(key, str) for key in images)
-    objects: dict[int | str, list[tuple[str, Json]]] = defaultdict(list)
+) -> dict[str, list[_Object]]:
+    """Image id -> its annotations."""
+    objects: dict[str, list[_Object]] = defaultdict(list)
     for number, entry in enumerate(entries, start=1):
         entry = entry if isinstance(entry, dict) else {}
-        image_id, category = entry.get("image_id"), entry.get("category_id")
+        image_id, category = read_id(entry.get("image_id")), read_id(entry.get("category_id"))
         obj = f"annotation {entry.get('id', f'number {number}')}"
-        if not (_is_id(image_id) or isinstance(image_id, str)) or not _is_id(category):
+        if image_id is None or category is None:
             report.add("annotation unreadable", file, obj, action="object skipped")
         elif category not in names:
             kind = f"category id {category} not in the list of categories"
             report.add(kind, file, obj, action="object skipped")
-        elif (image_id := str(image_id) if as_text else image_id) not in images:
+        elif image_id not in listed:
+            kind = "annotation of an image that is not listed"
+            report.add(kind, file, f"{obj} (image id {image_id})", action="object skipped")
+        elif (key := aliases.get(image_id)) is None:
             report.add("annotation without a usable image", file, obj, action="object skipped")
         else:
-            objects[image_id].append((f"{obj} ({names[category]})", entry))
+            objects[key].append(_Object(f"{obj} ({names[category]})", names[category], entry))
     return objects
 
 
+def _each_once(objects: list[_Object], file: str, report: DatasetReport) -> Iterator[_Object]:
+    """The objects of one image without those that are in all the same as an earlier one."""
+    seen: dict[tuple[Any, ...], list[_Object]] = defaultdict(list)
+    for found in objects:
+        if are_numbers(found.entry.get("bbox"), 4):
+            same = seen[(read_id(found.entry["category_id"]), *found.entry["bbox"])]
+            if any(_alike(found.entry, other.entry) for other in same):
+                report.add("object listed twice", file, found.label, action="taken once")
+                continue
+            same.append(found)
+        yield found
+
+
+def _alike(entry: Json, other: Json) -> bool:
+    """True if two objects of one class and one box are the same in all but id and area."""
+    keys = (entry.keys() | other.keys()) - {"id", "image_id", "area"}
+    return all(entry.get(key) == other.get(key) for key in keys)
+
+
+def _check_units(
+    images: dict[str, Json],
+    headers: Sequence[ImageHeader | str],
+    objects: dict[str, list[_Object]],
+    file: str,
+    report: DatasetReport,
+) -> None:
+    """Check that boxes are pixels, as [x, y, width, height]."""
+    boxes, sizes = [], []
+    for (key, image), header in zip(images.items(), headers, strict=True):
+        if isinstance(header, ImageHeader):
+            size = _size(image) or header.shown
+            for found in objects[key]:
+                if are_numbers(found.entry.get("bbox"), 4):
+                    boxes.append(found.entry["bbox"])
+                    sizes.append(size)
+    array = np.array(boxes, dtype=np.float64).reshape(-1, 4)
+    refuse_normalised(array, report.spec, "pixels")
+    check_corners(array, np.array(sizes).reshape(-1, 2), report.spec, file, report)
+
+
 def _size(entry: Json) -> tuple[int, int] | None:
-    width, height = entry.get("width"), entry.get("height")
-    if _is_id(width) and _is_id(height) and 0 < width < 1e9 and 0 < height < 1e9:
+    width, height = whole_number(entry.get("width")), whole_number(entry.get("height"))
+    if width and height and 0 < width < 1e9 and 0 < height < 1e9:
         return width, height
     return None
 
 
 def _read_record(
-    image_id: int | str,
     image: Json,
     header: ImageHeader | str,
-    objects: list[tuple[str, Json]],
-    names: dict[int, str],
+    objects: list[_Object],
     skeleton: Skeleton | None,
     report: DatasetReport,
 ) -> Json | None:
@@ -212,38 +328,27 @@ def _read_record(
     if isinstance(header, str):
         report.add(header, file, action="image skipped")
         return None
-    boxes = [entry["bbox"] for _, entry in objects if are_numbers(entry.get("bbox"), 4)]
+    boxes = [o.entry["bbox"] for o in objects if are_numbers(o.entry.get("bbox"), 4)]
     corners = [(x, y, x + w, y + h) for x, y, w, h in boxes]
     frame = find_frame(header, _size(image), corners, report, file)
     if frame is None:
         return None
     annotations = [
-        read_object(obj, entry, frame, names, skeleton, report, file) for obj, entry in objects
+        _read_object(found, frame, skeleton, report, file)
+        for found in _each_once(objects, file, report)
     ]
     return {
         "file_name": str(image["path"]),
-        "image_id": image_id,
+        "image_id": image["image_id"],
         "width": frame.width,
         "height": frame.height,
         "annotations": [annotation for annotation in annotations if annotation is not None],
     }
 
 
-def are_numbers(value: Any, count: int) -> bool:
-    """Whether ``value`` is a list of ``count`` finite numbers."""
-    if not isinstance(value, list) or len(value) != count:
-        return False
-    for number in value:  # a plain loop: this is called for every object
-        if not isinstance(number, (int, float)) or not abs(number) < 1e9:  # also if NaN
-            return False
-    return True
-
-
-def read_object(
-    obj: str,
-    entry: Json,
+def _read_object(
+    found: _Object,
     frame: Frame,
-    names: dict[int, str],
     skeleton: Skeleton | None,
     report: DatasetReport,
     file: str,
@@ -251,41 +356,46 @@ def read_object(
     """One object as Detectron2's annotation, or None where it cannot be used.
 
     Args:
-        obj: the name of the object in the report, under ``file``.
-        names: category id -> class name, which goes under ``category_id``.
         skeleton: the keypoints to read, if any.
     """
+    obj, class_name, entry = found
     mask: Mask | None = None
+    fault: Finding | None = None
     if entry.get("segmentation"):
         try:
-            mask, dropped = read_mask(entry["segmentation"], frame)
+            mask, dropped = read_mask(entry["segmentation"], entry.get("bbox"), frame)
         except MaskError as error:
-            report.add(f"mask unreadable: {error}", file, obj, action="object skipped")
-            return None
-        if dropped:
-            kind = "polygon of fewer than three points"
-            report.add(kind, file, obj, action="left out of the object's mask")
+            fault = Finding(f"mask unreadable: {error}", file, obj, "object skipped")
+        else:
+            if dropped:
+                kind = "polygon of fewer than three points"
+                fault = Finding(kind, file, obj, "left out of the object's mask")
     if are_numbers(entry.get("bbox"), 4):
         x, y, w, h = entry["bbox"]
-        box = mend_box(frame.box([x, y, x + w, y + h]), frame, report, file, obj)
+        stated = ordered_corners([x, y, x + w, y + h], report, file, obj)
+        box = stated and mend_box(frame.box(stated), frame, report, file, obj)
     elif mask is not None and not entry.get("bbox"):
         report.add("box missing", file, obj, action="taken from its mask")
         box = mend_box(mask_box(mask, frame), frame, report, file, obj)
     else:
         report.add("box unreadable", file, obj, action="object skipped")
         return None
-    if box is None:
+    if not box:
         return None
-    crowd = entry.get("iscrowd", 0) in (1, True)
-    if entry.get("ignore") and not crowd:
+    crowd = read_flag(entry.get("iscrowd") or 0)
+    if crowd is None:
+        report.add("iscrowd unreadable", file, obj, action="taken as 0")
+    if read_flag(entry.get("ignore") or 0) and not crowd:
         report.add("object marked 'ignore'", file, obj, action="treated as a crowd: not counted")
         crowd = True
     annotation: Json = {
-        "category_id": names[entry["category_id"]],
+        "category_id": class_name,
         "bbox": box,
         "bbox_mode": BoxMode.XYXY_ABS,
-        "iscrowd": int(crowd),
+        "iscrowd": int(bool(crowd)),
     }
+    if fault is not None:
+        annotation["mask_finding"] = fault
     if mask is not None:
         annotation["segmentation"] = mask
     if skeleton is not None:
@@ -299,38 +409,3 @@ def read_object(
     else:
         annotation["area"] = (box[2] - box[0]) * (box[3] - box[1])
     return annotation
-
-
-def unify_masks(records: list[Json], report: DatasetReport) -> Json:
-    """Bring all masks into one form. The minority goes: objects without a mask in a data set of
-    masks, or the masks in a data set of boxes."""
-    annotations = [item for record in records for item in record["annotations"]]
-    masked = sum("segmentation" in item for item in annotations)
-    has_masks = masked > 0 and 2 * masked >= len(annotations)
-    for record in records:
-        if not has_masks:
-            for item in record["annotations"]:
-                if item.pop("segmentation", None) is not None:
-                    action = "mask ignored"
-                    report.add("mask in a data set of boxes", record["file_name"], action=action)
-            continue
-        complete = [item for item in record["annotations"] if "segmentation" in item]
-        for item in record["annotations"]:
-            if "segmentation" not in item:
-                obj = f"{item['category_id']} at {[round(v) for v in item['bbox']]}"
-                kind = "object without a mask in a data set of masks"
-                report.add(kind, record["file_name"], obj, action="object skipped")
-        record["annotations"] = complete
-    # Crowds do not count: they are RLE in COCO itself, and never trained on.
-    kinds = {
-        type(item["segmentation"])
-        for record in records
-        for item in record["annotations"]
-        if has_masks and not item["iscrowd"]
-    }
-    if dict not in kinds:
-        return {"has_masks": has_masks, "mask_format": "polygon"}
-    for record in records:
-        for item in record["annotations"]:
-            item["segmentation"] = to_rle(item["segmentation"], record["height"], record["width"])
-    return {"has_masks": True, "mask_format": "bitmask"}

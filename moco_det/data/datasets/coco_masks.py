@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from moco_det.data.datasets.findings import DatasetReport
 from moco_det.data.datasets.image_frame import Frame
+from moco_det.data.datasets.values import are_numbers, read_number
 
 Mask = list[list[float]] | dict[str, Any]
 
@@ -20,8 +22,14 @@ class MaskError(Exception):
     """A mask cannot be read; the message is the reason, in a few words."""
 
 
-def read_mask(segmentation: Any, frame: Frame) -> tuple[Mask, int]:
+def read_mask(segmentation: Any, box: Any, frame: Frame) -> tuple[Mask, int]:
     """Check a COCO ``segmentation`` and bring it into the frame the image is read in.
+
+    Polygons may also be lists of [x, y] points, and an RLE or several, which are joined, may stand
+    in a list. Four numbers are a rectangle if they are the object's box.
+
+    Args:
+        box: the object's box as the file holds it.
 
     Returns:
         The mask, and how many invalid polygons were left out of it.
@@ -33,16 +41,25 @@ def read_mask(segmentation: Any, frame: Frame) -> tuple[Mask, int]:
         return _read_rle(segmentation, frame), 0
     if not isinstance(segmentation, list):
         raise MaskError("neither polygons nor RLE")
+    if segmentation and all(isinstance(part, dict) for part in segmentation):
+        parts = [_read_rle(part, frame) for part in segmentation]
+        return (_as_text(coco_mask.merge(parts)) if len(parts) > 1 else parts[0]), 0
     if segmentation and isinstance(segmentation[0], (int, float)):
         segmentation = [segmentation]  # one polygon without its list
+    elif len(segmentation) > 2 and all(are_numbers(point, 2) for point in segmentation):
+        segmentation = [segmentation]  # the points of one polygon
     polygons = []
     for polygon in segmentation:
         try:
             points = np.asarray(polygon, dtype=np.float64)
         except (TypeError, ValueError, OverflowError):
             raise MaskError("a polygon is no list of numbers") from None
+        if points.ndim == 2 and points.shape[1] == 2:
+            points = points.reshape(-1)
         if points.ndim != 1 or not np.abs(points).max(initial=0) < 1e9:  # also if NaN
             raise MaskError("a polygon is no list of numbers")
+        if len(points) == 4:
+            points = _rectangle(points, box)
         if len(points) >= 6 and len(points) % 2 == 0:
             if frame.matrix is not None:
                 points = frame.points(points.reshape(-1, 2)).reshape(-1)
@@ -54,8 +71,21 @@ def read_mask(segmentation: Any, frame: Frame) -> tuple[Mask, int]:
     return polygons, len(segmentation) - len(polygons)
 
 
+def _rectangle(numbers: np.ndarray, box: Any) -> np.ndarray:
+    """The polygon of the object's box if the numbers are its corners or its [x, y, w, h]."""
+    if not are_numbers(box, 4):
+        return numbers
+    x, y, w, h = box
+    near = (np.abs(numbers - form).max() <= 1 for form in ((x, y, x + w, y + h), (x, y, w, h)))
+    if not any(near):
+        return numbers
+    return np.array([x, y, x + w, y, x + w, y + h, x, y + h], dtype=np.float64)
+
+
 def _read_rle(rle: dict[str, Any], frame: Frame) -> Mask:
     size, counts = rle.get("size"), rle.get("counts")
+    if isinstance(size, list):
+        size = [read_number(side) if isinstance(side, str) else side for side in size]
     turned = frame.matrix is not None and frame.matrix[0, 0] == 0
     if frame.matrix is not None and not turned:
         raise MaskError("RLE of another size than the image")
@@ -156,3 +186,55 @@ def to_rle(mask: Mask, height: int, width: int) -> dict[str, Any]:
     if isinstance(mask, dict):
         return mask
     return _as_text(coco_mask.merge(coco_mask.frPyObjects(mask, height, width)))
+
+
+def settle_masks(
+    records: list[dict[str, Any]], report: DatasetReport, *, wanted: bool
+) -> dict[str, Any]:
+    """Bring the masks of a data set into one form, in place.
+
+    Masks are judged only where they are wanted: without, all objects are kept. With, the minority
+    goes: objects without a mask in a data set of masks, or the masks in a data set of boxes.
+
+    Args:
+        records: their annotations hold ``segmentation`` and, where the mask has a fault,
+            ``mask_finding``.
+
+    Returns:
+        The metadata ``has_masks`` and ``mask_format`` ("polygon" | "bitmask").
+    """
+    annotations = [item for record in records for item in record["annotations"]]
+    findings = {id(item): item.pop("mask_finding", None) for item in annotations}
+    meant = sum("segmentation" in i or findings[id(i)] is not None for i in annotations)
+    some = any("segmentation" in item for item in annotations)
+    has_masks = wanted and some and 2 * meant >= len(annotations)
+    if not has_masks:
+        for record in records:
+            for item in record["annotations"]:
+                if item.pop("segmentation", None) is not None and wanted:
+                    action = "mask ignored"
+                    report.add("mask in a data set of boxes", record["file_name"], action=action)
+        return {"has_masks": False, "mask_format": "polygon"}
+    for record in records:
+        for item in record["annotations"]:
+            finding = findings[id(item)]
+            if finding is not None:
+                report.findings.append(finding)
+            elif "segmentation" not in item:
+                obj = f"{item['category_id']} at {[round(v) for v in item['bbox']]}"
+                kind = "object without a mask in a data set of masks"
+                report.add(kind, record["file_name"], obj, action="object skipped")
+        record["annotations"] = [i for i in record["annotations"] if "segmentation" in i]
+    # Crowds do not count: they are RLE in COCO itself, and never trained on.
+    kinds = {
+        type(item["segmentation"])
+        for record in records
+        for item in record["annotations"]
+        if not item["iscrowd"]
+    }
+    if dict not in kinds:
+        return {"has_masks": True, "mask_format": "polygon"}
+    for record in records:
+        for item in record["annotations"]:
+            item["segmentation"] = to_rle(item["segmentation"], record["height"], record["width"])
+    return {"has_masks": True, "mask_format": "bitmask"}

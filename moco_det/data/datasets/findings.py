@@ -12,6 +12,9 @@ from typing import Any
 from moco_common.files import write_json_atomically
 from moco_common.text import counted
 
+# Kinds that follow from another finding, such as that of the image.
+CONSEQUENCES = frozenset({"annotation without a usable image"})
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -33,17 +36,19 @@ class DatasetReport:
     images_without_objects: int = 0
     classes: list[str] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
+    rounded: int = 0  # boxes that rounding moved up to half a pixel out of their images
+    notes: list[str] = field(default_factory=list)  # what a reader should know and is no fault
 
     def add(self, kind: str, file: object, obj: str = "", *, action: str) -> None:
         """Record a fault of a file, or of an object in it, and how it was handled."""
         self.findings.append(Finding(kind, str(file), obj, action))
 
     def groups(self) -> dict[tuple[str, str], list[Finding]]:
-        """Findings by (kind, action), in order of first occurrence."""
+        """Findings by (kind, action), in order of first occurrence, causes before consequences."""
         groups: dict[tuple[str, str], list[Finding]] = {}
         for finding in self.findings:
             groups.setdefault((finding.kind, finding.action), []).append(finding)
-        return groups
+        return dict(sorted(groups.items(), key=lambda group: group[0][0] in CONSEQUENCES))
 
     def summary(self) -> str:
         """One line about the data set, then one for each kind of finding with its first case."""
@@ -57,6 +62,10 @@ class DatasetReport:
             where = found[0].file + (f", {found[0].object}" if found[0].object else "")
             first = "first: " if len(found) > 1 else ""
             lines.append(f"  {len(found):,} x {kind}: {action} ({first}{where})")
+        if self.rounded:
+            boxes = counted(self.rounded, "box", ",")
+            lines.append(f"  note: rounding puts {boxes} up to half a pixel outside, clipped")
+        lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:

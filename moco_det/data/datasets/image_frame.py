@@ -59,7 +59,8 @@ def read_headers(paths: Sequence[str | os.PathLike[str]]) -> list[ImageHeader | 
         return [header for chunk in read for header in chunk]
 
 
-ROUNDING = 0.01  # pixels by which rounding may move a box out of its image
+# Pixels by which rounding may move a box out of its image; from the second on it is counted.
+ROUNDING, COUNTED = 0.5, 0.01
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,29 @@ def mend_box(
     if inside[2] <= inside[0] or inside[3] <= inside[1]:
         report.add("box outside the image", file, obj, action="object skipped")
         return None
-    if max(abs(a - b) for a, b in zip(inside, box, strict=True)) > ROUNDING:
+    beyond = max(abs(a - b) for a, b in zip(inside, box, strict=True))
+    if beyond > ROUNDING:
         report.add("box partly outside the image", file, obj, action="clipped to the image")
+    elif beyond > COUNTED:
+        report.rounded += 1
     return [float(value) for value in inside]
+
+
+def ordered_corners(
+    corners: Sequence[float], report: DatasetReport, file: str, obj: str
+) -> list[float] | None:
+    """A box (x0, y0, x1, y1), as an annotation states it, with its corners in order.
+
+    None, and the object must be skipped, where the box is empty, or lies between 0 and 1 in a data
+    set of pixels.
+    """
+    x0, y0, x1, y1 = corners
+    if x1 == x0 or y1 == y0:
+        report.add("box empty", file, obj, action="object skipped")
+        return None
+    if min(corners) >= 0 and max(corners) <= 1:
+        report.add("box between 0 and 1, not in pixels", file, obj, action="object skipped")
+        return None
+    if x1 < x0 or y1 < y0:  # the same box from its other corners
+        report.add("box corners swapped", file, obj, action="put in order")
+    return [min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1)]

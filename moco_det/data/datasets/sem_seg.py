@@ -15,9 +15,9 @@ import numpy as np
 from moco_common.errors import UserError
 from moco_common.text import counted
 from moco_det.data.datasets.findings import DatasetReport
+from moco_det.data.datasets.image_files import is_image
 from moco_det.data.datasets.image_frame import read_headers
 from moco_det.data.datasets.label_files import read_labels
-from moco_det.data.datasets.voc import IMAGE_SUFFIXES
 
 IGNORE_LABEL = 255
 CLASS_FILE = "classes.txt"
@@ -86,7 +86,7 @@ def _folder_pairs(spec: str, report: DatasetReport) -> Pairs:
     for folder in (images, labels):
         if not first or not folder.is_dir():
             raise UserError(f"'{spec}': there is no folder {folder}; write semseg:IMAGES:LABELS.")
-    by_stem = {p.stem: p for p in sorted(images.iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES}
+    by_stem = {p.stem: p for p in sorted(images.iterdir()) if is_image(p)}
     labelled = {p.stem: p for p in sorted(labels.iterdir()) if p.suffix.lower() == ".png"}
     for stem in sorted(by_stem.keys() - labelled.keys()):
         report.add("labels missing", by_stem[stem].name, action="image skipped")

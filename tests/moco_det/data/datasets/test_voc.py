@@ -279,3 +279,177 @@ def test_the_report_is_written_with_every_finding(folder, tmp_path):
     ]
     assert written["counts"][0]["count"] == 2
     assert len(report.summary().splitlines()) == 2
+
+
+def test_names_with_blanks_flags_and_suffixes_are_found(folder):
+    for name in ("IMG 1", "IMG 2", "c", "d 1"):
+        folder.add(name, box_xml())
+    folder.ids = ["IMG 1.jpg", "IMG 2  1", "JPEGImages\\c.jpg", "d 1", "e f"]
+    records, report = folder.read()
+    assert list(records) == ["IMG 1", "IMG 2", "c", "d 1"]
+    assert kinds(report) == {("annotation missing", "image skipped"): 1}
+
+
+def test_flags_are_read_as_they_are_written(folder):
+    texts = ["True", "false", "1", "0", "2", "maybe"]
+    objects = [
+        box_xml(box=(2 + number, 3, 20, 30), difficult=f"<difficult>{text}</difficult>")
+        for number, text in enumerate(texts)
+    ]
+    folder.add("a", *objects)
+    records, report = folder.read()
+    assert [item["difficult"] for item in records["a"]["annotations"]] == [1, 0, 1, 0, 1, 0]
+    assert kinds(report) == {("difficult missing", "taken as 0"): 1}
+
+
+def test_namespaces_second_boxes_and_outlines_are_read_or_named(folder):
+    folder.add("plain", box_xml())
+    path = folder.root / "Annotations/plain.xml"
+    path.write_text(path.read_text().replace("<annotation>", '<annotation xmlns="http://a/b">'))
+    second = "<bndbox><xmin>5</xmin><ymin>5</ymin><xmax>9</xmax><ymax>9</ymax></bndbox></object>"
+    polygon = "<polygon><x1>5</x1><y1>8</y1><x2>15</x2><y2>7</y2><x3>9</x3><y3>20</y3></polygon>"
+    rotated = (
+        "<robndbox><cx>30</cx><cy>20</cy><w>20</w><h>10</h><angle>1.5707963267948966</angle>"
+        "</robndbox>"
+    )
+    folder.add(
+        "a",
+        box_xml().replace("</object>", second),
+        f"<object><name>cat</name><difficult>0</difficult>{polygon}</object>",
+        f"<object><name>cat</name><difficult>0</difficult>{rotated}</object>",
+        box_xml(box=(7, 7, 20, 20)),
+        box_xml(box=(7, 7, 20, 20)),
+    )
+    folder.add("other")
+    (folder.root / "Annotations/other.xml").write_text("<svg><g/></svg>")
+    records, report = folder.read()
+    assert boxes(records["plain"]) == [[1, 2, 20, 30]]
+    np.testing.assert_allclose(
+        boxes(records["a"]), [[1, 2, 20, 30], [4, 6, 15, 20], [24, 9, 35, 30], [6, 6, 20, 20]]
+    )
+    assert kinds(report) == {
+        ("object with several boxes", "the first taken"): 1,
+        ("object without a box", "taken around its outline"): 2,
+        ("object listed twice", "taken once"): 1,
+        ("annotation unreadable (its root is <svg>, not <annotation>)", "image skipped"): 1,
+    }
+
+
+def test_an_image_is_never_taken_for_another(folder):
+    """By suffix where two have a name, by spelling, and never one that is another's."""
+    for name in ("a", "b", "Upper", "copied", "copied2", "named"):
+        folder.add(name, box_xml(), image=Image.new("RGB", (64, 48)))
+    annotations, images = folder.root / "Annotations", folder.root / "JPEGImages"
+    for name in ("a", "b"):
+        Image.new("RGB", (64, 48), "white").save(images / f"{name}.png")
+    for name, filename in {
+        "a": "a.png",
+        "copied": "a.jpg",
+        "copied2": "x.jpg",
+        "named": "x2.jpg",
+    }.items():
+        text = (annotations / f"{name}.xml").read_text()
+        text = text.replace("<annotation>", f"<annotation><filename>{filename}</filename>")
+        (annotations / f"{name}.xml").write_text(text)
+    (images / "Upper.jpg").rename(images / "upper.JFIF")
+    (images / "copied.jpg").unlink()
+    (images / "copied2.jpg").rename(images / "stray.jpg")
+    (images / "named.jpg").rename(images / "x2.jpg")
+    records, report = folder.read()
+    assert {key: record["file_name"].rpartition("/")[2] for key, record in records.items()} == {
+        "a": "a.png",
+        "Upper": "upper.JFIF",
+        "named": "x2.jpg",
+    }
+    assert kinds(report) == {
+        ("several images of one name", "image skipped"): 1,
+        ("image name in another spelling", "found"): 1,
+        ("image missing", "image skipped"): 2,
+    }
+
+
+def test_normalised_corners_are_recognised_over_the_data_set(folder):
+    folder.add("a", *(box_xml(box=(0.1, 0.2, 0.3 + n / 10, 0.9)) for n in range(4)))
+    with pytest.raises(UserError, match="4 of 4 boxes lie between 0 and 1, so they are normalised"):
+        folder.read()
+    folder.add("b", *(box_xml(box=(1, 2, 9 + n, 12)) for n in range(6)))
+    records, report = folder.read()
+    assert len(boxes(records["a"])) == 0
+    assert kinds(report) == {("box between 0 and 1, not in pixels", "object skipped"): 4}
+
+
+def test_rounding_is_one_line_and_no_finding(folder):
+    folder.add("a", box_xml(box=(0.6, 0.9, 20, 48.4)), box_xml(box=(9, 9, 20, 48.6)))
+    records, report = folder.read()
+    assert boxes(records["a"]) == [[0, 0, 20, 48], [8, 8, 20, 48]]
+    assert kinds(report) == {("box partly outside the image", "clipped to the image"): 1}
+    assert "note: rounding puts 1 box up to half a pixel outside" in report.summary()
+
+
+LAYOUTS = {
+    "side by side": ("{}.xml", "{}.jpg"),
+    "annots": ("annots/{}.xml", "images/{}.jpg"),
+    "label/image": ("label/{}.xml", "image/{}.jpg"),
+    "images inside annots": ("annots/{}.xml", "annots/images/{}.jpg"),
+    "Annotations and images": ("Annotations/{}.xml", "Images/{}.jpg"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_is_found_by_itself(tmp_path, layout):
+    for number in range(1, 4):
+        text = f"<annotation>{size_xml(64, 48)}{box_xml(box=(number, 3, 20, 30))}</annotation>"
+        xml, image = (tmp_path / form.format(f"IMG {number}") for form in LAYOUTS[layout])
+        for path in (xml, image):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        xml.write_text(text)
+        Image.new("L", (64, 48)).save(image)
+    (tmp_path / "._IMG 1.xml").write_bytes(b"\0\5\26\7")
+    records = DatasetCatalog.get(register(f"voc:{tmp_path}:all", strict=True))
+    assert [boxes(record) for record in records] == [[[n - 1, 2, 20, 30]] for n in range(1, 4)]
+    (tmp_path / "train.txt").write_text("IMG 2\nIMG 3.jpg\n")
+    records = DatasetCatalog.get(register(f"voc:{tmp_path}:train", strict=True))
+    assert [record["image_id"] for record in records] == ["IMG 2", "IMG 3"]
+
+
+def test_folders_of_side_by_side_files_are_splits(tmp_path):
+    for split, name in (("train", "1"), ("train", "2"), ("valid", "1")):
+        (tmp_path / split).mkdir(exist_ok=True)
+        Image.new("L", (64, 48)).save(tmp_path / split / f"{name}.jpg")
+        text = f"<annotation>{box_xml()}{size_xml(64, 48)}</annotation>"
+        (tmp_path / split / f"{name}.xml").write_text(text)
+    Image.new("L", (64, 48)).save(tmp_path / "train/no_xml.jpg")
+    name = register(f"voc:{tmp_path}:train")
+    assert [record["image_id"] for record in DatasetCatalog.get(name)] == ["train/1", "train/2"]
+    (finding,) = dataset_report(name).findings
+    assert (finding.kind, finding.file) == ("image without an annotation", "train/no_xml.jpg")
+    assert len(DatasetCatalog.get(register(f"voc:{tmp_path}:valid", strict=True))) == 1
+    with pytest.raises(UserError, match="1 x image without an annotation: passed over"):
+        register(f"voc:{tmp_path}:all", strict=True)
+    with pytest.raises(UserError, match="no split 'test' .*: train, valid, all; or a share"):
+        register(f"voc:{tmp_path}:test")
+    with pytest.raises(UserError, match="holds no XML file"):
+        register(f"voc:{(tmp_path / 'empty').mkdir() or tmp_path / 'empty'}:all")
+
+
+def test_a_share_and_its_rest_are_a_stratified_split(folder):
+    for number in range(40):
+        folder.add(f"{number:02}", box_xml("rare" if number % 10 == 0 else "common"))
+    names = [register(f"voc:{folder.root}:{share}") for share in ("75%", "75%-rest")]
+    first, rest = (
+        {record["image_id"]: record["annotations"] for record in DatasetCatalog.get(name)}
+        for name in names
+    )
+    assert (len(first), len(rest)) == (30, 10)
+    assert not first.keys() & rest.keys()
+    assert [sum(a[0]["category_id"] == 1 for a in part.values()) for part in (first, rest)] == [
+        3,
+        1,
+    ]
+    again = {record["image_id"] for record in DatasetCatalog.get(register(names[0]))}
+    assert again == first.keys()
+    folder.read("train")
+    assert len(DatasetCatalog.get(register(f"voc:{folder.root}:train:50%"))) == 20
+    for share in ("0%", "100%"):
+        with pytest.raises(UserError, match="a share must be above 0 % and below 100 %"):
+            register(f"voc:{folder.root}:{share}")
