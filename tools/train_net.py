@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add = result.add_argument
     add("--config", metavar="NAME|FILE", help="protocol (VOC, COCO-FPN-1x, ...) or YAML file")
-    specs = "voc:DIR:SPLIT, coco:JSON:IMAGES, semseg:IMAGES:LABELS, or a data set of Detectron2's"
+    specs = "{voc,coco,yolo}:DIR:SPLIT, coco:JSON:IMAGES, semseg:IMAGES:LABELS, a Detectron2 name"
     add("--train-data", nargs="+", default=(), metavar="SPEC", help=specs)
     add("--test-data", metavar="SPEC", help="data to evaluate on, as for --train-data")
     ranks = "number of processes: one per GPU, or N on the CPU (default: 1; not with torchrun)"

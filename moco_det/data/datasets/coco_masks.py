@@ -211,9 +211,10 @@ def settle_masks(
     if not has_masks:
         for record in records:
             for item in record["annotations"]:
-                if item.pop("segmentation", None) is not None and wanted:
-                    action = "mask ignored"
-                    report.add("mask in a data set of boxes", record["file_name"], action=action)
+                masked, finding = item.pop("segmentation", None) is not None, findings[id(item)]
+                if wanted and (masked or finding is not None):
+                    kind = finding.kind if finding else "mask in a data set of boxes"
+                    report.add(kind, record["file_name"], action="mask ignored")
         return {"has_masks": False, "mask_format": "polygon"}
     for record in records:
         for item in record["annotations"]:

@@ -656,3 +656,12 @@ def test_a_share_and_its_rest_make_up_the_whole(file):
     assert [len(part) for part in parts] == [16, 4]
     ids = sorted(record["image_id"] for part in parts for record in part)
     assert ids == list(range(1, 21))
+
+
+def test_masks_none_of_which_is_readable_are_named_and_the_boxes_kept(file):
+    file.add(1, {**BOX, "segmentation": [[]]}, {"bbox": [2, 2, 9, 9], "segmentation": "mask"})
+    records, report, metadata = file.read()
+    assert (len(records[1]["annotations"]), metadata.has_masks) == (2, False)
+    assert set(kinds(report).values()) == {1}
+    assert {action for _, action in kinds(report)} == {"mask ignored"}
+    assert file.read(masks=False)[1].findings == []

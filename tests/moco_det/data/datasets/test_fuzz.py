@@ -289,3 +289,83 @@ def test_the_undamaged_annotation_is_read(voc_folder):
 @given(data=damaged_xml())
 def test_damaged_xml_gives_a_finding_or_the_boxes_it_states(voc_folder, data):
     check_voc(voc_folder, data)
+
+
+LINES = [
+    "0 0.5 0.5 0.25 0.5",
+    "1 0.9 0.5 0.4 0.5",
+    "1 0.1 0.1 0.6 0.2 0.5 0.9 0.2 0.8",
+    "0 0.2 0.2 0.1 0.1",
+]
+WORDS = st.sampled_from([*"0 1 -1 2 0.5 0.999 1.001 1.5 20 1e9 nan inf x é".split(), "1e-9", ""])
+
+
+@st.composite
+def damaged_labels(draw):
+    """Labels with one to four words replaced, removed or doubled; or bytes lost."""
+    rows = [line.split() for line in LINES]
+    for _ in range(draw(st.integers(1, 4))):
+        row = draw(st.sampled_from([row for row in rows if row] or [["0"]]))
+        at = draw(st.integers(0, len(row) - 1))
+        action = draw(st.sampled_from(["replace", "replace", "remove", "double"]))
+        if action == "replace":
+            row[at] = draw(WORDS)
+        elif action == "remove":
+            del row[at]
+        else:
+            row.insert(at, row[at])
+    data = "\n".join(map(" ".join, rows)).encode()
+    if draw(st.integers(0, 3)) == 0:
+        at, count = draw(st.integers(0, len(data))), draw(st.integers(0, 3))
+        data = data[:at] + draw(st.binary(max_size=2)) + data[at + count :]
+    return data
+
+
+def check_yolo(folder, data):
+    """As :func:`check_coco`, of one label file."""
+    (folder / "1.txt").write_bytes(data)
+    try:
+        name = register(f"yolo:{folder}:all", masks=False)
+    except UserError:
+        return False
+    (record,) = [r for r in DatasetCatalog.get(name) if r["image_id"] == "1"]
+    stated = set()
+    for line in data.decode("utf-8-sig", errors="replace").splitlines():
+        try:
+            number, *values = map(float, line.split())
+        except ValueError:
+            continue
+        if len(values) == 4:
+            cx, cy, w, h = values
+            corners = (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
+        elif len(values) >= 6 and len(values) % 2 == 0:
+            corners = (min(values[::2]), min(values[1::2]), max(values[::2]), max(values[1::2]))
+        else:
+            continue
+        if all(map(math.isfinite, corners)):
+            box = clipped(*np.multiply(corners, (WIDTH, HEIGHT) * 2))
+            stated.add((number, *np.round(box, 6)))
+    for item in record["annotations"]:
+        x0, y0, x1, y1 = item["bbox"]
+        assert 0 <= x0 < x1 <= WIDTH
+        assert 0 <= y0 < y1 <= HEIGHT
+        assert (item["category_id"], *np.round(item["bbox"], 6)) in stated
+        assert item["area"] > 0
+    return True
+
+
+@pytest.fixture
+def yolo_folder(tmp_path):
+    (tmp_path / "data.yaml").write_text("names: [cat, dog]")
+    Image.new("L", (WIDTH, HEIGHT)).save(tmp_path / "1.jpg")
+    return tmp_path
+
+
+def test_the_undamaged_labels_are_read(yolo_folder):
+    assert check_yolo(yolo_folder, "\n".join(LINES).encode())
+
+
+@QUICK
+@given(data=damaged_labels())
+def test_damaged_labels_give_a_finding_or_the_boxes_they_state(yolo_folder, data):
+    check_yolo(yolo_folder, data)
