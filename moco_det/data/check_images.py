@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from detectron2.data import DatasetCatalog
 
 from moco_common.errors import UserError
+from moco_common.files import open_regular
 from moco_common.hardware import cpu_count
-from moco_common.images import DecodeError, open_regular, read_picture
+from moco_common.images import DecodeError, read_picture
 from moco_common.progress import Loop
 from moco_common.text import counted
 from moco_det.data.catalog import dataset_report

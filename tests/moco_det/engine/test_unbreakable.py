@@ -86,7 +86,8 @@ def test_more_processes_than_gpus_are_refused_before_anything_is_read(
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert main(["--num-gpus", "2", *words]) == 1
+    at = words.index("MODEL.DEVICE")
+    assert main(["--num-gpus", "2", *words[:at], *words[at + 2 :]]) == 1
     error = capsys.readouterr().err
     assert (
         error == "error: --num-gpus is 2, but this machine has 1 GPU: start one process per GPU.\n"
