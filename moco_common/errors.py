@@ -85,7 +85,7 @@ def lost_worker_explained() -> Iterator[None]:
         try:
             yield
         except ConnectionResetError:  # met before torch has noticed the death
-            time.sleep(1.0)  # its signal handler raises the error below
+            time.sleep(10.0)  # its signal handler ends this by raising the error below
             raise
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):

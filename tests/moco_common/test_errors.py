@@ -1,14 +1,19 @@
 """The end of a command line: a mistake, a stop and a bug."""
 
 import os
+import re
 import signal
+import subprocess
 import sys
 import traceback
+from pathlib import Path
 
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
 from moco_common.errors import BUG, Stopped, UserError, lost_worker_explained, run_tool
+
+ROOT = Path(__file__).parents[2]
 
 
 def raising(error):
@@ -53,9 +58,16 @@ class Deadly(Dataset):
         return index
 
 
-def test_a_killed_data_loading_process_is_one_sentence():
-    lost = r"was lost \(DataLoader worker .*NUM_WORKERS"
-    with pytest.raises(UserError, match=lost), lost_worker_explained():
+def read_from_a_process_that_is_killed():
+    """To be run in a process of its own: torch raises its error from a signal handler."""
+    with lost_worker_explained():
         list(DataLoader(Deadly(), num_workers=1))
+
+
+def test_a_killed_data_loading_process_is_one_sentence():
+    code = f"from {__name__} import {read_from_a_process_that_is_killed.__name__} as run; run()"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    last = ran.stderr.splitlines()[-1]
+    assert re.search(r"UserError: .* was lost \(DataLoader worker .*NUM_WORKERS", last), ran.stderr
     with pytest.raises(RuntimeError, match="another"), lost_worker_explained():
         raise RuntimeError("another")
