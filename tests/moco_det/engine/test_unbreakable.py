@@ -142,7 +142,7 @@ def test_a_run_on_another_host_is_refused_while_it_lives_and_passed_over_when_de
     (run / NAME).write_text('{"host": "elsewhere", "pid": 7}\n')
     monkeypatch.setattr("moco_common.run_lock.RunLock._beats", lambda lock: True)
     assert main([*words, "SOLVER.MAX_ITER", "1"]) == 1
-    assert "Another run is at work" in capsys.readouterr().err
+    assert "Another run is using" in capsys.readouterr().err
     monkeypatch.setattr("moco_common.run_lock.RunLock._beats", lambda lock: False)
     assert main([*words, "SOLVER.MAX_ITER", "1"]) == 0
 
