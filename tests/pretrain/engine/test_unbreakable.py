@@ -228,7 +228,7 @@ def test_a_second_run_in_the_directory_is_refused_until_the_first_is_dead(photog
     first.wait_for("iter   1/")
     code, text = run("--resume", *words)
     assert code == 1
-    assert "Another run is at work" in text
+    assert "Another run is using" in text
     assert f"process {first.ranks[0].pid} on" in text
     first.wait_until((folder / LAST).exists)
     # Its data-loader worker is left alive for some seconds more, and must not hold the lock.
