@@ -45,7 +45,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Kind:
-    """What the objects of one kind in a scene share: their class and the look of its texture."""
+    """Properties shared by the objects of one kind in a scene: class and look of the texture."""
 
     category: int
     period: float  # pixels

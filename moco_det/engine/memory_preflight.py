@@ -138,7 +138,7 @@ class Report:
 
     @property
     def fits(self) -> bool:
-        """Whether a pass of `images` fits as it is."""
+        """True if a pass of `images` fits as it is."""
         return self._fits(self.images)
 
     def _fits(self, images: int) -> bool:

@@ -21,7 +21,7 @@ __all__ = ["build_evaluator", "evaluated_tasks"]
 
 
 class _Kind(NamedTuple):
-    """How data sets of one ``evaluator_type`` are evaluated."""
+    """The evaluation of data sets of one ``evaluator_type``."""
 
     evaluator: Callable[..., DatasetEvaluator]
     tasks: tuple[str, ...]  # that its metrics know

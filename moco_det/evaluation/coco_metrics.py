@@ -186,7 +186,7 @@ class _Numbers:
 
 
 def _for_task(results: Sequence[Json], task: str, numbers: _Numbers) -> Any:
-    """What one task needs of the results, as both libraries take it.
+    """The part of the results that one task needs, as both libraries take it.
 
     A box's area would decide between small, medium and large: masks therefore go without. With
     keypoints it does decide, as in Detectron2.

@@ -18,7 +18,7 @@ LEAST_SHARE = 0.95  # of the stated frames; the headers of containers are off by
 
 
 def is_video(path: str | Path) -> bool:
-    """Whether a file has the suffix of a video."""
+    """Return True if a file has the suffix of a video."""
     return Path(path).suffix.lower() in VIDEO_SUFFIXES
 
 

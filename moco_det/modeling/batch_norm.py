@@ -42,7 +42,7 @@ def replace_sync_bn(model: nn.Module) -> int:
 
 
 def say_norms(model: nn.Module, *, per_pass: int, passes: int, world_size: int) -> list[str]:
-    """What the batch norms of a model normalise over, and what is to be known about it.
+    """Return what the batch norms of a model normalise over, and what a user should know of it.
 
     Args:
         model: with the norms that it will be trained with.

@@ -1,4 +1,4 @@
-"""What the kept predictions of groups of runs show: errors, curves, and example images."""
+"""Analysis of the kept predictions of groups of runs: errors, curves, and example images."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ def assign(
 
 
 def match(detections: Objects, truth: Objects, iou: float = MATCH_IOU) -> NDArray[np.bool_]:
-    """Whether each detection is right, that is, assigned to an annotation: (N,) bool."""
+    """True for each detection that is right, that is, assigned to an annotation: (N,) bool."""
     return assign(detections, truth, iou) >= 0
 
 

@@ -83,7 +83,7 @@ def differing_keys(a: Group, b: Group) -> list[str]:
 
 
 def _identity(run: Run) -> tuple[Any, ...]:
-    """What the runs of a group have in common."""
+    """Everything that the runs of a group have in common."""
     results = run.results or {}
     weights = Path(run.weights)
     config = {k: v for k, v in run.config.items() if k not in _TRIAL_KEYS}

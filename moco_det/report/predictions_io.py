@@ -26,7 +26,7 @@ def predictions_file(run: str | Path) -> Path:
 
 
 def has_predictions(run: str | Path) -> bool:
-    """Whether a run kept its predictions."""
+    """Return True if a run kept its predictions."""
     return predictions_file(run).is_file()
 
 

@@ -50,7 +50,7 @@ class Run:
 
     @property
     def is_pretraining(self) -> bool:
-        """Whether this is a pre-training run, which has neither boxes nor results."""
+        """True for a pre-training run, which has neither boxes nor results."""
         if self.results is not None or any("total_loss" in record for record in self.records):
             return False
         configured = not self.config.keys().isdisjoint(("METHOD", "MOCO.QUEUE_SIZE"))

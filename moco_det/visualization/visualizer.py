@@ -38,7 +38,7 @@ class ObjectVisualizer(Visualizer):
         return super().draw_box(box_coord, alpha, edge_color, line_style or self.line_style)
 
     def pixels(self) -> NDArray[np.uint8]:
-        """What is drawn, RGB (H, W, 3)."""
+        """The drawing, RGB (H, W, 3)."""
         drawn: NDArray[np.uint8] = self.output.get_image()
         return drawn
 

@@ -33,7 +33,7 @@ METHODS = {  # name -> module and class
 
 
 class Declaration(NamedTuple):
-    """What a method's file declares.
+    """The declarations of a method's file.
 
     Attributes:
         keys: its own keys, dotted, with default and description (``KEYS``).
@@ -52,7 +52,7 @@ class Declaration(NamedTuple):
 
 
 def declaration(name: str) -> Declaration:
-    """What the file of the method called ``name`` declares.
+    """Return the declarations of the file of the method called ``name``.
 
     Raises:
         UserError: there is no such method.

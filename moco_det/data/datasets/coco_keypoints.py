@@ -27,7 +27,7 @@ class Skeleton:
     bones: tuple[tuple[int, int], ...] = ()
 
     def metadata(self) -> dict[str, Any]:
-        """What Detectron2 looks up: names, what a flip swaps (by left and right in the names)."""
+        """Return what Detectron2 looks up: names, and pairs that a flip swaps (by left and right)."""
         names = self.names
         return {
             "keypoint_names": names,

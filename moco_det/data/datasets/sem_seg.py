@@ -36,7 +36,7 @@ Pairs = list[tuple[Path, Path]]
 
 
 def is_semantic(spec: str) -> bool:
-    """Whether :func:`read_semantic` reads the data set of this name."""
+    """Return True if :func:`read_semantic` reads the data set of this name."""
     return spec.startswith("semseg:") or spec in VOC_SPLITS
 
 
