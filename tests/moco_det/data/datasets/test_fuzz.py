@@ -141,7 +141,8 @@ def check_coco(folder, data):
             for a in own:
                 if numbers(a.get("bbox"), 4):
                     bx, by, bw, bh = a["bbox"]
-                    box = clipped(bx * x, by * y, (bx + bw) * x, (by + bh) * y)
+                    across, down = sorted((bx, bx + bw)), sorted((by, by + bh))  # sizes may be < 0
+                    box = clipped(across[0] * x, down[0] * y, across[1] * x, down[1] * y)
                     stated.add(tuple(np.round(np.float64(box), 6)))
         for item in record["annotations"]:
             x0, y0, x1, y1 = item["bbox"]
