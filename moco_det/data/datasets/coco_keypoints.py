@@ -27,7 +27,7 @@ class Skeleton:
     bones: tuple[tuple[int, int], ...] = ()
 
     def metadata(self) -> dict[str, Any]:
-        """Return what Detectron2 looks up: names, and pairs that a flip swaps (by left and right)."""
+        """Return what Detectron2 looks up: names, and the pairs that a flip swaps."""
         names = self.names
         return {
             "keypoint_names": names,
