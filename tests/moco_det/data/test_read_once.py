@@ -139,7 +139,7 @@ def test_headers_of_images_with_pixel_labels_are_read_once_for_train_and_test(tm
     plans = []
     counts = opens_of(lambda: plans.append(prepared("VOC-semseg", [spec], spec)))
     assert is_semantic_model(plans[0].cfg)
-    # Twice: for the headers of both sets, and for the ends of the files, which a test set must have.
+    # Twice: for the headers of both sets, and for the files' ends, which are checked in a test set.
     assert annotations(counts, tmp_path / "images") == {f"{i}.jpg": 2 for i in range(3)}
     # The labels twice: for their classes, and for their size.
     assert annotations(counts, tmp_path / "labels") == {f"{i}.png": 2 for i in range(3)}
