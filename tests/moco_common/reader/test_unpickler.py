@@ -254,8 +254,13 @@ def test_a_bug_of_the_reader_is_not_reported_as_damage(tmp_path, monkeypatch, fa
         monkeypatch.setattr(DataUnpickler, "find_class", broken)
     else:
         monkeypatch.setattr(records, "_resolve", broken)
-    with pytest.raises(failure, match="a bug"):
-        read_checkpoint(tmp_path / "a.pth")
+    if failure is MemoryError:  # no bug: it is reported as what it is
+        with pytest.raises(CheckpointError, match="needs more memory than is free") as caught:
+            read_checkpoint(tmp_path / "a.pth")
+        assert caught.value.kind == "memory"
+    else:
+        with pytest.raises(failure, match="a bug"):
+            read_checkpoint(tmp_path / "a.pth")
 
 
 def _variants(content, generator, count):
