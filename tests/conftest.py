@@ -2,11 +2,15 @@
 
 import json
 import pickle
+import signal
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+
+# Processes that tests start inherit it: under nohup, SIGHUP would be ignored by all of them.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # A ResNet-50 a sixteenth as wide, few proposals, small images: the protocols' own code in seconds.
 NARROW = [
