@@ -234,7 +234,8 @@ def a_run(tmp_path):
     """A run directory with a checkpoint yet to be written."""
     run = tmp_path / "run"
     run.mkdir()
-    (run / "config.yaml").write_text(load_config("VOC-random", [*NARROW, *QUICK]).dump())
+    classes = ["DATASETS.CLASSES", "['bolt', 'nut']", "MODEL.ROI_HEADS.NUM_CLASSES", "2"]
+    (run / "config.yaml").write_text(load_config("VOC-random", [*NARROW, *QUICK, *classes]).dump())
     (run / "last_checkpoint").write_text("model_final.pth")
     return run
 
