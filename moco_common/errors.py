@@ -84,7 +84,7 @@ def lost_worker_explained() -> Iterator[None]:
     try:
         try:
             yield
-        except ConnectionResetError:  # met before torch has noticed the death
+        except (ConnectionResetError, EOFError):  # met before torch has noticed the death
             time.sleep(10.0)  # its signal handler ends this by raising the error below
             raise
     except RuntimeError as error:

@@ -37,7 +37,7 @@ FORMAT = "moco-det/pretrain/2"
 LAST = "checkpoint_last.pth"
 _MARK = b"sha256:"
 # Kinds of unreadable files that an earlier checkpoint would not remedy.
-NOT_DAMAGED = ("missing_file", "unreadable", "hostile")
+NOT_DAMAGED = ("missing_file", "unreadable", "hostile", "memory")
 # Parts that a run needs to be resumed; a method that reads another kind of state says so itself.
 _PARTS = {
     "config": str,

@@ -124,7 +124,7 @@ def test_the_newest_checkpoint_that_can_be_read_is_taken(tmp_path, caplog):
     (tmp_path / "model_final.pth").write_bytes(b"PK\x03\x04 cut off")
     assert checkpointer.load_newest() == {"iteration": 1}
     assert model.weight[0, 0] == 1
-    assert caplog.text.count("passed over") == 2
+    assert caplog.text.count("warning: skipped") == 2
     for path in tmp_path.glob("*.pth"):
         path.write_bytes(b"")
     with pytest.raises(UserError, match="model_0000009"):
@@ -142,7 +142,7 @@ def test_weights_alone_cannot_be_resumed_from(tmp_path):
     model = nn.Linear(3, 2)
     RunCheckpointer(model, str(tmp_path)).save("weights")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(UserError, match="holds weights only: without its optimizer state"):
+    with pytest.raises(UserError, match="holds no optimizer state"):
         RunCheckpointer(model, "", optimizer=optimizer).load(str(tmp_path / "weights.pth"))
 
 

@@ -138,8 +138,13 @@ def test_a_checkpoint_in_use_does_not_need_its_file(tmp_path):
 def test_a_failure_that_is_not_the_files_is_no_damage(tmp_path, monkeypatch, failure):
     path = checkpoint.save(content(1), tmp_path)
     monkeypatch.setattr(records.TensorRecipe, "build", lambda _: (_ for _ in ()).throw(failure()))
-    with pytest.raises(failure):
-        checkpoint.load(path)
+    if failure is MemoryError:  # one sentence, and an earlier checkpoint would not help
+        with pytest.raises(UserError, match="needs more memory than is free") as caught:
+            checkpoint.load(path)
+        assert not isinstance(caught.value, checkpoint.DamagedError)
+    else:
+        with pytest.raises(failure):
+            checkpoint.load(path)
 
 
 @pytest.mark.parametrize("fails", ["write", "fsync", "rename"])
