@@ -94,11 +94,12 @@ class Demo:
     def pretrain(self, images: Path, folder: Path) -> None:
         """Pre-train with two processes if there are two cores: faster than one with two threads."""
         processes = 2 if cpu_count() > 1 else 1
+        resume = ["--resume"] if folder.is_dir() else []  # an earlier walk was here
         self.tools_side_by_side(
             {
                 "": [
                     *("pretrain.py", "--config", "scenes", "--data", images),
-                    *("--output-dir", folder, "--num-gpus", processes, "--resume"),
+                    *("--output-dir", folder, "--num-gpus", processes, *resume),
                     *("SEED", self.seed, *self.pretraining),
                 ]
             },
