@@ -5,6 +5,7 @@ The backend is chosen here: NCCL on GPUs, gloo on CPUs.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -99,6 +100,8 @@ def _on_ranks(function: Callable[..., Any], processes: int, on_gpu: bool | None,
     # When one rank fails, the others fail in consequence, and torch reports whichever it sees
     # first; a user's mistake arrives here whoever comes first.
     endings = mp.get_context(START_METHOD).SimpleQueue()
+    # Its warnings on each process that it ends say no more than the one line that follows.
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     ranks: list[Any] = []
     with _passing_signals_on(ranks) as received:
         with _interrupts_blocked():
