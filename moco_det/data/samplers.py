@@ -25,13 +25,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from moco_common.errors import UserError
 from moco_common.images import DecodeError, read_picture
+from moco_common.stopping import WORKERS_GRACE
 from moco_common.text import counted
 from moco_det.data.label_subsets import register_label_share
 
 # Independent sequences of micro-batches.
 TRAINING, PRECISE_BN, PREFLIGHT = range(3)
 _ORDER, _SAMPLE, _MODEL = range(3)  # purposes of random numbers
-WORKERS_GRACE = 60  # seconds that a worker continues after SIGTERM
 Mapper = Callable[[dict[str, Any]], dict[str, Any]]
 Batch = list[dict[str, Any]]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -230,11 +229,6 @@ def read_batches(
             elif bad:
                 side = preprocessing.crop_size
                 yield part[:0], torch.zeros(0, 3, side, side, dtype=torch.uint8), bad
-
-
-def batches_in(images: LabelledImages, batch_size: int) -> int:
-    """Return the number of batches; the last one may be smaller."""
-    return math.ceil(len(images) / batch_size)
 
 
 def splits_of(folder: str) -> tuple[str, str | None]:
