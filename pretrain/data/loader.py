@@ -41,12 +41,15 @@ class Batch:
     Attributes:
         views: one uint8 tensor (B, 3, H, W) per view, RGB, in channels_last layout.
         index: int64 (B,), index in the source of the image that each sample shows.
+        places: float32 (views, B, 5), where in its image each view lies, see
+            `ViewParameters.place`.
         skipped: (name, reason) of each image that could not be read and was replaced.
         pending: operations that `to` still has to apply, one entry per view; None for none.
     """
 
     views: list[torch.Tensor]
     index: torch.Tensor
+    places: torch.Tensor
     skipped: list[tuple[str, str]] = field(default_factory=list)
     pending: list[PendingViews | None] = field(default_factory=list)
 
@@ -64,8 +67,9 @@ class Batch:
         ]
 
     def pin_memory(self) -> "Batch":
-        """Pin the views in memory; called by the DataLoader if ``pin_memory`` is set."""
+        """Pin views and places in memory; called by the DataLoader if ``pin_memory`` is set."""
         self.views = [view.pin_memory() for view in self.views]
+        self.places = self.places.pin_memory()
         return self
 
 
@@ -167,6 +171,7 @@ class _Steps(Dataset[Batch]):
             np.empty((len(positions), r.crop_size, r.crop_size, 3), np.uint8) for r in self.recipes
         ]
         drawn: list[list[ViewParameters]] = []  # one list per sample, one entry per view
+        places = np.zeros((len(self.recipes), len(positions), 5), np.float32)
         skipped: list[tuple[str, str]] = []
         for j, image in enumerate(wanted):
             random = iter(numbers[j].tolist()).__next__
@@ -175,14 +180,15 @@ class _Steps(Dataset[Batch]):
             else:
                 candidates = zip(wanted[j:] + wanted[:j], streamed[j:] + streamed[:j], strict=True)
             outs = [buffer[j] for buffer in buffers]
-            index[j], parameters = self._fill(outs, candidates, random, skipped)
+            index[j], parameters, (height, width) = self._fill(outs, candidates, random, skipped)
+            places[:, j] = [p.place(height, width) for p in parameters]
             drawn.append(parameters)
         pending = [
             collect(parameters) if recipe.on_device else None
             for recipe, parameters in zip(self.recipes, zip(*drawn, strict=True), strict=True)
         ]
         views = [torch.from_numpy(buffer).permute(0, 3, 1, 2) for buffer in buffers]  # Bx3xHxW
-        return Batch(views, torch.from_numpy(index), skipped, pending)
+        return Batch(views, torch.from_numpy(index), torch.from_numpy(places), skipped, pending)
 
     def _read(self, image: int, random: Callable[[], float]) -> Iterator[tuple[int, bytes | str]]:
         """Yield the image, then random others, each with its bytes or the error's message."""
@@ -199,8 +205,9 @@ class _Steps(Dataset[Batch]):
         candidates: Iterator[tuple[int, bytes | str]],
         random: Callable[[], float],
         skipped: list[tuple[str, str]],
-    ) -> tuple[int, list[ViewParameters]]:
-        """Render all views of the first readable image; return its index and the parameters."""
+    ) -> tuple[int, list[ViewParameters], tuple[int, int]]:
+        """Render all views of the first readable image; return its index, the parameters, and the
+        height and width in pixels of the image that the boxes refer to."""
         side = max(recipe.crop_size for recipe in self.recipes) if self.reduce else None
         area = max(recipe.min_area for recipe in self.recipes) if self.reduce else None
         for image, data in itertools.islice(candidates, MAX_ATTEMPTS):
@@ -215,9 +222,9 @@ class _Steps(Dataset[Batch]):
             drawn = [draw(recipe, height, width, random) for recipe in self.recipes]
             for recipe, parameters, out in zip(self.recipes, drawn, outs, strict=True):
                 render(pixels, parameters.geometry if recipe.on_device else parameters, out)
-            return image, drawn
+            return image, drawn, (height, width)
         # `_watch` stops the run.
-        return -1, [ViewParameters((0, 0, 1, 1), 1)] * len(self.recipes)
+        return -1, [ViewParameters((0, 0, 1, 1), 1)] * len(self.recipes), (1, 1)
 
 
 class _Items:

@@ -140,7 +140,7 @@ def train(cfg: CfgNode, resume: bool = False, quiet: bool = False, profile: int 
         ):
             for batch in request.waiting(profiler.watch_data(batches) if profiler else batches):
                 lr = _learning_rate(cfg, step, total, warmup)
-                scalars.add(run_step(batch.to(device), batch.index, step, lr))
+                scalars.add(run_step(batch.to(device), batch.index, step, lr, batch.places))
                 skipped.add(batch.skipped)
                 step += 1
                 if progress:

@@ -60,12 +60,26 @@ class TrainStep:
         self.parallel = distributed.wrap(method)
 
     def __call__(
-        self, views: Sequence[Tensor], index: Tensor, step: int, lr: float
+        self,
+        views: Sequence[Tensor],
+        index: Tensor,
+        step: int,
+        lr: float,
+        places: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Take one step at learning rate ``lr``; return the method's detached scalars."""
+        """Take one step at learning rate ``lr``; return the method's detached scalars.
+
+        Args:
+            places: (views, N, 5) see `Batch.places`, for a method that ``uses_places``.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        outputs = self.parallel(views, step, index)
+        if self.method.uses_places:
+            assert places is not None
+            places = places.to(views[0].device, non_blocking=True)
+            outputs = self.parallel(views, step, index, places)
+        else:
+            outputs = self.parallel(views, step, index)
         self.optimizer.zero_grad(set_to_none=True)
         with stage("encoders: backward"):
             self.scaler.scale(outputs["loss"]).backward()

@@ -76,6 +76,9 @@ class Method(nn.Module):
     Attributes:
         view_names: names of the views that the method uses, one each, in the order of the recipe;
             None if it uses all of them, whatever their number (multi-crop).
+        uses_places: True if `forward` takes ``places``, a (views, N, 5) tensor, as its last
+            argument: left, top, right and bottom of each view as fractions of its image, and 1
+            where it is flipped, else 0.
         settling_images: images shown before loss and accuracy mean something, such as the length of
             a queue.
         remedies: problem that the monitor detects -> what to do about it.
@@ -83,6 +86,7 @@ class Method(nn.Module):
 
     encoder_q: nn.Module
     view_names: tuple[str, ...] | None = None
+    uses_places: bool = False
     settling_images: int = 0
     remedies: Mapping[str, str] = REMEDIES
 

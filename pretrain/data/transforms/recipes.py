@@ -164,6 +164,13 @@ class ViewParameters:
         """Crop, resize and flip only; the other operations commute with the flip and may follow."""
         return ViewParameters(self.box, self.size, flip=self.flip)
 
+    def place(self, height: int, width: int) -> tuple[float, float, float, float, float]:
+        """Return left, top, right and bottom of the crop as fractions of an image of height x width
+        pixels, and whether it is flipped, 0 or 1."""
+        top, left, h, w = self.box
+        edges = left / width, top / height, (left + w) / width, (top + h) / height
+        return (*edges, float(self.flip))
+
 
 def draw(
     recipe: ViewRecipe, height: int, width: int, random: Callable[[], float]
