@@ -15,7 +15,7 @@ OLDEST = {name: oldest for name, (oldest, _) in FACTS["TESTED"].items()}
 REQUIRED = [name for name in OLDEST if name not in ("python", "opencv-python-headless")]
 FIRST, LAST = (int(version.removeprefix("3.")) for version in FACTS["TESTED"]["python"])
 TOOLS = ("pretrain", "inspect_run", "probe", "convert", "train_net", "report", "predict")
-TOOLS += ("doctor", "demo")
+TOOLS += ("export", "doctor", "demo")
 PACKAGES = ("moco_common", "pretrain", "moco_det")
 
 setup(
@@ -74,6 +74,7 @@ setup(
         "safetensors": ["safetensors>=0.4"],
         "shards": ["webdataset>=0.2.86"],  # pre-training from tar files, local or by URL
         "slurm": ["submitit>=1.4"],  # tools/pretrain.py --slurm
+        "export": ["onnx>=1.14", "onnxruntime>=1.15"],  # tools/export.py to ONNX
         "fast-eval": ["hotcoco>=1.3"],  # COCO and LVIS metrics in seconds
         "cityscapes": ["cityscapesscripts", "shapely>=2"],  # Detectron2's reader of its polygons
         "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26", "nbclient", "ipykernel"],

@@ -115,7 +115,7 @@ fi
 # are installed without their dependencies, which would replace ours.
 touch "$unfinished" || fail "$venv cannot be written: check its permissions and the disk."
 pinned="--constraint requirements/constraints.txt"
-extras=opencv,detectron2-deps,safetensors,shards,slurm,fast-eval,docs,dev
+extras=opencv,detectron2-deps,safetensors,shards,slurm,export,fast-eval,docs,dev
 site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
 # shellcheck disable=SC2086
 {

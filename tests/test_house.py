@@ -20,7 +20,7 @@ ROOMS = {
     ),
     "moco_det": (
         *("registration", "structures", "config", "conversion", "modeling", "checkpoint"),
-        *("data", "evaluation", "visualization", "inference", "engine", "report", "demo"),
+        *("data", "evaluation", "visualization", "inference", "engine", "report", "demo", "export"),
     ),
 }
 PACKAGES = tuple(ROOMS)

@@ -31,6 +31,8 @@ print(status, *sorted({heavy!r} & sys.modules.keys()))
 MISTAKES = [
     *((tool, ["--no-such-flag"], 2, "usage: ") for tool in TOOLS),
     ("convert", ["absent.pth"], 1, "absent.pth does not exist"),
+    ("export", ["--run", "absent", "-o", "out.onnx"], 1, "absent does not exist"),
+    ("export", ["--run", ".", "-o", "out.tflite"], 1, "should end in .onnx or .pt"),
     ("inspect_run", ["absent"], 1, "absent does not exist"),
     ("predict", ["absent.jpg", "--run", "run", "-o", "out"], 1, "absent.jpg does not exist"),
     ("predict", [".", "--config", "VOX", "--weights", ".", "-o", "out"], 1, "did you mean VOC?"),
