@@ -17,10 +17,12 @@ ROOMS = {
     "pretrain": (
         *("losses", "distributed", "profiling", "modeling", "data", "solver", "checkpoint"),
         *("methods", "config", "probe", "visualization", "doctor", "engine", "inspection"),
+        "api",
     ),
     "moco_det": (
         *("registration", "structures", "config", "conversion", "modeling", "checkpoint"),
         *("data", "evaluation", "visualization", "inference", "engine", "report", "demo", "export"),
+        "api",
     ),
 }
 PACKAGES = tuple(ROOMS)

@@ -41,12 +41,12 @@ def work(args: argparse.Namespace) -> None:
     with protecting([*args.images, *Path(args.run).glob("*")]):
         check_output(args.output)
     from moco_det.engine.console_log import silence_detectron2
-    from moco_det.export.export_run import export
+    from moco_det.export.export_run import export_detector
     from moco_det.inference.predictor import load_image
 
     silence_detectron2()
     images = {path: load_image(path) for path in args.images}
-    exported = export(args.run, args.output, images=images, score_threshold=args.threshold)
+    exported = export_detector(args.run, args.output, images=images, score_threshold=args.threshold)
     if not args.quiet:
         print(exported)
 

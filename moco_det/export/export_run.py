@@ -69,7 +69,7 @@ class Export:
         return "\n".join(lines)
 
 
-def export(
+def export_detector(
     run: str | Path,
     output: str | Path,
     *,
