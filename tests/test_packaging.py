@@ -73,7 +73,7 @@ def test_every_page_template_is_inside_the_wheel(installed):
 @pytest.mark.parametrize(
     ("tool", "message"),
     [
-        ("train_net", "give MODEL.WEIGHTS FILE"),
+        ("train_net", "add MODEL.WEIGHTS FILE"),
         ("pretrain", "--data is missing"),
     ],
 )

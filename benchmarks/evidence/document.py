@@ -22,7 +22,10 @@ from benchmarks.evidence.terms import METRICS, RANDOM, Expectation, Figure
 from moco_common.files import replace_file, replace_text
 from moco_det.report.significance import summarize, welch_difference
 
-REMARKS = ("<!-- remarks: {name} (yours to write; they survive) -->", "<!-- end of remarks -->")
+REMARKS = (
+    "<!-- remarks: {name} (written by hand, kept when the page is generated) -->",
+    "<!-- end of remarks -->",
+)
 LOWER_IS_BETTER = {"rss", "loss"}
 INTRODUCTION = """# Evidence
 

@@ -1,8 +1,8 @@
-"""Loading of a backbone file into a model, with each tensor accounted for; the settings it implies.
+"""Loading of a backbone file into a model, and of the settings that it implies.
 
-A backbone file holds ``stem.*`` and ``res2.*`` to ``res5.*``. Their place in a model depends on its
-heads: a C4 model has ``backbone.res4.*`` but ``roi_heads.res5.*``, an FPN model
-``backbone.bottom_up.res5.*``. Each is found by its name, never by a suffix heuristic.
+A backbone file holds ``stem.*`` and ``res2.*`` to ``res5.*``. Where they belong in a model depends
+on its heads: a C4 model has ``backbone.res4.*`` but ``roi_heads.res5.*``, an FPN model
+``backbone.bottom_up.res5.*``. Names are matched exactly, not by Detectron2's suffix heuristic.
 """
 
 import difflib
@@ -23,18 +23,18 @@ from moco_common.resnet import depth_of
 from moco_det.config.defaults import flatten
 from moco_det.conversion import load_detectron2_weights
 
-# Name of a backbone tensor in any module. The extra norm (res5.norm.*) is not one.
+# A backbone tensor in any module; the extra norm (res5.norm.*) does not match.
 _BACKBONE = re.compile(r"(?:^|.*\.)((?:stem\.conv1|res[2-5]\.\d+)\..+)$")
 _CAFFE2 = re.compile(r"^res\d_\d+_branch2[abc]_w$")
-# Metadata of a converted file -> the config key that it determines.
+# Metadata of a converted file -> config key.
 _METADATA_KEYS = {
     "pixel_mean": "MODEL.PIXEL_MEAN",
     "pixel_std": "MODEL.PIXEL_STD",
     "format": "INPUT.FORMAT",
     "stride_in_1x1": "MODEL.RESNETS.STRIDE_IN_1X1",
 }
-# Caffe2's files have no metadata. Detectron's images were BGR, and its ImageNet ResNets are MSRA's
-# (stride in the 1x1, pixels not scaled), but its ResNeXts are not; see Detectron2's configs.
+# Caffe2's files have no metadata; these are the values of Detectron2's configs. Detectron's ResNets
+# are MSRA's (BGR images, stride in the 1x1, pixels not scaled), its ResNeXts are not.
 _CAFFE2_SETTINGS = {
     "MODEL.PIXEL_MEAN": [103.53, 116.28, 123.675],
     "MODEL.PIXEL_STD": [1.0, 1.0, 1.0],
@@ -48,46 +48,46 @@ _CAFFE2_RESNEXT = {
 
 
 class BackboneWeights(NamedTuple):
-    """A backbone file: its tensors by name, and the config values that they require."""
+    """A backbone file: its tensors by Detectron2 name, and the config values that they require."""
 
     tensors: dict[str, Tensor]
     settings: dict[str, Any]
     source: str
-    group_norm: bool = False  # True if it was trained with group norm instead of batch norm
+    group_norm: bool = False  # pre-trained with group norm instead of batch norm
 
 
 def local_file(path: str) -> Path:
-    """Return a local copy of a file or of a URL that Detectron2 knows (``detectron2://``, ``https://``).
+    """Return a local copy of a file or URL (``detectron2://``, ``https://``).
 
     Raises:
-        UserError: the file does not exist, or cannot be fetched.
+        UserError: the file does not exist or cannot be downloaded.
     """
     try:
         local = Path(
             PathManager.get_local_path(str(Path(path).expanduser() if ":" not in path else path))
         )
     except Exception as error:
-        raise UserError(f"cannot fetch the weights {path}: {error}.") from error
+        raise UserError(f"cannot download the weights {path}: {error}.") from error
     if not local.is_file():
-        raise UserError(f"there is no weights file {path}: check MODEL.WEIGHTS (or its folder).")
+        raise UserError(f"the weights file {path} does not exist: check MODEL.WEIGHTS.")
     return local
 
 
 def read_backbone(path: str) -> BackboneWeights:
-    """Read a converted backbone file (or Detectron2's own, Caffe2 names included).
+    """Read a converted backbone file, or one of Detectron2's own (Caffe2 names included).
 
     Raises:
-        UserError: the file does not exist, is no backbone, or has metadata that contradict its
+        UserError: the file does not exist, is not a backbone, or its metadata contradict its
             tensors.
     """
     weights = load_detectron2_weights(local_file(path))
     tensors = dict(weights.tensors)
     caffe2 = any(_CAFFE2.match(name) for name in tensors)
-    # Caffe2's batch norms have no statistics either: they are folded into the affine.
+    # Caffe2's batch norms have no statistics either: they are folded into scale and bias.
     group_norm = not any(n.endswith("_bn_s" if caffe2 else "running_mean") for n in tensors)
     if caffe2:
         tensors = dict(zip(convert_basic_c2_names(list(tensors)), tensors.values(), strict=True))
-        # Detectron2 drops it as well: the norm after this convolution cancels a bias.
+        # Detectron2 drops it too: the norm after this convolution cancels a bias.
         tensors.pop("stem.conv1.bias", None)
     settings = _architecture(tensors, path)
     if caffe2:
@@ -111,11 +111,16 @@ def read_backbone(path: str) -> BackboneWeights:
 def apply_settings(cfg: CfgNode, weights: BackboneWeights, explicit: Collection[str]) -> list[str]:
     """Set the architecture and pixel statistics of the config to those of the weights, in place.
 
+    Args:
+        cfg: the config to change.
+        weights: the backbone.
+        explicit: keys that the user has set.
+
     Returns:
-        ``KEY VALUE`` of each key whose value has changed.
+        ``KEY VALUE`` for each changed key.
 
     Raises:
-        UserError: the user has set one of the keys to another value.
+        UserError: the user has set one of the keys to a different value.
     """
     taken = []
     for key, value in weights.settings.items():
@@ -124,7 +129,7 @@ def apply_settings(cfg: CfgNode, weights: BackboneWeights, explicit: Collection[
             continue
         if key in explicit:
             raise UserError(
-                f"{key} is set to {old}, but {weights.source} needs {value}: remove the setting."
+                f"{key} is set to {old}, but {weights.source} requires {value}: remove the setting."
             )
         cfg.merge_from_list([key, value])
         taken.append(f"{key} {value}")
@@ -132,16 +137,20 @@ def apply_settings(cfg: CfgNode, weights: BackboneWeights, explicit: Collection[
 
 
 def check_norm(group_norm: bool, weights: BackboneWeights) -> None:
-    """Check that the weights have the model's kind of norm (``group_norm``, else batch norm).
+    """Check that weights and model have the same kind of norm.
+
+    Args:
+        group_norm: True if the model has group norm, False if it has batch norm.
+        weights: the backbone to load.
 
     Raises:
-        UserError: they have the other kind; the message names the protocol that fits.
+        UserError: the kinds differ; the message names the protocol that fits.
     """
     if group_norm and not weights.group_norm:
         raise UserError(
-            f"{weights.source} was pre-trained with batch norm, but this model has group norm, and "
-            "would lose the running statistics: use the protocol without -GN, or start from "
-            "weights pre-trained with group norm (-GN-supervised) or from random ones (-GN-random)."
+            f"{weights.source} was pre-trained with batch norm, but this model has group norm and "
+            "cannot use the running statistics: use the protocol without -GN, weights pre-trained "
+            "with group norm (-GN-supervised), or random ones (-GN-random)."
         )
     if weights.group_norm and not group_norm:
         raise UserError(
@@ -151,23 +160,23 @@ def check_norm(group_norm: bool, weights: BackboneWeights) -> None:
 
 
 def load_backbone(model: nn.Module, weights: BackboneWeights) -> list[str]:
-    """Copy a backbone file into a detector; it must provide all backbone and res5 tensors.
+    """Copy a backbone file into a detector; it must provide all tensors of the stem and res2-res5.
 
-    ``num_batches_tracked`` may be missing (nothing reads it), and so may all running statistics
-    together (Caffe2's files fold them into the affine parameters; mean 0 and variance 1 remain).
+    ``num_batches_tracked`` may be missing, and so may all running statistics together: Caffe2's
+    files fold them into scale and bias, so mean 0 and variance 1 are correct.
 
     Returns:
         Names of the model's other tensors: RPN, FPN laterals, heads, the extra norm.
 
     Raises:
-        UserError: the file lacks tensors of the backbone or has them in another shape, or has
-            blocks that the model lacks; names, shapes and the nearest candidate are given.
+        UserError: backbone tensors are missing, have a different shape, or have no place in the
+            model; the message gives names, shapes and the most similar name in the file.
     """
     state = model.state_dict()
     wanted = {m.group(1): name for name in state if (m := _BACKBONE.match(name))}
     if not wanted:
         raise UserError(
-            f"the model has no ResNet to load {weights.source} into: check MODEL.BACKBONE."
+            f"the model has no ResNet into which to load {weights.source}: check MODEL.BACKBONE."
         )
     check_norm(not any(short.endswith("running_mean") for short in wanted), weights)
     folded = not any(name.endswith("running_mean") for name in weights.tensors)
@@ -185,13 +194,13 @@ def load_backbone(model: nn.Module, weights: BackboneWeights) -> list[str]:
     if problems:
         more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
         raise UserError(
-            f"{weights.source} does not fill {len(problems)} of the model's {len(wanted)} backbone "
+            f"{weights.source} does not fit {len(problems)} of the model's {len(wanted)} backbone "
             f"tensors: {problems[0]}{more}; check MODEL.RESNETS.*."
         )
     unused = sorted(n for n in weights.tensors if _BACKBONE.fullmatch(n) and n not in wanted)
     if unused:
         raise UserError(
-            f"{weights.source} holds backbone tensors that the model has no place for "
+            f"{weights.source} holds backbone tensors that have no place in the model "
             f"({', '.join(unused[:3])}): set MODEL.RESNETS.* to the pre-trained network."
         )
     with torch.no_grad():
@@ -230,8 +239,8 @@ def _architecture(tensors: Mapping[str, Tensor], path: str) -> dict[str, Any]:
         settings["MODEL.RESNETS.WIDTH_PER_GROUP"] = group_width
     elif settings["MODEL.RESNETS.RES2_OUT_CHANNELS"] != 64:
         raise UserError(
-            f"{path} is a ResNet-{depth} of another width than 64, which Detectron2 "
-            "cannot build: narrow networks need ResNet-50 or deeper."
+            f"{path} is a ResNet-{depth} of a width other than 64, which Detectron2 cannot build: "
+            "use ResNet-50 or deeper for other widths."
         )
     return settings
 

@@ -22,23 +22,30 @@ def holds_detector(path: str | Path) -> bool:
 
 
 def read_detector(path: str | Path) -> dict[str, Any]:
-    """Read a detector's checkpoint, ``{"model": {name: tensor}, ...}``, without executing anything.
+    """Read a detector's checkpoint, ``{"model": {name: tensor}, ...}``, without executing code.
 
     Raises:
-        UserError: the file does not exist, or holds no named tensors.
+        UserError: the file does not exist or holds no named tensors.
     """
     checkpoint = read_checkpoint(local_file(str(path)))
     model = _model(checkpoint)
     if not model:
-        raise UserError(f"{path} is not a detector's checkpoint: it holds no named tensors.")
+        raise UserError(
+            f"{path} is not a detector's checkpoint (it holds no named tensors): check the path."
+        )
     return checkpoint if "model" in checkpoint else {"model": model}
 
 
 def load_detector(model: nn.Module, tensors: Mapping[str, Any], source: str) -> None:
     """Load a whole detector by exact names, with no tensor missing or left over.
 
+    Args:
+        model: the detector.
+        tensors: its tensors by name, with or without DDP's ``module.`` prefix.
+        source: name of the file, for error messages.
+
     Raises:
-        UserError: a tensor is missing or unexpected, or has another shape.
+        UserError: a tensor is missing, unexpected or has a different shape.
     """
     tensors = {k.removeprefix("module."): torch.as_tensor(v) for k, v in tensors.items()}
     state = model.state_dict()
@@ -58,8 +65,8 @@ def load_detector(model: nn.Module, tensors: Mapping[str, Any], source: str) -> 
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise UserError(
-                f"{source} is a checkpoint of another detector: it {verb} {names[0]}{more}; use "
-                "the config.yaml of its run."
+                f"{source} is a checkpoint of a different detector: it {verb} {names[0]}{more}; "
+                "use the config.yaml of its run."
             )
     with torch.no_grad():
         for name, value in state.items():
@@ -71,7 +78,7 @@ def load_weights(model: nn.Module, path: str) -> None:
     """Load a backbone file or a whole detector into a model, and log which tensors are new.
 
     Raises:
-        UserError: the file does not provide all that it must.
+        UserError: the file cannot be read or does not fit the model.
     """
     if holds_detector(path):
         load_detector(model, read_detector(path)["model"], source=path)

@@ -1,4 +1,4 @@
-"""The checkpoints of a run, written atomically and read without executing anything."""
+"""The checkpoints of a run, written atomically and read without executing code."""
 
 import logging
 import re
@@ -19,10 +19,10 @@ _NAME = re.compile(r"[\w.-]+\.pth")  # of a checkpoint in ``last_checkpoint``
 
 
 class RunCheckpointer(Checkpointer):
-    """fvcore's checkpointer with atomic writes, a safe reader, and exact names.
+    """fvcore's checkpointer with atomic writes, a safe reader and exact names.
 
-    The files are those of Detectron2 (``model_final.pth`` with ``model``, ``trainer`` and
-    ``iteration``; ``last_checkpoint`` names the newest), so that its tools can read them.
+    The files have Detectron2's format (``model_final.pth`` with ``model``, ``trainer`` and
+    ``iteration``; ``last_checkpoint`` names the newest), so its tools can read them.
     """
 
     def __init__(self, model: torch.nn.Module, save_dir: str, **checkpointables: Any) -> None:
@@ -48,17 +48,17 @@ class RunCheckpointer(Checkpointer):
             The other entries of the file, such as ``iteration``.
 
         Raises:
-            UserError: it is another detector's checkpoint, or lacks a checkpointable.
+            UserError: the checkpoint is of a different detector or lacks a checkpointable.
         """
         return self._take(read_detector(path), path, checkpointables)
 
     def load_newest(self) -> dict[str, Any] | None:
         """Load the newest readable checkpoint of the run; return None if there is no checkpoint.
 
-        A damaged file (after a full disk or a crash of the machine) is skipped with a warning.
+        A damaged file (after a full disk or a system crash) is skipped with a warning.
 
         Raises:
-            UserError: none can be read, or it is another detector's.
+            UserError: no checkpoint can be read, or it is of a different detector.
         """
         refused = None
         if (name := _tagged(Path(self.save_dir))) is not None and not _NAME.fullmatch(name):
@@ -82,7 +82,8 @@ class RunCheckpointer(Checkpointer):
         for key in wanted:
             if key not in checkpoint:
                 raise UserError(
-                    f"{path} holds no {key} state: a run cannot resume from weights alone."
+                    f"{path} holds no {key} state: a run cannot resume from weights alone; start a "
+                    "new run with it as MODEL.WEIGHTS."
                 )
         load_detector(self.model, checkpoint.pop("model"), source=path)
         for key in wanted:
@@ -91,8 +92,8 @@ class RunCheckpointer(Checkpointer):
 
 
 def newest_checkpoints(folder: str | Path) -> list[Path]:
-    """Return the checkpoints of a run, newest first: the one named by ``last_checkpoint``, then the
-    others by iteration."""
+    """Return the checkpoints of a run: the one named by ``last_checkpoint``, then the others from
+    newest to oldest."""
     folder = Path(folder)
     paths = sorted(folder.glob("model_*.pth"), key=lambda p: p.name, reverse=True)  # final first
     name = _tagged(folder)
@@ -103,14 +104,13 @@ def newest_checkpoints(folder: str | Path) -> list[Path]:
 
 
 def _tagged(folder: Path) -> str | None:
-    """Return what ``last_checkpoint`` holds; None if there is no such file."""
+    """Return the content of ``last_checkpoint``; None if there is no such file."""
     tag = folder / "last_checkpoint"
     return tag.read_bytes()[:256].decode(errors="replace").strip() if tag.is_file() else None
 
 
 def _owned(tree: Any) -> Any:
-    """Copy a tree so that its tensors own their memory: the reader's are views of the file, and an
-    optimizer updates the tensors that it loads in place."""
+    """Copy the tensors of a tree, which are views of a file: an optimizer updates them in place."""
     if isinstance(tree, torch.Tensor):
         return tree.clone()
     if isinstance(tree, dict):

@@ -49,8 +49,9 @@ def add_moco_det_config(cfg: CfgNode) -> None:
     cfg.INPUT.SCALE_TRAIN = []
     # Channels of the 3x3 convolution after a dilated res5 (build_resnet_dc5_backbone).
     cfg.MODEL.DC5_CHANNELS = 512
-    # FCNHead: number of 3x3 convolutions before the classifier, and their dilation.
+    # FCNHead: number of 3x3 convolutions before the classifier.
     cfg.MODEL.SEM_SEG_HEAD.NUM_CONV = 2
+    # FCNHead: dilation of its 3x3 convolutions.
     cfg.MODEL.SEM_SEG_HEAD.DILATION = 6
     # Number of forward and backward passes per optimisation step, each with IMS_PER_BATCH /
     # (processes * ACCUMULATION_STEPS) images. Equivalent to that many times more processes, except

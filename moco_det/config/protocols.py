@@ -197,8 +197,8 @@ def _to_group_norm(config: dict[str, Any], plain: str) -> None:
             section["NORM"] = GROUP_NORM
     config["TEST"]["PRECISE_BN"]["ENABLED"] = False  # group norm has no running statistics
     config["SOURCE"] = (
-        f"a variant of this project's own, published nowhere: {plain} with group norm (Wu and He "
-        "2018, arXiv:1803.08494) in the place of batch norm, for fewer than two images a process"
+        f"unpublished variant of this project: {plain} with group norm (Wu and He 2018, "
+        "arXiv:1803.08494) instead of batch norm, for fewer than two images per process"
     )
 
 

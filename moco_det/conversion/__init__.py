@@ -1,8 +1,8 @@
-"""Conversion of any checkpoint of a ResNet for Detectron2 or torchvision, with a proof.
+"""Conversion of any ResNet checkpoint to Detectron2 or torchvision, with a numerical proof.
 
-The steps, in order: layouts.py (tables of the projects' layouts), find_encoder.py (where the
-encoder is), architecture.py (which ResNet it is), account_tensors.py (what becomes of each tensor),
-pixel_settings.py, rescale.py, proof.py, weight_files.py; converter.py runs them.
+``converter.py`` runs the steps: find_encoder.py (where the encoder is, by the tables of
+layouts.py), architecture.py (which ResNet it is), account_tensors.py (what happens to each tensor),
+pixel_settings.py, rescale.py, weight_files.py, proof.py.
 """
 
 from moco_common.reader.errors import CheckpointError

@@ -1,4 +1,4 @@
-"""The report of a conversion: what became of each tensor, and unusual values."""
+"""The report of a conversion: what happened to each tensor, and unusual values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moco_det.conversion.proof import Proof
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of the file: ``target`` is its new name, or ``reason`` the reason to drop it."""
+    """One tensor of the file, either mapped to the name ``target`` or dropped for a ``reason``."""
 
     name: str
     shape: tuple[int, ...]
@@ -40,7 +40,7 @@ class Report:
 
     @property
     def mapped(self) -> int:
-        """Number of tensors that are part of the converted network."""
+        """Number of tensors in the converted network."""
         return sum(entry.target is not None for entry in self.entries)
 
     @property
@@ -49,7 +49,7 @@ class Report:
         return dict(Counter(entry.reason for entry in self.entries if entry.reason))
 
     def table(self) -> str:
-        """One line for each tensor of the file."""
+        """Return one line per tensor of the file."""
         width = max(len(entry.name) for entry in self.entries)
         return "\n".join(
             f"{e.name:<{width}}  {'x'.join(map(str, e.shape)) or 'scalar':<16} "
@@ -59,7 +59,7 @@ class Report:
 
     def __str__(self) -> str:
         where = f" under {self.prefix!r}" if self.prefix else ""
-        choice = f", of {' and '.join(self.encoders)}" if len(self.encoders) > 1 else ""
+        choice = f", one of {' and '.join(self.encoders)}" if len(self.encoders) > 1 else ""
         dropped = ", ".join(f"{count} {why}" for why, count in self.dropped.items())
         total = sum(self.dropped.values())
         lines = [
@@ -75,7 +75,7 @@ class Report:
 
 
 def odd_values(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Describe tensors that are not finite or all zero, and norms that never saw a batch."""
+    """Describe tensors with NaN, infinite or only zero values, and norms that never saw a batch."""
     broken, zero = [], []
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():

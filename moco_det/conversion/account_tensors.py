@@ -1,4 +1,4 @@
-"""The account of a file: the tensors that make up the network, and why the others are dropped."""
+"""Selection of the tensors that make up the network, and the reasons to drop the others."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from moco_det.conversion.find_encoder import Recognised, other_resnet, reason
 
 
 def canonical_names(tensors: Collection[str], found: Recognised) -> dict[str, str]:
-    """Map torchvision names to flattened names, for all tensors named like those of a backbone."""
+    """Map torchvision names to flattened names, for all tensors named like a backbone's.
+
+    Raises:
+        CheckpointError: the names are those of a ResNet that Detectron2 cannot represent.
+    """
     names: dict[str, str] = {}
     rests: dict[str, str] = {}
     for name in tensors:
@@ -45,7 +49,17 @@ def canonical_names(tensors: Collection[str], found: Recognised) -> dict[str, st
 def select(
     tensors: Mapping[str, Tensor], names: Mapping[str, str], found: Recognised, stride: bool
 ) -> tuple[dict[str, Tensor], Architecture]:
-    """Return the network's tensors, by torchvision name and in its order, and its architecture."""
+    """Return the network's tensors by torchvision name, in its order, and the architecture.
+
+    Args:
+        tensors: all tensors, by flattened name.
+        names: result of :func:`canonical_names`.
+        found: location of the encoder.
+        stride: whether a bottleneck's stride is in its first convolution.
+
+    Raises:
+        CheckpointError: a tensor is missing or has an unexpected shape.
+    """
     named = {canonical: tensors[name] for canonical, name in names.items()}
     architecture = detect(named, names=names, stride_in_1x1=stride)
     backbone: dict[str, Tensor] = {}
@@ -56,16 +70,17 @@ def select(
             near = difflib.get_close_matches(own, free, n=2, cutoff=0.6)
             near += difflib.get_close_matches(own, names.values(), n=3 - len(near), cutoff=0.6)
             raise CheckpointError(
-                f"{architecture} needs {own} of shape {shape}, which is missing; nearest in the "
-                f"file: {', '.join(f'{n} {tuple(tensors[n].shape)}' for n in near) or 'nothing'}.",
+                f"{architecture} requires {own} of shape {shape}, which is missing; similar names "
+                "in the file: "
+                f"{', '.join(f'{n} {tuple(tensors[n].shape)}' for n in near) or 'none'}.",
                 kind="missing_tensor",
                 key=own,
                 candidates=tuple(near),
             )
         if tuple(named[canonical].shape) != shape:
             raise CheckpointError(
-                f"{names[canonical]} has shape {tuple(named[canonical].shape)} where "
-                f"{architecture} needs {shape}.",
+                f"{names[canonical]} has shape {tuple(named[canonical].shape)}, but "
+                f"{architecture} requires {shape}.",
                 kind="shape",
                 key=names[canonical],
             )
@@ -93,6 +108,15 @@ def account(
 ) -> list[Entry]:
     """Return an entry for each tensor of the file.
 
+    Args:
+        tensors: all tensors, by flattened name.
+        originals: flattened name -> name in the file.
+        names: torchvision name -> flattened name.
+        found: location of the encoder.
+        backbone: the selected tensors, by torchvision name.
+        rename: function from a torchvision name to the name in the target.
+        drop: regular expressions of further tensors to drop, matched against names in the file.
+
     Raises:
         CheckpointError: a tensor is neither part of the encoder nor known to be irrelevant.
     """
@@ -107,7 +131,7 @@ def account(
             if why is None and not name.startswith(found.prefix):
                 why = "outside the encoder"
             elif why is None and "." not in rest and tensor.numel() <= 1:
-                why = "training state"  # n_averaged, logit_scale: a layer's tensors have its name
+                why = "training state"  # such as n_averaged or logit_scale
             if any(re.search(pattern, originals[name]) for pattern in drop):
                 why = "--drop"
             if why is None:
@@ -117,8 +141,8 @@ def account(
     if unknown:
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
         raise CheckpointError(
-            f"{', '.join(unknown[:3])}{more}: neither part of a plain ResNet nor known to be "
-            f"irrelevant, in the {found.source.name} encoder under '{found.prefix}'; pass --drop "
+            f"the {found.source.name} encoder under '{found.prefix}' holds {', '.join(unknown[:3])}"
+            f"{more}, neither part of a plain ResNet nor known to be irrelevant: pass --drop "
             "PATTERN if the encoder works without it, or --prefix if the encoder is elsewhere.",
             kind="unknown_tensor",
             key=unknown[0],
@@ -128,9 +152,9 @@ def account(
 
 
 def _duplicate(name: str, tensors: Mapping[str, Tensor], rests: Mapping[str, str]) -> str | None:
-    """Return the reason for a tensor that the file holds twice, else None.
+    """Return the reason to drop a second copy of an encoder's tensor; None for any other tensor.
 
-    Some projects save the encoder under its own name and inside a Sequential.
+    Some projects save the encoder both under its own name and inside a Sequential.
     """
     rest = name
     while "." in rest:

@@ -1,7 +1,7 @@
-"""The architecture of a ResNet, read from its tensors; its layers, and its two naming schemes.
+"""The architecture of a ResNet, determined from its tensors, and its two naming schemes.
 
-The canonical names are torchvision's (``conv1``, ``bn1``, ``layer1.0.conv1``, ...); the others are
-Detectron2's (``stem.conv1``, ``stem.conv1.norm``, ``res2.0.conv1``, ...).
+Canonical names are torchvision's (``conv1``, ``bn1``, ``layer1.0.conv1``, ...); Detectron2's are
+``stem.conv1``, ``stem.conv1.norm``, ``res2.0.conv1``, ...
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _SEQUENTIAL = {"0": "conv1", "1": "bn1", **{str(3 + n): f"layer{n}" for n in (1,
 
 
 def to_detectron2(name: str) -> str | None:
-    """Rename ``layer1.0.downsample.1.bias`` to ``res2.0.shortcut.norm.bias``, for example; return
-    None if it is not the name of a backbone's tensor."""
+    """Convert a torchvision name, such as ``layer1.0.downsample.1.bias``, to Detectron2's
+    (``res2.0.shortcut.norm.bias``); return None if it is not a backbone tensor's."""
     match = _TORCHVISION.fullmatch(name)
     if match is None:
         return None
@@ -48,14 +48,14 @@ def from_detectron2(name: str) -> str | None:
 
 
 def from_sequential(name: str) -> str | None:
-    """Rename ``4.0.conv1.weight``, of ``nn.Sequential(*resnet.children())``, to
-    ``layer1.0.conv1.weight``; None if it is not the name of a backbone's tensor."""
+    """Convert a name in ``nn.Sequential(*resnet.children())``, such as ``4.0.conv1.weight``, to
+    torchvision's (``layer1.0.conv1.weight``); return None if it is not a backbone tensor's."""
     index, _, rest = name.partition(".")
     return from_torchvision(f"{_SEQUENTIAL[index]}.{rest}") if index in _SEQUENTIAL else None
 
 
 def from_torchvision(name: str) -> str | None:
-    """Return the name itself if it is that of a backbone's tensor, else None."""
+    """Return the name itself if it is a backbone tensor's, else None."""
     return name if _TORCHVISION.fullmatch(name) else None
 
 
@@ -66,7 +66,7 @@ class Layer:
     conv: str  # torchvision name
     norm: str
     out_channels: int
-    in_channels: int  # of the whole layer, not of a group
+    in_channels: int  # of all groups together
     kernel: int
     stride: int = 1
     groups: int = 1
@@ -187,12 +187,12 @@ def detect(
     Args:
         tensors: by torchvision name.
         names: torchvision name -> name in the file, for error messages.
-        stride_in_1x1: True if a bottleneck's stride is in its first convolution, which shapes do
-            not show.
+        stride_in_1x1: True if a bottleneck's stride is in its first convolution, which cannot be
+            seen from shapes.
 
     Raises:
-        CheckpointError: Detectron2 cannot represent this ResNet, or a tensor is missing that
-            determines the architecture.
+        CheckpointError: Detectron2 cannot represent this ResNet, or a tensor that determines the
+            architecture is missing.
     """
 
     def refuse(what: str, key: str | None = None) -> CheckpointError:
@@ -236,7 +236,7 @@ def detect(
         if 0 in counts:
             raise refuse(f"an incomplete ResNet (blocks per stage: {counts})")
         raise refuse(
-            f"a ResNet-{n} ({kind} blocks {counts}; 18, 34, 50, 101 and 152 are supported)"
+            f"a ResNet-{n} ({kind} blocks {counts}; supported depths: 18, 34, 50, 101, 152)"
         )
     if kind == "basic":
         out = need("layer1.0.conv2.weight")[0]

@@ -1,4 +1,4 @@
-"""Conversion of a checkpoint to named backbone tensors, with each tensor accounted for."""
+"""Conversion of a checkpoint to a backbone, accounting for every tensor of the file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from moco_det.conversion.architecture import Architecture, to_detectron2
 from moco_det.conversion.find_encoder import flatten, recognise
 from moco_det.conversion.pixel_settings import own_metadata, settings_of
 from moco_det.conversion.proof import Proof, prove
-from moco_det.conversion.rescale import divide, factors, sentence
+from moco_det.conversion.rescale import divide, factors, growth_note
 from moco_det.conversion.statements import check_statements, stride_of
 from moco_det.conversion.weight_files import load_detectron2_weights, version, write, writer_for
 
@@ -32,12 +32,12 @@ class Converted:
     """A converted backbone.
 
     Attributes:
-        tensors: float32 (counters int64), by name in the target, in the network's order.
-        metadata: pixel_mean and pixel_std (on the scale 0 to 255, ordered as "format"), format,
-            stride_in_1x1, depth, num_groups, width_per_group, stem_out_channels,
-            res2_out_channels, source, encoder, source_sha256, version; with ``rescale`` also
-            rescaled, the largest factor that a convolution was divided by.
-        report: what became of each tensor of the file, warnings, and the proof.
+        tensors: float32 tensors (int64 counters) by name in the target, in the network's order.
+        metadata: pixel_mean and pixel_std (on the scale 0 to 255, in the channel order of
+            "format"), format, stride_in_1x1, depth, num_groups, width_per_group,
+            stem_out_channels, res2_out_channels, source, encoder, source_sha256, version; with
+            ``rescale`` also rescaled, the largest factor by which a convolution was divided.
+        report: what happened to each tensor of the file, warnings, and the proof.
     """
 
     tensors: dict[str, Tensor]
@@ -64,30 +64,30 @@ def convert(
     """Convert the ResNet of any checkpoint.
 
     Args:
-        path: the checkpoint of any project: PyTorch, pickle or safetensors.
-        to: "detectron2" or "torchvision", after whose scheme the tensors are named.
-        output: file to write: .pkl (detectron2 only), .pth or .safetensors. It appears only
-            after the proof has held for the written content.
-        source: the project, where the structure of the file leaves it open (see docs/convert.md).
-        prefix: prefix of the encoder's tensors in the file, likewise.
-        encoder: the encoder to take from a file with several, such as "key" or "student".
-        drop: regular expressions of tensors to leave out in addition to the known ones.
+        path: checkpoint of any project, saved by PyTorch, pickle or safetensors.
+        to: naming scheme of the result, "detectron2" or "torchvision".
+        output: file to write: .pkl (detectron2 only), .pth or .safetensors. It is created only
+            after the proof has succeeded on the written content.
+        source: name of the project, if it cannot be recognised (see docs/convert.md).
+        prefix: prefix of the encoder's tensors in the file, if it cannot be found.
+        encoder: which encoder to take from a file with several, such as "key" or "student".
+        drop: regular expressions of tensors to drop in addition to the known ones.
         stride_in_1x1: True if a bottleneck's stride is in its first convolution, as in
-            Detectron2's MSRA weights; False unless the file states it.
-        pixel_mean, pixel_std: statistics, on the scale 0 to 255, that the network was trained
-            with; ImageNet's unless the file states others.
-        pixel_format: "RGB" (the default unless the file states another) or "BGR".
-        rescale: give each convolution the norm of a fresh one and adjust the running statistics
-            of the norm after it: the function stays the same, and fine-tuning changes the weights
-            more easily (see `moco_det.conversion.rescale`).
-        proof: run the network in both libraries and compare the outputs.
+            Detectron2's MSRA weights. By default as stated in the file, else False.
+        pixel_mean, pixel_std: statistics used in training, on the scale 0 to 255. By default as
+            stated in the file, else ImageNet's.
+        pixel_format: "RGB" or "BGR". By default as stated in the file, else "RGB".
+        rescale: whether to give each convolution the norm of a freshly initialised one, adjusting
+            the norm after it: the function is unchanged, but fine-tuning moves the weights more
+            easily (see `moco_det.conversion.rescale`).
+        proof: whether to run the network in both libraries and compare the outputs.
 
     Returns:
         The tensors, the metadata and the report.
 
     Raises:
         CheckpointError: the file cannot be read, holds no ResNet that the target can represent,
-            lacks tensors or has unexplained ones, or the two networks differ by more than 1e-4.
+            lacks tensors or has unknown ones, or the two networks differ by more than 1e-4.
     """
     options = _Options(
         to=to,
@@ -105,13 +105,13 @@ def convert(
     )  # fmt: skip
     try:
         return _convert(Path(path), options)
-    except CheckpointError as error:  # raised where the file is not known
+    except CheckpointError as error:  # the steps do not know the file's path
         raise error.at(Path(path)) from None
 
 
 @dataclass(frozen=True)
 class _Options:
-    """The keyword arguments of `convert`; ``stated`` overrides the settings of the file."""
+    """The arguments of `convert`; values in ``stated`` other than None override the file's."""
 
     to: str
     output: Path | None
@@ -127,7 +127,9 @@ class _Options:
 def _convert(path: Path, options: _Options) -> Converted:
     to, output, rescale = options.to, options.output, options.rescale
     if to not in TARGETS:
-        raise CheckpointError(f"the target {to} is not one of {', '.join(TARGETS)}.", kind="option")
+        raise CheckpointError(
+            f"the target {to} is unknown: choose one of {', '.join(TARGETS)}.", kind="option"
+        )
     if output is not None:
         writer_for(output, to)
     tree = read_checkpoint(path)
@@ -136,18 +138,18 @@ def _convert(path: Path, options: _Options) -> Converted:
         tensors, texts, source=options.source, prefix=options.prefix, encoder=options.encoder
     )
     names = canonical_names(tensors, found)
-    told, notes = settings_of(path, tree, tensors, found.source.name)
+    settings, notes = settings_of(path, tree, tensors, found.source.name)
     if (stride := stride_of(tree)) is not None:
-        told["stride_in_1x1"] = stride
+        settings["stride_in_1x1"] = stride
         notes.append("the position of the stride is from its meta.config")
-    told |= {key: value for key, value in options.stated.items() if value is not None}
-    backbone, architecture = select(tensors, names, found, bool(told["stride_in_1x1"]))
+    settings |= {key: value for key, value in options.stated.items() if value is not None}
+    backbone, architecture = select(tensors, names, found, bool(settings["stride_in_1x1"]))
     check_statements(tree, architecture)
     if to == "torchvision" and architecture.stride_in_1x1 and architecture.block != "basic":
         raise CheckpointError(
             "the network has its stride in the first 1x1 convolution of a block (STRIDE_IN_1X1), "
-            "but torchvision's has it in the 3x3: the tensors would load and compute something "
-            "else; convert to detectron2.",
+            "torchvision's in the 3x3 convolution: the tensors would load but compute something "
+            "else; pass --to detectron2.",
             kind="unsupported",
         )
     rename: Callable[[str], str] = (lambda n: str(to_detectron2(n))) if to == TARGETS[0] else str
@@ -162,17 +164,17 @@ def _convert(path: Path, options: _Options) -> Converted:
         notes.append(f"{', '.join(others)} was converted to float32")
     backbone = {name: _owned(tensor) for name, tensor in backbone.items()}
     grown = factors(backbone, architecture)
-    if said := sentence(grown, divided=rescale):
-        notes.append(said)
+    if note := growth_note(grown, divided=rescale):
+        notes.append(note)
     final = divide(backbone, architecture, grown) if rescale else backbone
     result = {rename(name): tensor for name, tensor in final.items()}
     metadata = {
-        "pixel_mean": [float(v) for v in told["pixel_mean"]],
-        "pixel_std": [float(v) for v in told["pixel_std"]],
-        "format": str(told["format"]),
+        "pixel_mean": [float(v) for v in settings["pixel_mean"]],
+        "pixel_std": [float(v) for v in settings["pixel_std"]],
+        "format": str(settings["format"]),
         **architecture.metadata(),
-        "source": str(told.get("source") or found.source.name),
-        "encoder": str(told.get("encoder") or found.encoder),
+        "source": str(settings.get("source") or found.source.name),
+        "encoder": str(settings.get("encoder") or found.encoder),
         "source_sha256": _sha256(path),
         "version": version(),
     }
@@ -191,7 +193,7 @@ def _convert(path: Path, options: _Options) -> Converted:
         if not report.proof.holds:
             oddity = f" ({report.warnings[0]})" if report.warnings else ""
             raise CheckpointError(
-                f"the converted network differs from the source by {report.proof.excess}{oddity}: "
+                f"the converted network differs from the source by {report.proof.excess}{oddity}; "
                 "nothing was written.",
                 kind="proof",
                 details=str(report.proof),
@@ -211,7 +213,7 @@ def _convert(path: Path, options: _Options) -> Converted:
 
 
 def _owned(tensor: Tensor) -> Tensor:
-    """Return a contiguous float32 (counters: int64) copy; the mapped file may change or vanish."""
+    """Return a contiguous float32 (counters: int64) copy, independent of the mapped file."""
     dtype = torch.float32 if tensor.is_floating_point() else torch.int64
     return tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
@@ -224,8 +226,7 @@ def _prove(
     to: str,
     divided: Mapping[str, float],
 ) -> Proof:
-    """Compare the source in one library with the written file, as its metadata describe it, in the
-    other."""
+    """Compare the source with the written file, as its metadata describe it, in both libraries."""
     statistics = {k: tuple(metadata[k]) for k in ("pixel_mean", "pixel_std")}
     if to == "detectron2":
         target = Architecture.of_metadata(metadata)

@@ -1,4 +1,4 @@
-"""The encoder in a file, found by the structure of the names or by the user's options."""
+"""Location of the encoder in a file, by the structure of the names or the user's options."""
 
 from __future__ import annotations
 
@@ -32,8 +32,11 @@ class Recognised:
     """The location of the encoder in a file.
 
     Attributes:
+        source: layout of the project.
+        encoder: role of the encoder, such as "query" or "teacher".
         prefix: prefix of its tensors in the flattened names.
-        others: prefix -> role, of the encoders that are not taken.
+        naming: naming scheme of its tensors.
+        others: prefix -> role, for the encoders that are not converted.
     """
 
     source: Source
@@ -44,7 +47,7 @@ class Recognised:
 
 
 def flatten(tree: Any) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
-    """Collect all tensors of a file by flattened name.
+    """Collect all tensors of a file by flattened name, in which wrappers are left out.
 
     Returns:
         name -> tensor; name -> name in the file, with the wrappers; and the top-level strings as
@@ -63,7 +66,7 @@ def flatten(tree: Any) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
             return
         if not isinstance(node, (dict, list, tuple)) or id(node) in seen:
             return
-        seen.add(id(node))  # shared parts count once: a small file could expand into a huge one
+        seen.add(id(node))  # visit shared parts once: a small file could expand into a huge one
         items: Iterable[tuple[Any, Any]]
         items = node.items() if isinstance(node, dict) else enumerate(node)
         for key, value in items:
@@ -79,7 +82,7 @@ def flatten(tree: Any) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
 
 
 def bare(prefix: str) -> str:
-    """Return the prefix without the keys that merely contain the weights."""
+    """Strip containers of the weights, such as ``state_dict.``, from the start of a prefix."""
     while match := _CONTAINERS.match(prefix):
         prefix = prefix[match.end() :]
     return prefix
@@ -96,10 +99,11 @@ def recognise(
     """Find the encoder among flattened names.
 
     Args:
-        texts: top-level strings of the file, "key=value".
+        names: flattened names of all tensors.
+        texts: top-level strings of the file, as "key=value".
         source: name of the entry of :data:`SOURCES` to use.
         prefix: prefix of the encoder's tensors, with or without wrappers and containers.
-        encoder: role of the encoder to take, if there are several.
+        encoder: role of the encoder to convert, if there are several.
 
     Raises:
         CheckpointError: there is no ResNet, there are several candidates, or an option matches
@@ -135,7 +139,7 @@ def recognise(
                     encoders.setdefault(path, role)
         if encoders and (prefix is None or next(iter(found)) in encoders):
             fitting.append((entry, encoders))
-    # The first layout whose usual encoder is present; a file may also hold only the other one.
+    # Prefer the first layout whose default encoder is present; a file may hold only another one.
     usual = [fit for fit in fitting if next(iter(fit[0].encoders)) in fit[1].values()]
     if usual or fitting:
         entry, encoders = (usual or fitting)[0]
@@ -186,8 +190,8 @@ def _choose(
             plain = [p for p in paths if not re.search(_MOMENTUM, p)]
             if len(plain) != 1:
                 raise CheckpointError(
-                    f"the file holds several ResNets in an unknown layout: choose one with "
-                    f"--prefix: {', '.join(paths)}.",
+                    "the file holds several ResNets in an unknown layout: choose one with --prefix "
+                    f"({', '.join(paths)}).",
                     kind="unrecognised", candidates=tuple(paths),
                 )  # fmt: skip
             paths = plain
@@ -201,7 +205,7 @@ _MOMENTUM_ROLES = ("key", "momentum", "target", "teacher")
 
 
 def reason(name: str, recognised: Recognised) -> str | None:
-    """Return the reason to leave out a tensor that is not part of the encoder; None if unknown."""
+    """Return the reason to drop a tensor that is not part of the encoder; None if unknown."""
     for prefix, role in recognised.others.items():
         if prefix and name.startswith(prefix) and not recognised.prefix.startswith(prefix):
             momentum = role in _MOMENTUM_ROLES or re.search(_MOMENTUM, name)
@@ -216,7 +220,7 @@ def reason(name: str, recognised: Recognised) -> str | None:
 
 
 def other_resnet(rests: Iterable[str]) -> tuple[str, str] | None:
-    """Return a part that Detectron2's ResNet cannot represent, and a tensor of it; else None."""
+    """Return a part that Detectron2's ResNet cannot represent, with one of its tensors, or None."""
     rests = list(rests)
     for pattern, what in OTHER_RESNETS:
         for rest in rests:
@@ -237,8 +241,8 @@ def _no_resnet(names: list[str]) -> CheckpointError:
         return CheckpointError("the file holds no tensors.", kind="unrecognised")
     if caffe2 := next((name for name in names if name.endswith("_branch2a_w")), None):
         return CheckpointError(
-            f"{caffe2} is a name in Caffe2's scheme, which Detectron2 loads as it is: pass it "
-            "as MODEL.WEIGHTS without converting it.",
+            f"{caffe2} is a name in Caffe2's scheme, which Detectron2 loads without conversion: "
+            "pass the file as MODEL.WEIGHTS.",
             kind="unsupported", key=caffe2,
         )  # fmt: skip
     for pattern, what in OTHER_NETWORKS:
@@ -251,7 +255,7 @@ def _no_resnet(names: list[str]) -> CheckpointError:
             )  # fmt: skip
     shown = ", ".join(names[:3])
     return CheckpointError(
-        f"no ResNet among the file's {counted(len(names), 'tensor')} ({shown}, ...): none is named "
-        "layer1.0.conv1.weight, 4.0.conv1.weight or res2.0.conv1.weight under any prefix.",
+        f"no ResNet found among the file's {counted(len(names), 'tensor')} ({shown}, ...): none is "
+        "named layer1.0.conv1.weight, 4.0.conv1.weight or res2.0.conv1.weight under any prefix.",
         kind="unrecognised", candidates=tuple(names[:10]),
     )  # fmt: skip

@@ -1,9 +1,9 @@
 """Tables: checkpoint layouts by project, reasons to drop tensors, and networks to refuse.
 
-A file is first flattened: nested keys are joined by dots, and the components that wrappers insert
-(``module`` of DistributedDataParallel, ``_orig_mod`` of torch.compile) are removed. Each prefix
-under which a ResNet's blocks are found is then looked up in :data:`SOURCES`, from the most specific
-layout to the most general one. To add a project, add one entry.
+A file is first flattened: nested keys are joined by dots, and components inserted by wrappers
+(``module`` by DistributedDataParallel, ``_orig_mod`` by torch.compile) are removed. Each prefix of
+a ResNet's blocks is then looked up in :data:`SOURCES`, which is ordered from the most specific
+layout to the most general one. To add a project, add an entry.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ class Source:
 
     Attributes:
         name: name of the project.
-        encoders: role -> regular expression of the encoder's whole prefix, without the keys that
-            merely contain the weights ("state_dict.", "model."); the first one is the default.
-        marks: regular expressions, each of which must be found in the name of a tensor or in a
+        encoders: role -> regular expression of the encoder's whole prefix, without containers such
+            as "state_dict." and "model."; the first role is the default.
+        marks: regular expressions, each of which must match in the name of a tensor or in a
             top-level string of the file, written "key=value".
-        naming: "torchvision", "sequential" or "detectron2", if the layout has only that one.
-        head: description of ``fc`` beside the backbone.
+        naming: the only naming scheme of the layout ("torchvision", "sequential" or "detectron2"),
+            or "" for any.
+        head: description of ``fc`` next to the backbone.
     """
 
     name: str
@@ -37,7 +38,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Naming:
-    """A scheme of naming a ResNet's tensors; a tensor called ``probe`` identifies it."""
+    """A naming scheme of ResNet tensors, identified by a tensor called ``probe``."""
 
     probe: str
     canonical: Callable[[str], str | None]
@@ -92,7 +93,7 @@ SOURCES = (
     ),
     Source(
         "lightly",
-        {  # in its benchmarks "backbone" is the average of a query's or a student's
+        {  # in its benchmarks, "backbone" is the moving average of a query or student
             "backbone": r"backbone\.",
             "momentum": r"(backbone_momentum|momentum_backbone|teacher_backbone|key_backbone)\.",
             "query": r"query_backbone\.",
@@ -124,7 +125,7 @@ SOURCES = (
     Source("Lightning", {"backbone": r".+"}, marks=(r"^pytorch-lightning_version=",)),
     Source("unnamed project", {"backbone": r".+"}),
 )  # fmt: skip
-# Reasons to drop a tensor beside the encoder; the first pattern found in its name applies.
+# Reasons to drop a tensor outside the encoder; the first pattern that matches its name applies.
 REASONS = (
     (r"(^|\.)(\w*optim\w*|opt|momentum_buffer|exp_avg\w*|larc?s?)(\.|$)", "optimiser"),
     (r"(^|\.)(proposal_generator|roi_heads|sem_seg_head|mask_head|keypoint_head)\.",
@@ -164,7 +165,7 @@ OTHER_NETWORKS = (
     (r"Mixed_5b", "an Inception network"),
     (r"(^|\.)features\.0\.(weight|0\.weight)", "a VGG, AlexNet or MobileNet"),
 )  # fmt: skip
-# ResNets with parts that a plain one lacks, searched for under the encoder's prefix.
+# Parts of ResNet variants that a plain ResNet lacks, searched for under the encoder's prefix.
 OTHER_RESNETS = (
     (r"^(conv1|stem)\.\d+\.", "a deep stem (ResNet-C, -D)"),
     (r"\.se(_module)?\.|\.attn\.|\.channel_conv", "channel attention (SE-ResNet and relatives)"),

@@ -1,4 +1,4 @@
-"""Settings that the shapes do not show: pixel statistics and the position of strides."""
+"""Settings that cannot be seen from shapes: pixel statistics and the position of the strides."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from torch import Tensor
 from moco_common.config import MAX_BYTES, parse_yaml
 from moco_common.files import read_regular
 
-# ImageNet's statistics on the scale 0 to 255, with which torchvision and the known projects
-# normalise.
+# ImageNet's statistics on the scale 0 to 255, as used by torchvision and the known projects.
 DEFAULTS: dict[str, Any] = {
     "pixel_mean": (123.675, 116.28, 103.53),
     "pixel_std": (58.395, 57.12, 57.375),
@@ -27,33 +26,32 @@ DEFAULTS: dict[str, Any] = {
 def settings_of(
     path: Path, tree: Any, tensors: Mapping[str, Tensor], source: str
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return the settings of :data:`DEFAULTS` as the file states them, and notes on their origin.
+    """Return the settings of :data:`DEFAULTS` as stated by the file, and notes on their origin.
 
-    A converted file has metadata. A detector has its pixel statistics as buffers, and its run
-    directory a ``config.yaml``, which is read as data.
+    A converted file states them in its metadata, a detector in its buffers and in the
+    ``config.yaml`` of its run directory. A converted file also has "source" and "encoder".
     """
     if (metadata := own_metadata(tree)) is not None:
-        told = {
-            key: value for key, value in metadata.items() if key in (*DEFAULTS, "source", "encoder")
-        }
-        return DEFAULTS | told, ["pixel statistics and stride position are from its metadata"]
+        known = (*DEFAULTS, "source", "encoder")
+        stated = {key: value for key, value in metadata.items() if key in known}
+        return DEFAULTS | stated, ["pixel statistics and stride position are from its metadata"]
     if source != "Detectron2":
         return dict(DEFAULTS), []
-    told, notes = dict(DEFAULTS), []
+    stated, notes = dict(DEFAULTS), []
     config = _detectron2_config(path.parent / "config.yaml")
     if config:
         notes.append(f"pixel statistics and stride position are from {path.parent}/config.yaml")
     else:
         notes.append(
-            "the file states neither the position of the strides nor the pixel statistics: "
-            "torchvision's are assumed; pass --stride-in-1x1 and --format BGR for a network that "
-            "started from MSRA's weights"
+            "the file states neither the position of the strides nor the pixel statistics, so "
+            "torchvision's are assumed: pass --stride-in-1x1 and --format BGR for a network "
+            "initialised from MSRA's weights"
         )
         for key in ("pixel_mean", "pixel_std"):
             buffer = next((t for name, t in tensors.items() if name.endswith(key)), None)
             if buffer is not None and buffer.numel() == 3:
-                told[key] = tuple(buffer.flatten().tolist())
-    return told | config, notes
+                stated[key] = tuple(buffer.flatten().tolist())
+    return stated | config, notes
 
 
 def own_metadata(tree: Any) -> dict[str, Any] | None:
@@ -61,7 +59,7 @@ def own_metadata(tree: Any) -> dict[str, Any] | None:
     if not isinstance(tree, dict):
         return None
     metadata = tree.get("metadata")
-    if isinstance(strings := tree.get("__metadata__"), dict):  # safetensors hold strings only
+    if isinstance(strings := tree.get("__metadata__"), dict):  # safetensors stores only strings
         try:
             metadata = json.loads(strings.get("moco-det", "null"))
         except (ValueError, RecursionError):
@@ -80,7 +78,7 @@ def own_metadata(tree: Any) -> dict[str, Any] | None:
 def _detectron2_config(path: Path) -> dict[str, Any]:
     try:
         config = parse_yaml(read_regular(path, MAX_BYTES).decode("utf-8"))
-        told = {
+        stated = {
             "pixel_mean": config["MODEL"]["PIXEL_MEAN"],
             "pixel_std": config["MODEL"]["PIXEL_STD"],
             "format": config["INPUT"]["FORMAT"],
@@ -88,8 +86,8 @@ def _detectron2_config(path: Path) -> dict[str, Any]:
         }
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         return {}
-    sound = _three_numbers(told["pixel_mean"]) and _three_numbers(told["pixel_std"])
-    return told if sound and told["format"] in ("RGB", "BGR") else {}
+    sound = _three_numbers(stated["pixel_mean"]) and _three_numbers(stated["pixel_std"])
+    return stated if sound and stated["format"] in ("RGB", "BGR") else {}
 
 
 def _three_numbers(values: Any) -> bool:

@@ -1,8 +1,7 @@
-"""The proof: the same images through a ResNet in torchvision's layout and through Detectron2's.
+"""Numerical proof that a network in torchvision's layout and Detectron2's compute the same.
 
-The torchvision side is written here with ``torch.nn.functional``, directly on the named tensors, so
-that it supports all widths (torchvision's own class does not) and shares no code with Detectron2's
-modules.
+The torchvision side is written with ``torch.nn.functional``, directly on the named tensors: it
+supports all widths, unlike torchvision's class, and shares no code with Detectron2's modules.
 """
 
 from __future__ import annotations
@@ -30,11 +29,12 @@ class Proof:
     """Largest relative differences, max|a - b| / max|a|, between the two networks.
 
     Attributes:
-        eval: outputs of stem and res2 to res5, by name, with the norms' running statistics.
-        train: the same with the statistics of the batch.
-        statistics: running statistics after one training step, by the name of the stage.
-        eps: for a rescaled network, which is compared with its source under correspondingly
-            scaled eps of the norms: the largest effect of that scaling, in eval and train mode.
+        eval: output of each stage (stem, res2 to res5) with running statistics.
+        train: output of each stage with batch statistics.
+        statistics: running statistics of each stage after one training step.
+        eps: effect of the norms' eps in a rescaled network, in eval and train mode. Such a network
+            is compared with its source under an eps scaled to match; this is the effect of that
+            scaling.
     """
 
     eval: dict[str, float]
@@ -50,16 +50,16 @@ class Proof:
 
     @property
     def holds(self) -> bool:
-        """True if all differences are within `TOLERANCE` and that of eps in `EPS_TOLERANCE`."""
+        """Whether all differences are within `TOLERANCE` and that of eps within `EPS_TOLERANCE`."""
         return self.worst <= TOLERANCE and self.eps <= EPS_TOLERANCE
 
     @property
     def excess(self) -> str:
         """The value that is too large, and its limit."""
         if self.worst <= TOLERANCE:
-            why = "through the eps of the norms, which weighs more when weights are divided"
-            return f"{self.eps:.1e} {why}, more than {EPS_TOLERANCE:.0e}"
-        return f"{self.worst:.1e}, more than {TOLERANCE:.0e}"
+            why = "because the eps of the norms has more effect on divided weights"
+            return f"{self.eps:.1e} (limit {EPS_TOLERANCE:.0e}), {why}"
+        return f"{self.worst:.1e} (limit {TOLERANCE:.0e})"
 
     def __str__(self) -> str:
         columns = ((self.eval, 10), (self.train, 10), (self.statistics, 15))
@@ -69,7 +69,9 @@ class Proof:
         ]
         verdict = "holds" if self.holds else "FAILS"
         if self.eps:
-            lines.append(f"  eps    {self.eps:>10.1e}: its effect, limit {EPS_TOLERANCE:.0e}")
+            lines.append(
+                f"  eps    {self.eps:>10.1e}: effect of rescaling, limit {EPS_TOLERANCE:.0e}"
+            )
         return "\n".join([*lines, f"  {verdict}: {self.worst:.1e}, limit {TOLERANCE:.0e}"])
 
 
@@ -84,13 +86,14 @@ def resnet_features(
     """Run a ResNet in torchvision's layout directly on its state dict.
 
     Args:
-        tensors: float32, by torchvision name. Running statistics are updated in place when
-            ``training``.
-        images: float32 (N, 3, H, W), normalised.
+        tensors: float32 tensors by torchvision name.
+        architecture: the network.
+        images: normalised float32 images (N, 3, H, W).
+        training: whether to use batch statistics and update the running ones in place.
         factors: name of a convolution -> factor whose square multiplies the eps of its norm.
 
     Returns:
-        Outputs of "stem" (after the pooling) and "res2" to "res5", (N, C, H / stride, W / stride).
+        Outputs of "stem" (after pooling) and "res2" to "res5", (N, C, H / stride, W / stride).
     """
 
     def conv_norm(x: Tensor, layer: Layer) -> Tensor:
@@ -116,10 +119,10 @@ def resnet_features(
 
 
 def build_detectron2(architecture: Architecture) -> torch.nn.Module:
-    """Build Detectron2's network of that architecture, without memory for its parameters.
+    """Build Detectron2's network of an architecture on the meta device.
 
-    It is built from a config, as in a detector; narrow and wide ResNet-18 and -34, which a config
-    cannot express, are built from the same blocks.
+    It is built from a config, as in a detector, except for ResNet-18 and -34 of other widths than
+    64, which a config cannot express.
     """
     from detectron2.config import get_cfg
     from detectron2.layers import ShapeSpec
@@ -176,11 +179,11 @@ def prove(
 
     Args:
         torchvision: backbone tensors by torchvision name.
-        detectron2: backbone tensors by Detectron2 name, nothing missing and nothing more.
+        detectron2: backbone tensors by Detectron2 name, complete and without others.
         source: architecture of the first network.
         target: architecture of the second, from the converted file's metadata; ``source`` by
             default.
-        pixel_mean, pixel_std: statistics, on the scale 0 to 255, that normalise the images.
+        pixel_mean, pixel_std: statistics that normalise the images, on the scale 0 to 255.
         divided: torchvision name of a convolution -> factor by which its weights are smaller in
             the second network (see `moco_det.conversion.rescale`).
 
@@ -188,8 +191,8 @@ def prove(
         The differences; :attr:`Proof.holds` is False if they are too large.
 
     Raises:
-        CheckpointError: a tensor of Detectron2's network is missing or has another shape, or there
-            is one that it has no place for.
+        CheckpointError: a tensor of Detectron2's network is missing, has a different shape or is
+            unexpected.
     """
     ours = {name: value.float() for name, value in torchvision.items()}
     network = build_detectron2(target or source)
@@ -200,7 +203,7 @@ def prove(
     with torch.no_grad():
         outputs = {False: resnet_features(ours, source, images, training=False, factors=divided)}
         evaluated = _differences(outputs[False], network.eval()(images))
-        # A training step writes the running statistics: let it write into copies.
+        # Training updates the running statistics: let it update copies.
         before = dict(ours)
         ours |= {k: v.clone() for k, v in ours.items() if "running_" in k}
         for module in network.modules():
@@ -228,8 +231,8 @@ def _eps_matters(
     images: Tensor,
     outputs: Mapping[bool, dict[str, Tensor]],
 ) -> float:
-    """Return the largest difference of ``outputs`` (keyed by ``training``) to those under the usual
-    eps."""
+    """Return the largest difference of ``outputs`` (keyed by ``training``) from those with the
+    default eps."""
     worst = 0.0
     for training, scaled in outputs.items():
         copies = {k: v.clone() if "running_" in k else v for k, v in tensors.items()}
@@ -246,13 +249,14 @@ def _load(network: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:
             state.setdefault(name, torch.tensor(0))
         elif name not in state:
             raise CheckpointError(
-                f"Detectron2's network needs {name} of shape {tuple(tensor.shape)}; it is missing.",
+                f"Detectron2's network requires {name} of shape {tuple(tensor.shape)}, which is "
+                "missing.",
                 kind="missing_tensor",
                 key=name,
             )
         elif state[name].shape != tensor.shape:
             raise CheckpointError(
-                f"Detectron2's network needs {name} of shape {tuple(tensor.shape)}, not "
+                f"Detectron2's network requires {name} of shape {tuple(tensor.shape)}, not "
                 f"{tuple(state[name].shape)}.",
                 kind="shape",
                 key=name,
@@ -265,7 +269,7 @@ def _load(network: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _images() -> Tensor:
-    """Generate two images (2, 3, 96, 96) of 0 to 255: smooth structure and pixel noise."""
+    """Generate images (2, 3, 96, 96) in [0, 255] with smooth structure and pixel noise."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.randn(2, 3, 6, 6, generator=generator)
     smooth = F.interpolate(coarse, size=(96, 96), mode="bilinear", align_corners=False)

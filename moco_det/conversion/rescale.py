@@ -1,10 +1,9 @@
-"""Removal of the growth of weights in pre-training, without changing the network's function.
+"""Reversal of the growth of weights in pre-training, without changing the network's function.
 
-A batch norm divides by the standard deviation of its input, so a factor in the weights of the
-convolution before it affects neither the output nor the loss. It does affect the gradient, which
-falls as the weights grow: a step with the same learning rate turns their direction 1 / factor**2 as
-far (van Laarhoven 2017, "L2 regularization versus batch and weight normalization"). A layer that
-has grown tenfold in pre-training is fine-tuned as if its learning rate were a hundredth.
+A batch norm divides by the standard deviation of its input, so scaling the convolution before it
+by a factor changes neither output nor loss. It does change the effective learning rate, by
+1 / factor**2 (van Laarhoven 2017, "L2 regularization versus batch and weight normalization"): a
+layer whose weights grew tenfold in pre-training is fine-tuned as if at a hundredth of the rate.
 """
 
 from __future__ import annotations
@@ -19,16 +18,17 @@ from moco_det.conversion.architecture import Architecture
 
 
 def factors(tensors: Mapping[str, Tensor], architecture: Architecture) -> dict[str, float]:
-    """Return the ratio of each convolution's norm to that of a fresh layer, by its name.
+    """Return the ratio of each convolution's norm to that of a freshly initialised one, by name.
 
-    Fresh weights have the variance 2 / (out * kernel^2) (He et al. 2015, fan-out; Detectron2 too
-    initialises its networks so), and the norm sqrt(2 * in), where "in" counts a group's channels.
+    Fresh weights have variance 2 / (out * kernel^2) (He et al. 2015, fan-out, as in Detectron2) and
+    thus norm sqrt(2 * in), where "in" counts the input channels of a group.
 
     Args:
-        tensors: the backbone's, by torchvision name.
+        tensors: the backbone's tensors by torchvision name.
+        architecture: the network.
 
     Returns:
-        One factor per layer; 1 for a layer whose weights are all zero or not finite.
+        One factor per layer; 1 if its weights are all zero or not finite.
     """
     result = {}
     for layer in architecture.layers():
@@ -43,12 +43,12 @@ def divide(
 ) -> dict[str, Tensor]:
     """Return the same network with each convolution divided by its factor.
 
-    The running mean is divided by it as well, and the running variance by its square; the norm's
-    weight and bias stay. The one difference is the eps of the norms, whose relative effect grows by
-    factor**2: the converter's proof measures it.
+    The running mean is divided by it too, and the running variance by its square; the norm's weight
+    and bias are unchanged. What remains is the effect of the norms' eps, which grows by factor**2;
+    the converter's proof measures it.
 
     Returns:
-        All tensors; those that change are new.
+        All tensors, of which the changed ones are new.
     """
     divisors = {f"{layer.conv}.weight": by[layer.conv] for layer in architecture.layers()}
     divisors |= running_factors(architecture, by)
@@ -64,7 +64,7 @@ def running_factors(architecture: Architecture, by: Mapping[str, float]) -> dict
     }
 
 
-def sentence(by: Mapping[str, float], divided: bool) -> str | None:
+def growth_note(by: Mapping[str, float], divided: bool) -> str | None:
     """Return a note on the factors; None if they are small."""
     name, largest = max(by.items(), key=lambda item: item[1])
     if divided:

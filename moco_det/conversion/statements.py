@@ -1,6 +1,6 @@
-"""Statements of a file about its own network, compared with the network that its tensors make up.
+"""Comparison of what a file states about its network with what its tensors show.
 
-Some networks have the tensors of a plain ResNet and compute something else (timm's ``resnetaa50``
+Some networks have the tensors of a plain ResNet but compute something else (timm's ``resnetaa50``
 and ``resnetblur50`` blur before each stride, torchvision's segmentation networks dilate). Their
 files often name them: in ``arch``, in a training script's arguments, in mmcv's ``meta.config``.
 """
@@ -18,7 +18,7 @@ from moco_common.reader.errors import CheckpointError
 from moco_common.reader.formats import Discarded
 from moco_det.conversion.architecture import Architecture
 
-# Keys that name the network, and keys of the dictionaries in which such keys are searched for.
+# Keys that name a network, and keys of dictionaries in which to search for such keys.
 _NETWORKS = frozenset(
     """arch architecture backbone backbone_name base_encoder base_model encoder encoder_name
     model model_name net network""".split()  # noqa: SIM905
@@ -27,12 +27,12 @@ _PLACES = frozenset(
     """__metadata__ args cfg config hparams hyper_parameters kwargs meta metadata model_args
     model_kwargs""".split()  # noqa: SIM905
 )
-_LONGEST, _DEEPEST = 1 << 20, 5  # characters of a text, levels of dictionaries
+_LONGEST, _DEEPEST = 1 << 20, 5  # limits: characters of a text, nested dictionaries
 _NAME = re.compile(
     r"(?P<before>[a-z\d]*?)(?P<wide>wide)?resne(?P<next>x?)t"
     r"(?P<inside>(?:v\d)?[a-z]*)(?P<depth>\d*)(?P<after>[a-z]*)\w*"
 )
-# Variants by where their mark stands: before "resnet", between it and the depth, after the depth.
+# Marks of variants before "resnet", between it and the depth, and after the depth.
 _BEFORE = frozenset("aa bam ca cbam csp eca ge h i ibn nf pre preact se sk t".split())  # noqa: SIM905
 _INSIDE = frozenset(
     "aa blur c d gn ibn rs s se sk v1c v1d v1e v1s v2 vc vd".split()  # noqa: SIM905
@@ -43,7 +43,7 @@ _AFTER = frozenset(
 )
 _DILATED = frozenset(("fcn", "deeplabv3"))  # torchvision's, whose last stages have no stride
 _DEPTHS = frozenset(map(str, (10, 14, 18, 20, 26, 32, 34, 44, 50, 56, 101, 110, 152, 200, 269)))
-# Keyword arguments of mmcv's, timm's and torchvision's classes, and their values in a plain ResNet.
+# Arguments of mmcv's, timm's and torchvision's classes, and their values for a plain ResNet.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "deep_stem": (False,),
     "avg_down": (False,),
@@ -58,31 +58,31 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 
 
 def check_statements(tree: Any, architecture: Architecture) -> None:
-    """Compare what a file states about its network with the architecture of its tensors.
+    """Check that no statement in a file contradicts the architecture of its tensors.
 
     Raises:
-        CheckpointError: it states another network.
+        CheckpointError: the file names a network other than this plain ResNet.
     """
     for key, stated in _statements(tree):
         name = stated if isinstance(stated, str) else ""
         if not _fits(name, architecture) if name else stated[1] not in _PLAIN[stated[0]]:
             what = name or "{} = {}".format(*stated)
             raise CheckpointError(
-                f"the file states {key}: {what}, which is not the plain {architecture} that its "
-                "tensors could be taken for, and computes something else: pre-train a plain "
-                "ResNet, or, if the statement is wrong, save the state dict alone.",
+                f"the file states {key}: {what}, which computes something else than the plain "
+                f"{architecture} that its tensors resemble: pre-train a plain ResNet or, if the "
+                "statement is wrong, save the state dict alone.",
                 kind="unsupported", key=key,
             )  # fmt: skip
 
 
 def stride_of(tree: Any) -> bool | None:
-    """Return the position of the stride that mmcv's config in a file states; None without one."""
+    """Return ``stride_in_1x1`` as stated by mmcv's config in a file; None if it is not stated."""
     styles = [value for key, value in _configs(tree) if key == "style"]
     return styles[0] == "caffe" if styles else None
 
 
 def _fits(name: str, architecture: Architecture) -> bool:
-    """Return False if a name is that of a ResNet other than this plain one."""
+    """Return False if a name denotes a ResNet other than this plain one."""
     tokens = [token for token in re.split(r"[\W_]+", name.lower()) if token]
     for index, token in enumerate(tokens):
         match = _NAME.fullmatch(token)
@@ -154,7 +154,7 @@ def _json(text: str) -> Any:
 
 
 def _configs(tree: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the backbone's arguments in the text of mmcv's config (an entry of ``meta``)."""
+    """Yield the backbone's arguments from the text of an mmcv config (an entry of ``meta``)."""
     meta = tree.get("meta") if isinstance(tree, dict) else None
     for text in meta.values() if isinstance(meta, dict) else ():
         if not isinstance(text, str) or len(text) > _LONGEST:
@@ -170,7 +170,7 @@ def _configs(tree: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _arguments(text: str) -> Iterator[tuple[str, Any]]:
-    """Yield the arguments of a call, or the items of a dictionary, that are not nested deeper."""
+    """Yield the top-level arguments of a call or items of a dictionary."""
     value = r"""'[^']*'|"[^"]*"|\([^()]*\)|\[[^\[\]]*\]|dict\(|\{|[^\s,(){}\[\]]+"""
     level = 0
     for match in re.finditer(rf"""['"]?(\w+)['"]?\s*[=:]\s*({value})|[(){{}}]""", text):

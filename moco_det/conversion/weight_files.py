@@ -1,4 +1,4 @@
-"""Weight files, written so that Detectron2 and torchvision load them, read without trust."""
+"""Reading and writing of weight files in the formats of Detectron2 and torchvision."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Weights(NamedTuple):
     Attributes:
         tensors: the tensors by their names in the file.
         metadata: metadata of a file that this project converted, else None.
-        author: the file's ``__author__``, "Caffe2" for Detectron's own layout.
-        matching_heuristics: True if Detectron2 matches the names by their endings.
+        author: the file's ``__author__``; "Caffe2" for files of the original Detectron.
+        matching_heuristics: whether Detectron2 matches the names by their suffixes.
     """
 
     tensors: dict[str, Tensor]
@@ -41,10 +41,10 @@ class Weights(NamedTuple):
 
 
 def load_detectron2_weights(path: str | os.PathLike[str]) -> Weights:
-    """Read weights in Detectron2's naming scheme, without executing anything.
+    """Read weights in Detectron2's naming scheme, without executing code.
 
     Args:
-        path: a converted file (ours or the reference's), or Detectron2's own .pkl or .pth.
+        path: a converted file (this project's or MoCo's), or a .pkl or .pth of Detectron2.
 
     Raises:
         CheckpointError: the file cannot be read, or its names are not Detectron2's.
@@ -107,10 +107,10 @@ def write(
     Args:
         path: file to write; its suffix selects the format: .pkl, .pth (or .pt), .safetensors.
         to: "detectron2" (wrapped as its loader expects) or "torchvision" (a state dict).
-        check: called with the written file before it takes its name; may raise.
+        check: called with the temporary file before it is renamed; may raise.
 
     Raises:
-        CheckpointError: the suffix is unknown, or .pkl for torchvision.
+        CheckpointError: the suffix is not one of the target's.
     """
     writer = writer_for(path, to)
     replace_file(path, lambda file: writer(file, tensors, metadata), check)
@@ -152,7 +152,7 @@ def _wrapped(model: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str,
 
 
 class _PortablePickler(pickle.Pickler):
-    """Pickles arrays as calls of ``numpy.ndarray``; NumPy 2's own pickles fail in NumPy 1."""
+    """Pickler that stores arrays as calls of ``numpy.ndarray``: NumPy 1 cannot read NumPy 2's."""
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, np.ndarray):
@@ -162,7 +162,7 @@ class _PortablePickler(pickle.Pickler):
 
 def _write_pickle(file: IO[bytes], tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
     arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
-    # Protocol 5 stores a bytearray as it is; older ones would hold its bytes twice when reading.
+    # Protocol 5 stores a bytearray directly; reading older ones needs twice the memory.
     _PortablePickler(file, protocol=5).dump(_wrapped(arrays, meta))
 
 
@@ -173,9 +173,9 @@ def _write_torch(file: IO[bytes], tensors: Mapping[str, Tensor], meta: Mapping[s
 def _write_state_dict(
     file: IO[bytes], tensors: Mapping[str, Tensor], meta: Mapping[str, Any]
 ) -> None:
-    """Write a plain state dict, which loads with ``strict=True``, and the metadata on it."""
+    """Write a state dict that loads with ``strict=True``, with the metadata as an attribute."""
     state = OrderedDict(tensors)
-    # Modules keep their versions here, by prefix; no module has this one.
+    # torch keeps versions of modules here, by prefix; no module has this prefix.
     state._metadata = {"moco-det": {k: v for k, v in meta.items() if k != "author"}}  # type: ignore[attr-defined]
     torch.save(state, file)
 

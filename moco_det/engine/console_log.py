@@ -1,4 +1,4 @@
-"""Console output of a run, one plain line at a time; everything else goes into ``log.txt``."""
+"""Logging of a run: plain lines on the console, everything in ``log.txt``."""
 
 import errno
 import io
@@ -23,8 +23,7 @@ log = logging.getLogger("moco_det")
 
 
 def silence_detectron2() -> None:
-    """Suppress warnings about Detectron2's calls of deprecated torch functions, which no user can
-    fix."""
+    """Silence warnings about Detectron2's use of deprecated torch functions."""
     warnings.filterwarnings("ignore", message="torch.meshgrid")
     warnings.filterwarnings("ignore", message=".*(torch.cuda.amp|broadcast_buffers)")
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
@@ -32,12 +31,14 @@ def silence_detectron2() -> None:
 
 @contextmanager
 def logging_to(directory: Path, rank: int, quiet: bool = False) -> Iterator[None]:
-    """Log this project's messages to the console (rank 0) and everyone's to ``log.txt``.
+    """Log this project's messages to the console (rank 0 only), and all messages to ``log.txt``.
 
-    Detectron2's own messages (the model, the optimizer's hooks, class histograms) go to the file
-    only. The handlers are removed at the end, so that runs in one process keep their logs apart.
+    Detectron2's messages (the model, class histograms) go only to the file. The handlers are
+    removed on exit, so that consecutive runs in one process have separate logs.
 
     Args:
+        directory: the run directory; created if missing.
+        rank: rank of this process; ranks above 0 write ``log.txt.rankN``.
         quiet: print only warnings on the console.
     """
     silence_detectron2()
@@ -71,14 +72,17 @@ def logging_to(directory: Path, rank: int, quiet: bool = False) -> Iterator[None
 
 @contextmanager
 def printing_to_log() -> Iterator[None]:
-    """Redirect what a library prints, line by line, from the console into ``log.txt``."""
+    """Redirect standard output to ``log.txt``, line by line, for libraries that print."""
     with redirect_stdout(_LogStream()):
         yield
 
 
 class _LogFile(logging.FileHandler):
-    """A log file whose lines are dropped while the disk is full: the checkpoint or record that
-    cannot be written then ends the run with a sentence, and the log must not hide it."""
+    """A log file that drops lines while the disk is full.
+
+    The checkpoint or record that cannot be written then ends the run with a clear error, which a
+    logging failure would hide.
+    """
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
         if not is_full_disk(sys.exc_info()[1]):
@@ -93,11 +97,11 @@ class _LogFile(logging.FileHandler):
 
 
 class _Console(logging.Handler):
-    """Lines on standard output, above a bar if there is one; warnings on standard error."""
+    """Lines on standard output, above the progress bar if any; warnings on standard error."""
 
     def __init__(self, level: int) -> None:
         super().__init__(level)
-        self._out = sys.stdout  # as it is now: `printing_to_log` replaces it
+        self._out = sys.stdout  # `printing_to_log` replaces it later
 
     def emit(self, record: logging.LogRecord) -> None:
         stream = sys.stderr if record.levelno >= logging.WARNING else self._out
@@ -112,7 +116,7 @@ class _Console(logging.Handler):
 
 
 class TerminalBar(HookBase):
-    """A bar of the iterations below the lines in a terminal, nothing elsewhere."""
+    """A progress bar below the log lines, in a terminal only."""
 
     def before_train(self) -> None:
         shown = sys.stdout.isatty() and _console_level() <= logging.INFO
@@ -137,7 +141,12 @@ class _LogStream(io.TextIOBase):
 
 
 class ProgressPrinter(EventWriter):
-    """A line of progress: iteration, time left, losses, learning rate, iterations per second."""
+    """A progress line: iteration, ETA, losses, learning rate, iterations per second.
+
+    Args:
+        max_iter: length of the schedule, in iterations.
+        window: number of iterations over which the median of a loss is taken.
+    """
 
     def __init__(self, max_iter: int, window: int = 20) -> None:
         self._max_iter = max_iter
@@ -146,7 +155,7 @@ class ProgressPrinter(EventWriter):
     def write(self) -> None:
         storage = get_event_storage()
         done = storage.iter + 1
-        # Called once more after training, which may have failed within an iteration.
+        # Also called after training, which may have failed in the middle of an iteration.
         if done > self._max_iter or storage.latest().get("lr", (0, -1))[1] != storage.iter:
             return
 

@@ -19,7 +19,7 @@ def explain(options: Options) -> None:
     """Print the description of a key, or of the run that the command line defines.
 
     Raises:
-        UserError: an unknown key, or a contradiction in the run.
+        UserError: the key is unknown, or the run contradicts itself.
     """
     if options.explain:
         print(explain_key(options.explain))
@@ -33,9 +33,9 @@ def explain_run(cfg: CfgNode, notes: Iterable[str] = ()) -> str:
 
     Args:
         cfg: the resolved config.
-        notes: lines about device, weights, data and schedule, as in the log of the run.
+        notes: lines about device, weights, data and schedule, as the run logs them.
     """
-    lines = [*notes, "", "resolved, where it differs from Detectron2's default:"]
+    lines = [*notes, "", "resolved settings that differ from Detectron2's defaults:"]
     changed = differences(default_config(), cfg)
     lines += [f"  {line}" for line in changed if line.split(" ", 1)[0] not in HOUSEKEEPING]
     lines.append("")
@@ -48,7 +48,7 @@ def explain_key(key: str) -> str:
     """Describe a key: its meaning, its default, and its value in each protocol with the source.
 
     Raises:
-        UserError: the key is unknown; the message lists the nearest ones.
+        UserError: the key is unknown; the message lists similar keys.
     """
     check_keys([key], where="the command line")
     default = flatten(default_config())[key]

@@ -26,20 +26,20 @@ log = logging.getLogger(__name__)
 
 
 def is_due(iteration: int, period: int, max_iter: int) -> bool:
-    """Return whether something periodic is due after an iteration; it always is after the last."""
+    """Return whether a periodic action is due after an iteration; always True after the last."""
     done = iteration + 1
     return done >= max_iter or (period > 0 and done % period == 0)
 
 
 class PreciseBN(HookBase):
-    """Precise BN statistics before every evaluation, over the same images every time.
+    """Recompute the BN statistics before every evaluation, each time over the same images.
 
     Args:
-        period: iterations between two evaluations; 0 for the last one only.
-        model: not wrapped in DDP, in training mode.
-        batches: starts this process's share of the micro-batches, ``(number, batch)`` each.
-        seed: of the run.
-        images: their number over all processes, to be logged.
+        period: number of iterations between evaluations; 0 if only the last model is evaluated.
+        model: the model in training mode, not wrapped in DDP.
+        batches: function that iterates over this process's micro-batches, as ``(number, batch)``.
+        seed: seed of the run.
+        images: number of images over all processes, for the log.
     """
 
     def __init__(
@@ -59,11 +59,11 @@ class PreciseBN(HookBase):
             self.update_stats()
 
     def update_stats(self) -> None:
-        """Estimate the statistics of all BN layers anew."""
+        """Recompute the statistics of all BN layers; a model without BN is left unchanged."""
         if not get_bn_modules(self.model):
             return
         log.info("precise BN over %d images", self.images)
-        with EventStorage():  # the model writes its own events, which are not training's
+        with EventStorage():  # keeps the model's events out of the training metrics
             update_statistics(self.model, self._inputs())
 
     def _inputs(self) -> Iterator[Batch]:
@@ -73,9 +73,9 @@ class PreciseBN(HookBase):
 
 
 class Checkpoints(HookBase):
-    """Checkpoints every so often, at the end, and when the run is asked to stop.
+    """Save a checkpoint periodically, at the end, and when the run is asked to stop.
 
-    All processes have this hook; the checkpointer of the first one writes.
+    Every rank must register this hook, because stopping is a collective decision; rank 0 writes.
     """
 
     def __init__(self, checkpointer: RunCheckpointer, period: int, stop: StopRequest) -> None:
@@ -85,7 +85,7 @@ class Checkpoints(HookBase):
         iteration, final = self.trainer.iter, self.trainer.iter + 1 >= self.trainer.max_iter
         asked = self.stop.agreed()
         if asked or is_due(iteration, self.period, self.trainer.max_iter):
-            self._refuse_nonsense(iteration)
+            self._check_finite(iteration)
             name = "model_final" if final else f"model_{iteration:07d}"
             self.checkpointer.save(name, iteration=iteration)
         if asked:
@@ -93,14 +93,14 @@ class Checkpoints(HookBase):
             comm.synchronize()  # no rank ends the job before the file is written
             raise Stopped(asked)
 
-    def _refuse_nonsense(self, iteration: int) -> None:
-        """A step may make weights infinite before a loss shows it."""
+    def _check_finite(self, iteration: int) -> None:
+        """Raise if a weight is not finite, which the loss shows one iteration later at best."""
         state = self.checkpointer.model.state_dict()
         wrong = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
         if wrong:
             raise UserError(
-                f"after iteration {iteration + 1} {wrong[0]} is not finite and not saved: lower "
-                "SOLVER.BASE_LR and resume from the last checkpoint with --resume."
+                f"{wrong[0]} is not finite after iteration {iteration + 1}, so no checkpoint was "
+                "saved: lower SOLVER.BASE_LR and pass --resume to resume from the previous one."
             )
 
 
@@ -108,8 +108,8 @@ class Writers(hooks.PeriodicWriter):
     """Detectron2's periodic writers; a full disk is reported as a `UserError`.
 
     Args:
-        writers: of progress, ``metrics.json`` and TensorBoard.
-        period: iterations between two lines.
+        writers: writers of the progress line, ``metrics.json`` and TensorBoard events.
+        period: number of iterations between records.
         folder: the run directory.
     """
 
@@ -122,7 +122,7 @@ class Writers(hooks.PeriodicWriter):
             super().after_step()
 
     def after_train(self) -> None:
-        # All are closed whichever fails: Python would report an open file with unwritten lines.
+        # Close all, whichever fails: Python complains about a file left open with unwritten lines.
         with full_disk_explained(self.folder), ExitStack() as closing:
             for writer in self.writers:
                 closing.callback(writer.close)
@@ -131,10 +131,15 @@ class Writers(hooks.PeriodicWriter):
 
 
 class Evaluation(HookBase):
-    """Evaluates every so often and after training.
+    """Evaluate periodically and after training.
 
-    Not Detectron2's ``EvalHook``, which evaluates even where the last iteration was interrupted.
-    While the trained model is evaluated, signals act at once: it is saved.
+    Unlike Detectron2's ``EvalHook``, it does not evaluate if the last iteration was interrupted.
+    During the final evaluation a signal ends the process at once: the model is already saved.
+
+    Args:
+        period: number of iterations between evaluations; 0 to evaluate only after training.
+        evaluate: function that returns nested results, such as ``{"bbox": {"AP": 40.2}}``.
+        stop: the run's stop request.
     """
 
     def __init__(
@@ -148,7 +153,7 @@ class Evaluation(HookBase):
             self._evaluate()
 
     def after_train(self) -> None:
-        if self.trainer.iter >= self.trainer.max_iter:  # it is not after an exception
+        if self.trainer.iter >= self.trainer.max_iter:  # False after an exception
             self.stop.obey()
             self._evaluate()
 
@@ -162,9 +167,9 @@ class Evaluation(HookBase):
         comm.synchronize()
 
 
-def forget_later_lines(path: Path, iteration: int) -> None:
-    """Drop the lines of ``metrics.json`` from ``iteration`` on, which a resumed run writes
-    again, and a line that was cut off."""
+def truncate_metrics(path: Path, iteration: int) -> None:
+    """Drop the lines of ``metrics.json`` that a run resumed at ``iteration`` will write again, and
+    incomplete ones."""
     if not path.is_file():
         return
     kept = []

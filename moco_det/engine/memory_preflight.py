@@ -35,18 +35,18 @@ HEADROOM = 0.95  # usable share of the memory: allocators and libraries round up
 
 
 class GPUMemory:
-    """Memory of torch on the current GPU."""
+    """Memory allocated by torch on the current GPU."""
 
     def reset(self) -> None:
-        """Begin a new peak."""
+        """Reset the peak."""
         torch.cuda.reset_peak_memory_stats()
 
     def peak(self) -> float:
-        """Peak of the bytes in tensors since `reset`."""
+        """Return the peak since `reset`, in bytes."""
         return float(torch.cuda.max_memory_allocated())
 
     def limit(self) -> float:
-        """Bytes that this process can have: its own and the free ones."""
+        """Return the bytes available to this process: those it holds and those that are free."""
         free, _ = torch.cuda.mem_get_info()
         return float(free + torch.cuda.memory_reserved())
 
@@ -55,12 +55,12 @@ class CPUMemory:
     """Resident memory of this process."""
 
     def reset(self) -> None:
-        """Begin a new peak, where the system supports it."""
-        with suppress(OSError):  # else the peak is that of the whole process
+        """Reset the peak, where the system supports it."""
+        with suppress(OSError):  # elsewhere the peak is that since the process started
             Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM on Linux
 
     def peak(self) -> float:
-        """Peak of the resident bytes since `reset`."""
+        """Return the peak since `reset`, in bytes."""
         status = _numbers("/proc/self/status")
         if "VmHWM" in status:
             return status["VmHWM"] * 1024.0
@@ -68,9 +68,9 @@ class CPUMemory:
         return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
     def limit(self) -> float:
-        """Its own bytes and its share of the free ones of the machine or container."""
+        """Return the bytes available to this process: its own and its share of the free ones."""
         free = [_numbers("/proc/meminfo").get("MemAvailable", float("inf")) * 1024]
-        for most, used in (  # version 2 of control groups, version 1
+        for most, used in (  # cgroup v2, v1
             ("memory.max", "memory.current"),
             ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
         ):
@@ -80,13 +80,13 @@ class CPUMemory:
                     - float(Path("/sys/fs/cgroup", used).read_text())
                 )
             except (OSError, ValueError):
-                continue  # no such group, or no limit ("max")
+                continue  # no such cgroup, or no limit ("max")
         share = min(free) / (comm.get_local_size() if comm.get_world_size() > 1 else 1)
         return _numbers("/proc/self/status").get("VmRSS", 0) * 1024.0 + share
 
 
 def _numbers(path: str) -> dict[str, int]:
-    """The ``Name:  123 kB`` lines of a file in /proc; empty if there is no such file."""
+    """Parse the ``Name:  123 kB`` lines of a file in /proc; return {} if there is no such file."""
     try:
         lines = [line.split() for line in Path(path).read_text().splitlines()]
     except OSError:
@@ -99,7 +99,7 @@ def _numbers(path: str) -> dict[str, int]:
 
 
 def agree(value: float, operation: Any) -> float:
-    """Reduce a value over all processes."""
+    """Reduce a value over all processes with a ``dist.ReduceOp``."""
     if comm.get_world_size() == 1:
         return value
     device = "cuda" if dist.get_backend() == dist.Backend.NCCL else "cpu"
@@ -109,7 +109,7 @@ def agree(value: float, operation: Any) -> float:
 
 
 def in_gb(count: float) -> str:
-    """Bytes for reading: ``"1.3 GB"``."""
+    """Format a number of bytes, such as ``"1.3 GB"``."""
     return f"{count / 1e9:.1f} GB" if count < float("inf") else "more than all"
 
 
@@ -118,13 +118,13 @@ class Report:
     """The memory that the worst batch needs.
 
     Attributes:
-        size: width and height of its images, padded.
-        objects: annotated objects of each of its images.
-        images: of one pass, as configured.
-        needed: bytes that a process needs at the peak, optimizer included; the key is the number
-            of images of a pass. Measured, or on a line through what was measured.
-        limit: bytes that a process can have.
-        batch: images of an optimisation step, over all processes and passes.
+        size: width and height of its images in pixels, after padding.
+        objects: number of annotated objects in each image.
+        images: images per pass, as configured.
+        needed: images per pass -> peak bytes of a process, optimizer included; measured, or
+            extrapolated linearly.
+        limit: bytes available to a process.
+        batch: images per optimisation step, over all processes and passes.
         world_size: number of processes.
     """
 
@@ -138,7 +138,7 @@ class Report:
 
     @property
     def fits(self) -> bool:
-        """True if a pass of `images` fits as it is."""
+        """Whether a pass fits as configured."""
         return self._fits(self.images)
 
     def _fits(self, images: int) -> bool:
@@ -146,7 +146,7 @@ class Report:
 
     @property
     def passes(self) -> int | None:
-        """The fewest ``SOLVER.ACCUMULATION_STEPS`` with which the batch fits; None if none do."""
+        """The fewest ``SOLVER.ACCUMULATION_STEPS`` with which the batch fits; None if none does."""
         for images in sorted(self.needed, reverse=True):
             if self.batch % (images * self.world_size) == 0 and self._fits(images):
                 return self.batch // (images * self.world_size)
@@ -155,18 +155,18 @@ class Report:
     def __str__(self) -> str:
         width, height = self.size
         text = (
-            f"the worst pass ({self.images} of {width}x{height} with "
+            f"the worst pass ({counted(self.images, 'image')} of {width}x{height} pixels with "
             f"{counted(self.objects, 'object')} each) needs "
             f"{in_gb(self.needed[self.images])} of {in_gb(self.limit)}"
         )
         if self.passes is None:
             return text + (
-                "; not even one image a pass fits: lower INPUT.MIN_SIZE_TRAIN and "
+                "; not even one image per pass fits: lower INPUT.MIN_SIZE_TRAIN and "
                 "INPUT.MAX_SIZE_TRAIN, or set SOLVER.AMP.ENABLED True on a GPU"
             )
         least = f"SOLVER.ACCUMULATION_STEPS {self.passes}"
         if not self.fits:
-            return f"{text}; {least} fits, with SOLVER.IMS_PER_BATCH {self.batch} as it is"
+            return f"{text}; {least} fits, with SOLVER.IMS_PER_BATCH {self.batch} unchanged"
         now = self.batch // (self.images * self.world_size)
         return text + (f"; {least} fits as well, and is faster" if self.passes < now else ": fits")
 
@@ -176,16 +176,15 @@ def preflight(
     model: nn.Module,
     training_set: TrainingSet | None = None,
 ) -> Report:
-    """Run forward and backward on the largest images with the most objects; measure the memory.
+    """Measure the memory of forward and backward on the largest images with the most objects.
 
-    First with one image and with two, then, if the result promises to fit, with a whole pass.
-    Weights, gradients, buffers, modes and random states are restored bit for bit. All processes
-    call this together.
+    One image is tried first, then two, then a whole pass if it is expected to fit. Weights,
+    gradients, buffers, modes and random states are restored bit for bit. All ranks must call this.
 
     Args:
         cfg: the config of the run, whose data sets are registered.
-        model: loaded, on its device, not wrapped.
-        training_set: the images, if they are loaded already.
+        model: the loaded model on its device, not wrapped in DDP.
+        training_set: the images, if already loaded.
     """
     world_size = comm.get_world_size()
     images, batch = share(cfg, world_size), cfg.SOLVER.IMS_PER_BATCH
@@ -225,7 +224,7 @@ def _peak_of(model: nn.Module, batch: Batch, cfg: CfgNode, memory: CPUMemory | G
 
 
 def _line(measured: dict[int, float], start: float) -> Callable[[int], float]:
-    """Memory by images of a pass, through the fewest and the most that were measured."""
+    """Return memory as a linear function of the images per pass, from the extremes measured."""
     finite = {images: peak for images, peak in measured.items() if peak < float("inf")}
     if not finite:
         return lambda images: float("inf")
@@ -239,7 +238,8 @@ def _line(measured: dict[int, float], start: float) -> Callable[[int], float]:
 def _worst_image(
     cfg: CfgNode, training_set: TrainingSet
 ) -> tuple[tuple[int, int], int, dict[str, Any]]:
-    """The image with the most objects, on a canvas as large as a padded batch can be."""
+    """Return size, number of objects and mapped image with the most objects, padded to the largest
+    canvas that a batch can have."""
     largest = cfg.clone()
     largest.defrost()
     largest.INPUT.MIN_SIZE_TRAIN = (max(cfg.INPUT.MIN_SIZE_TRAIN),)
@@ -262,7 +262,7 @@ def _worst_image(
 
 
 def _canvas(cfg: CfgNode, training_set: TrainingSet) -> tuple[int, int]:
-    """Width and height of the largest padded batch: of its images, the widest and the tallest."""
+    """Return width and height of the largest padded batch."""
     if cfg.INPUT.CROP.ENABLED and cfg.INPUT.CROP.TYPE == "absolute":
         height, width = cfg.INPUT.CROP.SIZE
         return int(width), int(height)

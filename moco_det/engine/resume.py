@@ -1,4 +1,4 @@
-"""Comparison of a resumed run with what its directory and its checkpoint record."""
+"""Comparison of a resumed run with its recorded config and training data."""
 
 import hashlib
 import os
@@ -14,8 +14,8 @@ from moco_det.config.defaults import flatten
 from moco_det.config.protocols import load_config
 from moco_det.data.samplers import TrainingSet
 
-# Keys, or prefixes of keys, that may change when a run is resumed: those of LOGGED, and all whose
-# names end in _TEST, with a line in the log. All others must not change.
+# Keys, or prefixes of keys, that may change when a run is resumed. A changed key of LOGGED, or one
+# that ends in _TEST, is logged; keys of FREE are not compared.
 LOGGED = (
     *("DATASETS.TRAIN", "DATASETS.TEST", "TEST."),
     *("SOLVER.BASE_LR", "SOLVER.MAX_ITER", "SOLVER.STEPS", "SOLVER.GAMMA", "SOLVER.NUM_DECAYS"),
@@ -31,14 +31,14 @@ _FILES = ("MODEL.WEIGHTS", "MODEL.ARCHITECTURE_FROM")  # compared as paths
 
 
 def compare_config(cfg: CfgNode) -> list[str]:
-    """Return ``KEY OLD -> NEW`` for each setting that differs from the run's and may.
+    """Return ``KEY OLD -> NEW`` for each setting that has changed and may.
 
     Args:
-        cfg: the resolved config of a run that resumes in its ``OUTPUT_DIR``. If there is no
-            checkpoint, the run starts again and nothing is compared.
+        cfg: the resolved config of a run to resume in its ``OUTPUT_DIR``. Without a checkpoint
+            there, the run starts from the beginning and nothing is compared.
 
     Raises:
-        UserError: a setting differs that must not; the message names all of them.
+        UserError: a setting has changed that must not; the message names all of them.
     """
     recorded = Path(cfg.OUTPUT_DIR, "config.yaml")
     if not newest_checkpoints(cfg.OUTPUT_DIR) or not recorded.is_file():
@@ -55,8 +55,8 @@ def compare_config(cfg: CfgNode) -> list[str]:
             refused.append(f"{key} was {before.get(key)!r} and is now {now[key]!r}")
     if refused:
         raise UserError(
-            f"{cfg.OUTPUT_DIR} holds a run with other settings, which cannot be resumed with "
-            f"these: {'; '.join(refused)}. Use the same settings or another --output-dir."
+            f"{cfg.OUTPUT_DIR} holds a run with settings that cannot change on resume: "
+            f"{'; '.join(refused)}. Use the run's settings or another --output-dir."
         )
     return logged
 
@@ -68,7 +68,7 @@ def _comparable(key: str, value: Any) -> Any:
 
 
 def fingerprint(training_set: TrainingSet) -> dict[str, int | str]:
-    """Summarise a training set for its run's checkpoints, so that a change can be noticed."""
+    """Summarise a training set for checkpoints: its size, and digests that reveal a change."""
     names = "\n".join(Path(image["file_name"]).name for image in training_set.images)
     sizes = b"" if training_set.sizes is None else training_set.sizes.tobytes()
     parts = {"names": names.encode(), "sizes": sizes, "objects": training_set.objects.tobytes()}
@@ -77,12 +77,12 @@ def fingerprint(training_set: TrainingSet) -> dict[str, int | str]:
 
 
 def changes_of_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Name what differs between two fingerprints; an empty string if nothing does."""
+    """Describe the difference between two fingerprints; return "" if there is none."""
     if before["images"] != now["images"]:
         return f"{now['images']} images instead of {before['images']}"
     texts = {
-        "names": "other file names, or the same in another order",
-        "sizes": "other image sizes",
-        "objects": "other numbers of objects",
+        "names": "different file names, or a different order",
+        "sizes": "different image sizes",
+        "objects": "different numbers of objects",
     }
     return ", ".join(text for name, text in texts.items() if before[name] != now[name])

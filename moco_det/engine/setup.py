@@ -1,4 +1,4 @@
-"""Turn a command line into a plan: everything that can be settled or refused before training."""
+"""Resolution of a command line into a plan; what is wrong is refused before training starts."""
 
 import os
 import textwrap
@@ -62,12 +62,12 @@ class Plan:
 
 
 def prepare(options: Options) -> Plan:
-    """Settle config, architecture, data and schedule, and register the data sets.
+    """Resolve config, architecture, data and schedule, and register the data sets.
 
     With ``explain``, weights and data may be missing.
 
     Raises:
-        UserError: something is contradictory or missing.
+        UserError: an option, file or data set is missing, or two settings contradict each other.
     """
     explaining = options.explain is not None
     output_dir = _output_dir(options)
@@ -84,7 +84,7 @@ def prepare(options: Options) -> Plan:
     if options.strict:
         cfg.DATASETS.STRICT = True
     resume = options.resume or restarted()
-    # Under torchrun the ranks first agree whether the run was restarted, see `trials`.
+    # Under torchrun the ranks first agree on whether the run was restarted; `trials` checks then.
     early = options.trials is None and not under_torchrun()
     if not explaining and not options.eval_only and early:
         _check_output_dir(Path(cfg.OUTPUT_DIR), resume)
@@ -98,7 +98,7 @@ def prepare(options: Options) -> Plan:
         cfg.SEED += 0 if own_config else options.trial
         notes.insert(0, f"trial      {options.trial}, seed {cfg.SEED}")
     notes += _settle_device(cfg, explicit, world_size)
-    if not own_config:  # a run's own config is settled
+    if not own_config:  # the config in a run directory is already resolved
         if not explaining and not options.eval_only:
             _check_start(cfg)
         notes += _settle_weights(cfg, [*explicit, *stated_keys(name)])
@@ -126,7 +126,7 @@ def prepare(options: Options) -> Plan:
 
 
 def uses_gpus(options: Options) -> bool:
-    """Return False if the command line asks for CPUs on whatever machine."""
+    """Return False if the command line sets ``MODEL.DEVICE`` to the CPU."""
     settings = dict(zip(options.overrides[::2], options.overrides[1::2], strict=False))
     return not settings.get("MODEL.DEVICE", "cuda").startswith("cpu")
 
@@ -137,7 +137,7 @@ def trials(plan: Plan, count: int | None) -> list[Plan]:
     With ``--resume``, finished trials are skipped.
 
     Raises:
-        UserError: a folder holds another run, or one with other settings.
+        UserError: a folder holds another run, or the same run with different settings.
     """
     if count is None:
         return [_checked(plan)]
@@ -157,7 +157,7 @@ def trials(plan: Plan, count: int | None) -> list[Plan]:
 
 
 def _checked(plan: Plan) -> Plan:
-    """Check the folder of a run; note the settings that a resumed run changes."""
+    """Check a run's directory, and note which settings have changed if it is resumed."""
     if plan.eval_only:
         return plan
     _check_output_dir(Path(plan.cfg.OUTPUT_DIR), plan.resume)
@@ -167,7 +167,7 @@ def _checked(plan: Plan) -> Plan:
 
 def _wrapped(title: str, changes: Sequence[str]) -> list[str]:
     """Wrap changes into lines of readable length under one title."""
-    text = ", ".join(change.replace(" ", "\xa0") for change in changes)  # break between them only
+    text = ", ".join(change.replace(" ", "\xa0") for change in changes)  # break only between them
     lines = textwrap.wrap(text, 100, break_long_words=False, break_on_hyphens=False)
     return [f"{title:<10} {line}".replace("\xa0", " ") for line in lines]
 
@@ -183,7 +183,7 @@ def _settle_device(cfg: CfgNode, explicit: Sequence[str], world_size: int) -> li
 
 
 def _output_dir(options: Options) -> Path | None:
-    """Return the run directory; a single trial has its own below that of the command line."""
+    """Return the run directory; that of a single trial is below the one on the command line."""
     if options.trial is None:
         return Path(options.output_dir) if options.output_dir else None
     if options.trials is not None:
@@ -197,10 +197,10 @@ def _output_dir(options: Options) -> Path | None:
 
 def _config_of_run(own: Path | None, options: Options) -> str:
     """Return the config of an existing run, to resume or evaluate it."""
-    goes_on = options.resume or options.eval_only
-    if own and own.is_file() and (goes_on or options.explain is not None):
+    continued = options.resume or options.eval_only
+    if own and own.is_file() and (continued or options.explain is not None):
         return str(own)
-    missing = f" ({own} is missing)" if own and goes_on else ""
+    missing = f" ({own} is missing)" if own and continued else ""
     raise UserError(f"name a protocol or a file with --config, such as --config VOC{missing}.")
 
 
@@ -215,8 +215,8 @@ def _check_start(cfg: CfgNode) -> None:
         )
     if cfg.PROTOCOL and start != "random" and not path:
         raise UserError(
-            f"{cfg.PROTOCOL} starts from pre-trained weights: give MODEL.WEIGHTS FILE (from "
-            f"tools/convert.py), or use {base}-random."
+            f"{cfg.PROTOCOL} starts from pre-trained weights: add MODEL.WEIGHTS FILE (written by "
+            f"tools/convert.py) to the command, or use {base}-random."
         )
 
 
@@ -230,11 +230,12 @@ def _check_dilation(cfg: CfgNode) -> None:
 
 
 def _settle_weights(cfg: CfgNode, explicit: Sequence[str]) -> list[str]:
-    """Take architecture and pixel statistics from the weights."""
+    """Take architecture and pixel statistics from the weights; return notes for the log."""
     path, like = cfg.MODEL.WEIGHTS, cfg.MODEL.ARCHITECTURE_FROM
     if like and path:
         raise UserError(
-            "MODEL.ARCHITECTURE_FROM is for random weights: with MODEL.WEIGHTS leave it out."
+            "MODEL.ARCHITECTURE_FROM and MODEL.WEIGHTS exclude each other: remove the first to "
+            "start from the weights, the second to start from random ones."
         )
     source = like or path
     if not source or holds_detector(source):
@@ -243,12 +244,13 @@ def _settle_weights(cfg: CfgNode, explicit: Sequence[str]) -> list[str]:
     if path:
         check_norm(cfg.MODEL.RESNETS.NORM == GROUP_NORM, weights)
     taken = apply_settings(cfg, weights, explicit)
-    said = [f"weights    {source}" + (": its architecture, not its values" if like else "")]
+    notes = [f"weights    {source}" + (" (architecture only)" if like else "")]
     if "MODEL.PIXEL_MEAN" not in weights.settings:
-        said.append(
-            f"weights    no pixel statistics in the file: the protocol's {cfg.INPUT.FORMAT}"
+        notes.append(
+            "weights    no pixel statistics in the file: using the protocol's, in "
+            f"{cfg.INPUT.FORMAT} order"
         )
-    return said + _wrapped("taken", taken)
+    return notes + _wrapped("taken", taken)
 
 
 def _check_solver(cfg: CfgNode, world_size: int) -> None:
@@ -260,7 +262,7 @@ def _check_solver(cfg: CfgNode, world_size: int) -> None:
 
 
 def _check_images(cfg: CfgNode, options: Options) -> None:
-    """Decode all images if asked to; otherwise look for truncated files in the test set."""
+    """Decode all images if requested; otherwise only look for truncated files in the test set."""
     whole = options.check_images or cfg.PREFLIGHT == "only"
     names = cfg.DATASETS.TEST
     if whole and not options.eval_only:
@@ -269,7 +271,7 @@ def _check_images(cfg: CfgNode, options: Options) -> None:
 
 
 def _check_writable(directory: Path, eval_only: bool) -> None:
-    """Refuse an output directory that cannot be written, before anything is read."""
+    """Refuse an output directory that cannot be written before reading any data."""
     nearest = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     if nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK):
         return
@@ -284,12 +286,12 @@ def _check_writable(directory: Path, eval_only: bool) -> None:
 
 
 def _check_output_dir(directory: Path, resume: bool) -> None:
-    """Refuse a folder with another run; one that ended before training does not count."""
+    """Refuse a directory that holds another run, unless that run ended before training."""
     if resume or comm.rank() > 0 or not directory.is_dir():
         return
     left = (".", "log.txt", "findings.json", run_lock.NAME)
     if any(not entry.name.startswith(left) for entry in directory.iterdir()):
-        finished = "a finished run" if (directory / "results.json").is_file() else "files already"
+        content = "a finished run" if (directory / "results.json").is_file() else "files"
         raise UserError(
-            f"{directory} holds {finished}: choose another --output-dir, or continue with --resume."
+            f"{directory} already holds {content}: choose another --output-dir, or pass --resume."
         )

@@ -1,4 +1,4 @@
-"""Fine-tuning from the command line: settle the run, start its processes, train, evaluate."""
+"""Fine-tuning from the command line: resolve the run, start its processes, train, evaluate."""
 
 import os
 import time
@@ -34,15 +34,15 @@ from moco_det.engine.setup import Options, Plan, prepare, trials, uses_gpus
 from moco_det.engine.trainer import build_trainer, evaluate
 from moco_det.modeling.detector import build_detector
 
-FINDINGS = "findings.json"  # all faults of own data, with file and object
+FINDINGS = "findings.json"  # every fault of the user's data, with file and object
 PREFLIGHTS = ("auto", "always", "only", "never")
 
 
 def train_net(options: Options) -> None:
-    """Run once, or ``trials`` times with consecutive seeds.
+    """Train and evaluate once, or ``trials`` times with consecutive seeds.
 
     Raises:
-        UserError: the input is wrong; nothing is written if that is known beforehand.
+        UserError: the input is wrong; nothing is written if this is found before training.
         Stopped: a signal ended the run; its state is saved.
     """
     on_gpu = uses_gpus(options)
@@ -60,7 +60,7 @@ def _data_sets(cfg: CfgNode) -> tuple[str, ...]:
 
 
 def _run_trials(plan: Plan, count: int | None, data: SharedData | None) -> None:
-    """Do this rank's part of the runs."""
+    """Train and evaluate the runs on this rank."""
     if ranks.world_size() > 1:
         comm.create_local_process_group(ranks.world_size())
     if data is not None:
@@ -70,9 +70,9 @@ def _run_trials(plan: Plan, count: int | None, data: SharedData | None) -> None:
 
 
 def _settle_and_run(options: Options) -> None:
-    """Settle the runs and read their data on the first rank of torchrun's, and run on all.
+    """Resolve the runs and read their data on torchrun's rank 0, then run on all ranks.
 
-    Hosts need not share a folder: the data are broadcast. All ranks resume if one was restarted.
+    The data are broadcast, so hosts need not share a folder. All ranks resume if any was restarted.
     """
     if ranks.world_size() > 1:
         comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
@@ -87,9 +87,9 @@ def _settle_and_run(options: Options) -> None:
     comm.all_gather(None)  # wait for the reading without occupying a GPU
     if ranks.world_size() > 1:
         dist.broadcast_object_list(settled)
-    plans, data, mistake = settled
-    if mistake is not None:
-        raise mistake
+    plans, data, refused = settled
+    if refused is not None:
+        raise refused
     if not comm.is_main_process():
         add_entries(data)
     for plan in plans:
@@ -97,7 +97,7 @@ def _settle_and_run(options: Options) -> None:
 
 
 def run(plan: Plan) -> None:
-    """Train and evaluate one resolved run, whose data are registered; all ranks call this."""
+    """Train and evaluate one resolved run, whose data are registered; all ranks must call this."""
     cfg = plan.cfg
     rank = comm.get_rank()
     output_dir = Path(cfg.OUTPUT_DIR)
@@ -147,14 +147,14 @@ def _train(plan: Plan, model: torch.nn.Module) -> None:
 
 
 def _fits(cfg: CfgNode, model: torch.nn.Module, training_set: TrainingSet) -> bool:
-    """Try the worst batch if the config asks for it; return whether to train.
+    """Run the memory preflight if the config asks for it; return whether to train.
 
     Raises:
         UserError: the batch does not fit.
     """
     when = cfg.PREFLIGHT
     if when not in PREFLIGHTS:
-        raise UserError(f"PREFLIGHT {when!r} is unknown: there are {', '.join(PREFLIGHTS)}.")
+        raise UserError(f"PREFLIGHT {when!r} is unknown: choose one of {', '.join(PREFLIGHTS)}.")
     on_gpu = torch.device(cfg.MODEL.DEVICE).type == "cuda"
     if when == "never" or (when == "auto" and not on_gpu):
         return True
@@ -166,7 +166,7 @@ def _fits(cfg: CfgNode, model: torch.nn.Module, training_set: TrainingSet) -> bo
 
 
 def _evaluate_only(plan: Plan, model: torch.nn.Module) -> None:
-    """Evaluate the weights from the command line, else the run's newest, else the config's."""
+    """Evaluate the weights of the command line, else the newest checkpoint, else the config's."""
     cfg = plan.cfg
     path = cfg.MODEL.WEIGHTS
     newest = newest_checkpoints(cfg.OUTPUT_DIR)

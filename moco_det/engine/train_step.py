@@ -17,21 +17,21 @@ from moco_det.data.samplers import TRAINING, Batch, seed_model
 
 
 class TrainStep:
-    """Gradients of ``passes`` micro-batches, averaged; then one step of the optimizer.
+    """An optimizer step on the mean gradient of ``passes`` micro-batches.
 
-    What it equals: ``passes`` on one process give the gradient of as many processes with one pass
-    each, which is the published arrangement (16 images on 8 GPUs, 2 in a pass), up to synchronised
-    BN, which sees the images of one pass only. The gradient of one pass over the joined batch is
-    the same where a loss is a mean over images (the RPN's, and the box head's as long as every
-    image yields equally many regions); a loss that is a mean over what was found (masks of
-    foreground regions, visible keypoints) weights the micro-batches alike, as processes do.
+    ``passes`` micro-batches on one process give the gradient of that many processes with one each,
+    which is the published setting (16 images on 8 GPUs, 2 per pass), except that synchronised BN
+    sees the images of one pass only. The gradient also equals that of a single pass over the joined
+    batch where a loss is a mean over images (the RPN's, and the box head's if every image yields
+    the same number of regions). A loss that is a mean over matches (masks of foreground regions,
+    visible keypoints) weights all micro-batches equally, as DDP weights processes.
 
     Args:
-        model: in training mode; a dict of losses for a batch. May be wrapped in DDP.
-        batches: starts the micro-batches of iterations [first, last): ``(number, batch)`` each,
-            ``passes`` an iteration.
-        optimizer: steps once for all passes.
-        passes: micro-batches per step.
+        model: model in training mode that maps a batch to a dict of losses, possibly in DDP.
+        batches: function of ``(first, last)`` that iterates over the micro-batches of iterations
+            [first, last) as ``(number, batch)``, ``passes`` per iteration.
+        optimizer: optimizer, stepped once for all passes.
+        passes: number of micro-batches per step.
         seed: with the number of a micro-batch, it determines the random numbers of the model.
         dtype: dtype of autocast, None to disable it; with float16 (GPU only) the loss is scaled.
     """
@@ -61,15 +61,15 @@ class TrainStep:
         self.batches = self.start_batches(first, last)
 
     def __call__(self, iteration: int) -> dict[str, float]:
-        """Take the step.
+        """Take the step of an iteration (zero-based).
 
         Returns:
-            The losses and their sum ``total_loss``, averaged over passes and processes, and the
-            seconds that the slowest process waited for data, ``data_time``.
+            The losses and their sum ``total_loss``, averaged over passes and processes, and
+            ``data_time``, the seconds that the slowest process waited for data.
 
         Raises:
-            UserError: on every process, if a loss of any is not finite. Weights and optimizer are
-                unchanged.
+            UserError: a loss is not finite on any process; raised on all of them. Weights and
+                optimizer are unchanged.
         """
         self.optimizer.zero_grad()
         rows: list[dict[str, Tensor]] = []
@@ -87,13 +87,13 @@ class TrainStep:
         if self.scaler is None:
             self.optimizer.step()
         else:
-            self.scaler.unscale_(self.optimizer)  # clipping, where configured, sees true gradients
+            self.scaler.unscale_(self.optimizer)  # so that clipping sees the true gradients
             self.scaler.step(self.optimizer)
             self.scaler.update()
         return {**losses, "data_time": max(comm.all_gather(waited))}
 
     def _pass(self, batch: Batch, last: bool) -> dict[str, Tensor]:
-        """Forward and backward of one micro-batch; DDP averages the gradients in the last one."""
+        """Run one micro-batch; DDP averages the gradients in the last one."""
         scale = self.scaler.scale if self.scaler is not None else _unscaled
         ddp = isinstance(self.model, nn.parallel.DistributedDataParallel)
         with self.model.no_sync() if ddp and not last else nullcontext():  # type: ignore[operator]
@@ -107,7 +107,7 @@ class TrainStep:
         table = torch.stack([torch.stack(list(row.values())) for row in rows])  # passes x losses
         mean = table.mean(0)
         if comm.get_world_size() > 1:
-            dist.all_reduce(mean)  # a loss that is not finite stays so on all processes
+            dist.all_reduce(mean)  # a loss that is not finite becomes so on all processes
             mean /= comm.get_world_size()
         losses = dict(zip(rows[0], mean.tolist(), strict=True))
         if not all(map(math.isfinite, losses.values())):
@@ -121,17 +121,17 @@ class TrainStep:
         return {"total_loss": sum(losses.values()), **losses}
 
     def close(self) -> None:
-        """End the loader and its workers."""
+        """Stop the loader and its workers."""
         if isinstance(self.batches, Generator):
             self.batches.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """State of the optimizer and, with float16, of the loss scale."""
+        """Return the state of the optimizer and, with float16, of the loss scaler."""
         state = {"optimizer": self.optimizer.state_dict()}
         return state if self.scaler is None else state | {"grad_scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore `state_dict`; without a scaler in it, keep a new one."""
+        """Restore `state_dict`; a scaler without a saved state starts afresh."""
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scaler is not None and "grad_scaler" in state:
             self.scaler.load_state_dict(state["grad_scaler"])
@@ -146,8 +146,8 @@ def _failure_explained(iteration: int, names: list[str]) -> Iterator[None]:
     except torch.cuda.OutOfMemoryError:
         raise UserError(
             f"iteration {iteration + 1} needs more memory than the GPU has, on the images "
-            f"{images}: raise SOLVER.ACCUMULATION_STEPS or set SOLVER.AMP.ENABLED True, and "
-            "continue with --resume if there is a checkpoint; --preflight measures what is needed."
+            f"{images}: raise SOLVER.ACCUMULATION_STEPS or set SOLVER.AMP.ENABLED True, and pass "
+            "--resume if there is a checkpoint; --preflight measures what is needed."
         ) from None
     except (FloatingPointError, AssertionError) as error:  # Detectron2's checks of its boxes
         if isinstance(error, AssertionError) and "infinite or NaN" not in str(error):
@@ -159,8 +159,7 @@ def _failure_explained(iteration: int, names: list[str]) -> Iterator[None]:
 def _diverged(what: str, images: str) -> UserError:
     return UserError(
         f"{what}, on the images {images}; nothing was saved since the last checkpoint: lower "
-        "SOLVER.BASE_LR or lengthen SOLVER.WARMUP_ITERS, and continue with --resume if there is a "
-        "checkpoint."
+        "SOLVER.BASE_LR or raise SOLVER.WARMUP_ITERS, and pass --resume if there is a checkpoint."
     )
 
 
@@ -170,14 +169,16 @@ def forward_backward(
     dtype: torch.dtype | None,
     scale: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Add the gradient of a batch to those of the parameters.
+    """Run forward and backward, adding the gradient of a batch to that of the parameters.
 
     Args:
+        model: model in training mode that maps a batch to a dict of losses.
+        batch: mapped images in Detectron2's format.
         dtype: dtype of autocast; None to disable it.
-        scale: applied to the loss before the backward pass.
+        scale: function applied to the total loss before the backward pass.
 
     Returns:
-        The losses, float32 scalars without gradient, not scaled.
+        The unscaled losses, as float32 scalars without gradient.
     """
     device = next(model.parameters()).device.type
     with torch.autocast(device, dtype, enabled=dtype is not None):
@@ -198,9 +199,7 @@ def precision(cfg: CfgNode) -> torch.dtype | None:
     dtypes = {"float16": torch.float16, "bfloat16": torch.bfloat16}
     name = cfg.SOLVER.AMP.PRECISION
     if name not in dtypes:
-        raise UserError(
-            f"SOLVER.AMP.PRECISION {name!r} is unknown: there are {' and '.join(dtypes)}."
-        )
+        raise UserError(f"SOLVER.AMP.PRECISION {name!r} is unknown: choose {' or '.join(dtypes)}.")
     if name == "float16" and torch.device(cfg.MODEL.DEVICE).type == "cpu":
         raise UserError("SOLVER.AMP.PRECISION float16 needs a GPU: use bfloat16 on a CPU.")
     return dtypes[name]
@@ -211,6 +210,6 @@ def _unscaled(loss: Tensor) -> Tensor:
 
 
 def _scaler() -> Any:
-    """torch.amp.GradScaler, which torch before 2.3 has only under torch.cuda."""
+    """Return a ``GradScaler``, which torch before 2.3 has only in torch.cuda."""
     amp = torch.amp if hasattr(torch.amp, "GradScaler") else torch.cuda.amp
     return amp.GradScaler()

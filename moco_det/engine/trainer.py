@@ -38,12 +38,12 @@ from moco_det.data.samplers import (
     share,
 )
 from moco_det.engine.console_log import ProgressPrinter, TerminalBar, printing_to_log
-from moco_det.engine.hooks import Checkpoints, Evaluation, PreciseBN, Writers, forget_later_lines
+from moco_det.engine.hooks import Checkpoints, Evaluation, PreciseBN, Writers, truncate_metrics
 from moco_det.engine.resume import changes_of_data, fingerprint
 from moco_det.engine.train_step import TrainStep, precision
 from moco_det.evaluation.build import build_evaluator, evaluated_tasks
 from moco_det.evaluation.results import headline, results_folder, with_classes_apart, write_results
-from moco_det.modeling.batch_norm import replace_sync_bn, say_norms
+from moco_det.modeling.batch_norm import norm_notes, replace_sync_bn
 from moco_det.modeling.detector import assert_all_trained
 
 log = logging.getLogger(__name__)
@@ -52,15 +52,15 @@ log = logging.getLogger(__name__)
 class Trainer(TrainerBase):
     """A training run: step, schedule, checkpoints and hooks, on one process or under DDP.
 
-    ``DefaultTrainer`` does not serve: its constructor gives DDP a device id, which processes on
-    CPUs lack. State and files are the same. They suffice to resume: the images and all random
-    numbers follow from the seed and the iteration.
+    It replaces ``DefaultTrainer``, whose constructor passes DDP a device id, which fails on CPUs.
+    State and files are the same, and enough to resume a run exactly: images and random numbers are
+    functions of the seed and the iteration.
 
     Args:
-        step: takes one optimisation step; owns model, batches and optimizer.
+        step: optimisation step, which owns the (wrapped) model, batches and optimizer.
         scheduler: learning-rate scheduler, stepped by the ``LRScheduler`` hook.
-        model: the bare model, not wrapped in DDP.
-        max_iter: length of the schedule.
+        model: the model itself, not wrapped in DDP.
+        max_iter: length of the schedule, in iterations.
         output_dir: the run directory.
         data: fingerprint of the training set, saved and compared when the run is resumed.
     """
@@ -81,7 +81,7 @@ class Trainer(TrainerBase):
         self.model = model
         self.max_iter = max_iter
         self.stop = StopRequest()
-        # A proxy: the trainer owns the checkpointer.
+        # A proxy, because the trainer owns the checkpointer.
         self.checkpointer = RunCheckpointer(model, output_dir, trainer=weakref.proxy(self))
 
     @property
@@ -95,7 +95,7 @@ class Trainer(TrainerBase):
         """Resume from the newest checkpoint of the run directory; False if there is none."""
         if self.checkpointer.load_newest() is None:
             return False
-        self.start_iter = self.iter + 1  # the checkpoint holds the iteration that was just done
+        self.start_iter = self.iter + 1  # the checkpoint holds the last iteration completed
         return True
 
     def fit(self) -> None:
@@ -125,14 +125,14 @@ class Trainer(TrainerBase):
         rates = self.scheduler.base_lrs
         super().load_state_dict(state_dict)
         self.step.load_state_dict(state_dict["_trainer"])
-        # The schedule is the config's, which may have changed; both states hold rates of the old.
+        # The config's schedule may have changed, and both states hold rates of the old one.
         self.scheduler.base_lrs = rates
         for group, base, rate in zip(
             self.optimizer.param_groups, rates, self.scheduler.get_lr(), strict=True
         ):
             group.update(initial_lr=base, lr=rate)
         if changed := changes_of_data(state_dict.get("data", self.data), self.data):
-            log.warning("warning: the training data have changed since the run began: %s", changed)
+            log.warning("warning: the training data changed since the run started: %s", changed)
 
 
 def build_trainer(
@@ -146,12 +146,12 @@ def build_trainer(
 
     Args:
         cfg: the config of the run, whose data sets are registered.
-        model: from :func:`build_detector`, weights loaded, not wrapped.
-        training_set: the images, if they are loaded already.
-        resume: whether to resume from the newest checkpoint of the run, if there is one.
+        model: model from :func:`build_detector` with loaded weights, not wrapped in DDP.
+        training_set: the images, if already loaded.
+        resume: whether to resume from the newest checkpoint of the run, if any.
 
     Raises:
-        UserError: a layer or a BN would not be trained, or the batch is not divisible.
+        UserError: a layer is frozen, or the batch cannot be split over processes and passes.
     """
     assert_all_trained(model, cfg.MODEL.BACKBONE.FREEZE_AT)
     world_size = comm.get_world_size()
@@ -159,7 +159,7 @@ def build_trainer(
     on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
     if world_size > 1 and on_cpu:
         replace_sync_bn(model)
-    for line in say_norms(model, per_pass=per_pass, passes=passes, world_size=world_size):
+    for line in norm_notes(model, per_pass=per_pass, passes=passes, world_size=world_size):
         log.info("norms      %s", line)
     if cfg.SOLVER.CHANNELS_LAST:
         model.to(memory_format=torch.channels_last)
@@ -173,7 +173,7 @@ def build_trainer(
         build_train_mapper(cfg),
         per_pass,
         seed=cfg.SEED,
-        num_workers=min(cfg.DATALOADER.NUM_WORKERS, cpu_count()),  # more only compete
+        num_workers=min(cfg.DATALOADER.NUM_WORKERS, cpu_count()),
     )
     ranks = {"passes": passes, "rank": comm.get_rank(), "world_size": world_size}
     step = TrainStep(
@@ -198,9 +198,8 @@ def build_trainer(
         images, available = count * cfg.SOLVER.IMS_PER_BATCH, len(training_set.images)
         if images > available:
             log.info(
-                "norms      precise BN takes %d passes of %d images before each evaluation, which "
-                "shows the %d training images %.0f times: fewer suffice "
-                "(TEST.PRECISE_BN.NUM_ITER)",
+                "norms      precise BN runs %d batches of %d images before each evaluation, %d "
+                "training images seen %.0f times: lower TEST.PRECISE_BN.NUM_ITER",
                 *(count, cfg.SOLVER.IMS_PER_BATCH, available, images / available),
             )
         precise = PreciseBN(
@@ -211,7 +210,7 @@ def build_trainer(
             images=images,
         )
     if comm.is_main_process():
-        trainer.register_hooks([TerminalBar()])  # first: its figure is then that of the line above
+        trainer.register_hooks([TerminalBar()])  # first, so that it agrees with the progress line
     trainer.register_hooks(_build_hooks(cfg, trainer, precise))
     if resume and trainer.resume():
         log.info("resumed    at iteration %d of %d", trainer.start_iter, trainer.max_iter)
@@ -223,7 +222,7 @@ def build_trainer(
 def _build_hooks(
     cfg: CfgNode, trainer: Trainer, precise: PreciseBN | None
 ) -> Sequence[HookBase | None]:
-    """In Detectron2's order: statistics, then checkpoint, then evaluation; the writers follow."""
+    """Return the hooks in Detectron2's order; the writers follow."""
     proxy = weakref.proxy(trainer)
 
     def test() -> dict[str, Any]:
@@ -241,7 +240,7 @@ def _build_hooks(
 
 def _build_writer(cfg: CfgNode, start_iter: int) -> HookBase:
     metrics = Path(cfg.OUTPUT_DIR, "metrics.json")
-    forget_later_lines(metrics, start_iter)
+    truncate_metrics(metrics, start_iter)
     writers = [
         ProgressPrinter(cfg.SOLVER.MAX_ITER),
         JSONWriter(str(metrics)),
@@ -255,12 +254,12 @@ def evaluate(cfg: CfgNode, model: nn.Module, *, iteration: int | None = None) ->
 
     Args:
         cfg: the config of the run, whose test set is registered.
-        model: the detector. All ranks call this together; each evaluates its share of the images.
-        iteration: how long the model was trained, for the record.
+        model: the detector. All ranks must call this; each evaluates its share of the images.
+        iteration: number of training iterations, for the record.
 
     Returns:
         ``{"bbox": {"AP": ..., "AP50": ..., "AP75": ..., "per_class": {...}}, "segm": {...}}`` on
-        the first rank, AP in percent; an empty dict on the others.
+        rank 0, AP in percent; an empty dict on the others.
     """
     (name,) = cfg.DATASETS.TEST
     folder = results_folder(cfg.OUTPUT_DIR, name)
@@ -277,8 +276,7 @@ def evaluate(cfg: CfgNode, model: nn.Module, *, iteration: int | None = None) ->
         num_workers=min(cfg.DATALOADER.NUM_WORKERS, cpu_count()),
     )
     loop = Loop("evaluating", len(loader), say=log.info, period=10.0)
-    # pycocotools prints its tables.
-    with printing_to_log(), lost_worker_explained():
+    with printing_to_log(), lost_worker_explained():  # pycocotools prints
         results = inference_on_dataset(
             model, Readable(loader), evaluator, {"after_inference": loop.tick}
         )
@@ -289,5 +287,5 @@ def evaluate(cfg: CfgNode, model: nn.Module, *, iteration: int | None = None) ->
         log.info("%-10s %s", task, headline(scores))
     write_results(cfg, results, name, iteration, explanation(cfg), folder)
     if folder != Path(cfg.OUTPUT_DIR):
-        log.info("results    in %s: the run has another test set", folder)
+        log.info("results    written to %s: this is not the run's own test set", folder)
     return results

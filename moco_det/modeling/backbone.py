@@ -12,11 +12,11 @@ class DilatedC5(Backbone):
     """A ResNet up to res5, followed by a 3x3 convolution to fewer channels, a norm and ReLU.
 
     This is MoCo's R50-dilated-C5 (He et al. 2020, appendix on the detection backbone): res5 has
-    dilation 2 and stride 1, so that the output has stride 16. Detectron2's DC5 lacks the extra
-    convolution; its heads see the 2,048 channels of res5.
+    dilation 2 and stride 1, so the output has stride 16. Detectron2's DC5 lacks the extra
+    convolution: its heads receive the 2,048 channels of res5.
 
     Args:
-        bottom_up: a backbone with the single output feature ``res5``.
+        bottom_up: backbone with the single output feature ``res5``.
         channels: number of channels of ``dc5``, the only output feature.
         norm: normalisation after the convolution, in the notation of
             ``detectron2.layers.get_norm``.
@@ -39,7 +39,7 @@ class DilatedC5(Backbone):
         self.shape = ShapeSpec(channels=channels, stride=res5.stride)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Compute ``{"dc5": (N, channels, H / 16, W / 16)}`` from images (N, 3, H, W) float."""
+        """Return ``{"dc5": (N, channels, H / 16, W / 16)}`` for float images (N, 3, H, W)."""
         return {"dc5": self.conv(self.bottom_up(images)["res5"])}
 
     def output_shape(self) -> dict[str, ShapeSpec]:

@@ -1,13 +1,13 @@
-"""Batch norm over several processes, and true statistics before an evaluation.
+"""Batch norm over several processes, and precise statistics before an evaluation.
 
-What Detectron2's synchronised norms compute, for images of unequal sizes (shown by test, on 2 and
-4 processes):
+How Detectron2's synchronised norms weight processes, and when the result equals the statistics of
+the joined batch (tested on 2 and 4 processes):
 
 =============== ========================== =================================================
-norm            weight of a process        the joined batch's statistics
+norm            weight of a process        equals the joined batch
 =============== ========================== =================================================
-naiveSyncBN     the same for all           only where all have the same N, H and W
-naiveSyncBN_N   its N                      only where all have the same H and W
+naiveSyncBN     the same for all           if all have the same N, H and W
+naiveSyncBN_N   its N                      if all have the same H and W
 SyncBN          its number of pixels       always; torch's own runs on GPUs only
 =============== ========================== =================================================
 """
@@ -30,69 +30,70 @@ log = logging.getLogger(__name__)
 
 
 def replace_sync_bn(model: nn.Module) -> int:
-    """Replace torch's SyncBatchNorm, which runs on GPUs only, by this project's.
+    """Replace torch's SyncBatchNorm, which runs on GPUs only, by this project's equivalent.
 
     Returns:
         The number of replaced layers.
     """
     replaced = synchronise_batch_norm(model, (nn.SyncBatchNorm,))
     if replaced:
-        log.info("norms      SyncBN by this project's own, torch's runs on GPUs only: the same")
+        log.info("norms      SyncBN replaced by an equivalent that also runs on CPUs")
     return replaced
 
 
-def say_norms(model: nn.Module, *, per_pass: int, passes: int, world_size: int) -> list[str]:
-    """Return what the batch norms of a model normalise over, and what a user should know of it.
+def norm_notes(model: nn.Module, *, per_pass: int, passes: int, world_size: int) -> list[str]:
+    """Return notes on what the batch norms of a model normalise over; empty for the usual case.
 
     Args:
-        model: with the norms that it will be trained with.
-        per_pass: images that one process sees in one forward pass.
-        passes: forward passes of one optimisation step.
+        model: model with the norms used in training.
+        per_pass: images per process and forward pass.
+        passes: forward passes per optimisation step.
         world_size: number of processes.
     """
     norms = [m for m in model.modules() if isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm))]
     if not norms:
         return []
-    alike = any(isinstance(norm, NaiveSyncBatchNorm) for norm in norms)
-    synchronised = alike or any(
+    naive = any(isinstance(norm, NaiveSyncBatchNorm) for norm in norms)
+    synchronised = naive or any(
         isinstance(norm, (nn.SyncBatchNorm, SyncBatchNorm)) for norm in norms
     )
     seen = per_pass * (world_size if synchronised else 1)
-    said = []
-    if alike and world_size > 1:
-        said.append(
-            "naiveSyncBN gives every process the same weight, as in the published runs: where "
-            "image sizes differ that is not the joined batch (NORM SyncBN is)"
+    notes = []
+    if naive and world_size > 1:
+        notes.append(
+            "naiveSyncBN gives every process the same weight, as in the published runs; if image "
+            "sizes differ, only NORM SyncBN computes the statistics of the joined batch"
         )
     if passes > 1:
-        said.append(
-            f"BN sees the {counted(seen, 'image')} of one pass: accumulating {passes} of them adds "
-            "up gradients, not statistics"
+        notes.append(
+            f"BN sees the {counted(seen, 'image')} of one pass: accumulation over {passes} passes "
+            "sums gradients, not statistics"
         )
     if seen < 2:
-        said.append(
-            "BN that sees one image costs accuracy: fit more images into a pass, use several "
-            "processes with a synchronised norm, or take the protocol's -GN sibling, whose group "
-            "norm needs no batch (weights that were pre-trained with BN do not fit it)"
+        notes.append(
+            "BN over a single image costs accuracy: use more images per pass, several processes "
+            "with a synchronised norm, or the protocol's -GN sibling, whose group norm needs no "
+            "batch (but does not accept weights pre-trained with BN)"
         )
-    return said
+    return notes
 
 
 @torch.no_grad()
 def update_statistics(model: nn.Module, passes: Iterable[Any]) -> int:
     """Set the running statistics of all BN layers to those of all their inputs together.
 
-    The true mean and variance of what every layer sees while the weights stand still (Wu and
-    Johnson 2021, "Rethinking Batch in BatchNorm", section 3): moments are pooled over all pixels
-    of all passes of all processes, so that neither the size of a batch nor the process that saw it
-    matters, and all processes end with the same bits.
+    These are the mean and variance of each layer's input at fixed weights (Wu and Johnson 2021,
+    "Rethinking Batch in BatchNorm", section 3). Moments are pooled over all pixels of all passes
+    of all processes, so the result depends neither on the batch size nor on the number of
+    processes, and all processes obtain identical bits.
 
     Args:
-        model: its BN layers in training mode are updated; they normalise by batch, as in training.
-        passes: inputs of the model, this process's share; all processes have equally many.
+        model: model whose BN layers in training mode are updated; they normalise by batch
+            meanwhile.
+        passes: this process's inputs of the model; all processes must have the same number.
 
     Returns:
-        The number of layers.
+        The number of updated layers.
     """
     norms = get_bn_modules(model)
     sums = {norm: _Moments(norm.num_features, norm.running_mean.device) for norm in norms}
@@ -110,7 +111,7 @@ def update_statistics(model: nn.Module, passes: Iterable[Any]) -> int:
         dist.all_reduce(joined)
     for norm, pooled in zip(norms, joined.split([len(m.sums) for m in sums.values()]), strict=True):
         count, first, second = pooled.split([1, norm.num_features, norm.num_features])
-        if count:  # else the layer was not used
+        if count:  # zero for an unused layer
             mean = first / count
             norm.running_mean.copy_(mean)
             norm.running_var.copy_((second / count - mean**2).clamp(min=0))
@@ -118,8 +119,8 @@ def update_statistics(model: nn.Module, passes: Iterable[Any]) -> int:
 
 
 class _Moments:
-    """Count, sum and sum of squares of a layer's inputs. In float64, so that E[x^2] - E[x]^2 and
-    hundreds of batches lose nothing."""
+    """Count, sum and sum of squares of a layer's inputs, in float64 because the variance is a
+    difference of large sums."""
 
     def __init__(self, channels: int, device: torch.device) -> None:
         self.sums = torch.zeros(1 + 2 * channels, dtype=torch.float64, device=device)

@@ -1,4 +1,4 @@
-"""Construction of a protocol's detector for this machine, with no layer frozen."""
+"""Construction of a protocol's detector with the norms that suit the number of processes."""
 
 import logging
 
@@ -43,10 +43,10 @@ def assert_all_trained(model: nn.Module, freeze_at: int) -> None:
 
 
 def fit_norms(cfg: CfgNode, world_size: int) -> tuple[CfgNode, str | None]:
-    """Replace synchronised BN by plain BN if a single process sees the whole batch.
+    """Replace synchronised BN by plain BN if there is only one process.
 
-    The given config is not modified. (For several processes on CPUs, where torch's SyncBN does not
-    run, the trainer later installs this project's own: :func:`batch_norm.replace_sync_bn`.)
+    (With several processes on CPUs, the trainer replaces torch's SyncBN by
+    :func:`batch_norm.replace_sync_bn`.)
 
     Returns:
         A copy of the config for building the model, and a note on what was replaced, or None.
@@ -67,18 +67,19 @@ def build_detector(cfg: CfgNode) -> nn.Module:
     """Build the protocol's model on ``MODEL.DEVICE``, with random weights.
 
     Raises:
-        UserError: a number of channels is not divisible by the 32 groups of group norm.
+        UserError: the protocol uses group norm, and a number of channels is not divisible by 32.
     """
-    fitted, said = fit_norms(cfg, comm.get_world_size())
-    if said:
-        log.info("norms      %s", said)
+    fitted, note = fit_norms(cfg, comm.get_world_size())
+    if note:
+        log.info("norms      %s", note)
     try:
         model: nn.Module = build_model(fitted)
     except ValueError as error:
         if "divisible by num_groups" not in str(error):
             raise
         raise UserError(
-            f"{cfg.PROTOCOL or 'this config'} has group norm, whose 32 groups do not divide the "
-            "channels of so narrow a network: use one of at least twice the width, or batch norm."
+            f"{cfg.PROTOCOL or 'this config'} uses group norm with 32 groups, but this network has "
+            "layers whose number of channels is not a multiple of 32: use a wider network or a "
+            "protocol with batch norm."
         ) from error
     return model

@@ -1,4 +1,4 @@
-"""ROI heads beyond Detectron2's. Importing this module registers them."""
+"""ROI heads that Detectron2 lacks. Importing this module registers them."""
 
 from typing import Any
 
@@ -17,8 +17,8 @@ class Res5ROIHeadsAnyDepth(Res5ROIHeads):
     """Detectron2's C4 head, with a res5 that also matches ResNet-18 and ResNet-34.
 
     Detectron2's own res5 always consists of three Bottlenecks. The weights of a ResNet-18 or -34,
-    whose res5 consists of two or three BasicBlocks, do not fit it, and a random res5 costs the
-    detector about 7 AP.
+    whose res5 consists of two or three BasicBlocks, do not fit it, and starting from a random res5
+    costs about 7 AP.
     """
 
     @classmethod
@@ -45,10 +45,10 @@ class Res5ROIHeadsAnyDepth(Res5ROIHeads):
 class Res5ROIHeadsExtraNorm(Res5ROIHeadsAnyDepth):
     """MoCo's C4 box (and mask) head: res5, followed by an extra normalisation layer.
 
-    The last BN of an ImageNet classifier's res5 sets the scale of its features. With
-    self-supervised weights, that scale has to be adjusted, which the extra BN does (He et al. 2019,
-    "Momentum Contrast", appendix A.1). The layer is ``roi_heads.res5.norm`` in the state dict and
-    of type ``MODEL.RESNETS.NORM``; both the box and the mask branch receive its output.
+    The extra norm adjusts the scale of self-supervised features, which differs from that of an
+    ImageNet classifier (He et al. 2019, "Momentum Contrast", appendix A.1). Its type is
+    ``MODEL.RESNETS.NORM`` and its name in the state dict ``roi_heads.res5.norm``; both the box and
+    the mask branch receive its output.
     """
 
     @classmethod

@@ -15,13 +15,13 @@ class FCNHead(nn.Module):
     """Dilated 3x3 convolutions with normalisation and ReLU, then a 1x1 classifier.
 
     Args:
-        input_shape: shape of the head's single input feature.
+        input_shape: channels and stride of the single input feature.
         num_classes: number of classes, without the ignored label.
         channels: number of output channels of each 3x3 convolution.
         num_conv: number of 3x3 convolutions.
         dilation: dilation of each 3x3 convolution.
         norm: normalisation after each, in the notation of ``detectron2.layers.get_norm``.
-        ignore_value: label of pixels that are excluded from the loss.
+        ignore_value: label of pixels excluded from the loss.
         loss_weight: factor applied to the loss.
     """
 
@@ -103,12 +103,12 @@ class FCNHead(nn.Module):
         loss = F.cross_entropy(
             logits[:, :, :height, :width], targets, ignore_index=self.ignore_value, reduction="sum"
         )
-        counted = (targets != self.ignore_value).sum().clamp(min=1)  # a crop may have none
+        counted = (targets != self.ignore_value).sum().clamp(min=1)  # a crop may have no label
         return None, {"loss_sem_seg": self.loss_weight * loss / counted}
 
 
 def upsample_aligned(x: Tensor, stride: int) -> Tensor:
-    """Upsample bilinearly, with each value at the pixel where its receptive field is centred.
+    """Upsample bilinearly, placing each value at the centre of its receptive field.
 
     Strided convolutions with symmetric padding place value ``i`` at pixel ``i * stride``. The
     result is linear between these pixels and constant after the last one.

@@ -218,6 +218,7 @@ def _check(cfg: CfgNode) -> None:
         section, name = key.split(".")
         if cfg[section][name] < 1:
             raise UserError(f"{key} is {cfg[section][name]}: it must be at least 1.")
+    _learning_rate(cfg, step=0, total=1, warmup=0)  # a wrong schedule shows only after the warm-up
 
 
 def _remarks(cfg: CfgNode, images: int, total: int) -> list[str]:

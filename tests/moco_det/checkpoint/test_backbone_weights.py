@@ -93,7 +93,7 @@ def test_nothing_is_copied_when_anything_is_wrong(c4, weights):
 
 def test_a_block_that_the_model_lacks_is_refused(c4, weights):
     more = weights.tensors | {"res4.6.conv1.weight": torch.zeros(16, 64, 1, 1)}
-    with pytest.raises(UserError, match=r"has no place for \(res4\.6\.conv1\.weight"):
+    with pytest.raises(UserError, match=r"have no place in the model \(res4\.6\.conv1\.weight"):
         load_backbone(c4, weights._replace(tensors=more))
 
 

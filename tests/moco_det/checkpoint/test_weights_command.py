@@ -96,7 +96,7 @@ def test_a_contradiction_with_the_command_line_is_refused(rewritten, voc, tmp_pa
     args = ["--config", "VOC", "--train-data", voc[0], "--output-dir", str(tmp_path / "run")]
     assert train_net([*args, "MODEL.WEIGHTS", str(file), *QUICK, key, explicit]) == 1
     error = capsys.readouterr().err
-    assert f"{key} is set to {explicit}, but {file} needs {value}: remove the setting" in error
+    assert f"{key} is set to {explicit}, but {file} requires {value}: remove the setting" in error
     assert not (tmp_path / "run").exists()
 
 
@@ -105,7 +105,7 @@ def test_a_contradiction_with_the_users_own_file_is_refused(rewritten, voc, tmp_
     config.write_text("_BASE_: VOC\nINPUT:\n  FORMAT: BGR\n")
     args = ["--config", str(config), "--train-data", voc[0], "--output-dir", str(tmp_path / "run")]
     assert train_net([*args, "MODEL.WEIGHTS", str(weights), *QUICK]) == 1
-    assert f"INPUT.FORMAT is set to BGR, but {weights} needs RGB" in capsys.readouterr().err
+    assert f"INPUT.FORMAT is set to BGR, but {weights} requires RGB" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_files_without_metadata_load_with_the_protocols_statistics(settle, tmp_p
     else:
         path.write_bytes(pickle.dumps(tree))
     cfg, said = settle(path)
-    assert "no pixel statistics in the file: the protocol's RGB" in said
+    assert "no pixel statistics in the file: using the protocol's, in RGB order" in said
     assert cfg.MODEL.PIXEL_MEAN == [123.675, 116.28, 103.53]
     assert cfg.MODEL.RESNETS.STEM_OUT_CHANNELS == 4
     model = build_detector(cfg)

@@ -56,7 +56,7 @@ def test_a_gn_sibling_is_its_own_protocol_and_says_that_it_is_no_published_one()
     assert deviations(cfg) == ["SOLVER.BASE_LR 0.02 -> 0.01"]
     said = explanation(cfg)
     assert said[0].startswith("Protocol VOC-GN, from random weights")
-    assert "published nowhere: VOC with group norm (Wu and He 2018" in said[1]
+    assert "unpublished variant of this project: VOC with group norm (Wu and He 2018" in said[1]
     assert "GN" in explain_key("MODEL.RESNETS.NORM")
     with pytest.raises(UserError, match=r"'VO-GN'; did you mean VOC\\?.*optionally with -GN"):
         get_protocol("VO-GN")
@@ -103,7 +103,7 @@ def test_weights_with_batch_norm_do_not_fit_and_it_is_said(weights_file, voc_dir
     like = ["MODEL.ARCHITECTURE_FROM", str(weights_file), "MODEL.DEVICE", "cpu"]
     plan = prepare(Options("VOC-GN-random", data, output_dir=str(tmp_path / "b"), overrides=like))
     assert plan.cfg.MODEL.RESNETS.STEM_OUT_CHANNELS == 4
-    with pytest.raises(UserError, match="32 groups do not divide the channels of so narrow"):
+    with pytest.raises(UserError, match="number of channels is not a multiple of 32"):
         build_detector(plan.cfg)
 
 

@@ -118,7 +118,7 @@ def test_a_network_whose_norms_would_feel_the_eps_is_refused(tmp_path: Path) -> 
     for name in ("layer1.0.conv1.weight", "layer1.0.bn1.running_mean"):
         tensors[name] *= 1e4
     tensors["layer1.0.bn1.running_var"].fill_(1.0)  # tiny beside the weights: 1e-9 when divided
-    with pytest.raises(CheckpointError, match="through the eps of the norms"):
+    with pytest.raises(CheckpointError, match="because the eps of the norms"):
         convert(_save(tmp_path / "a.pth", tensors), rescale=True, output=tmp_path / "b.pkl")
     assert not (tmp_path / "b.pkl").exists()
 

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from detectron2.config import get_cfg
 
 from moco_common.errors import UserError, run_tool
 from moco_det.config.defaults import default_config, flatten
@@ -14,7 +15,7 @@ from moco_det.config.protocols import (
     load_config,
     protocol_names,
 )
-from moco_det.engine.explain import explain_key
+from moco_det.engine.explain import _comment, explain_key
 from tools.train_net import main, parse
 
 
@@ -84,9 +85,16 @@ def test_a_key_is_explained_with_default_values_and_sources():
     ours = explain_key("DATASETS.LABEL_SHARE")
     assert "Share of the training images that is used" in ours
     assert "0.01: COCO-FPN-12k-1pct, VOC-1pct" in ours
-    assert "VOC-1pct: a preview of this project's own" in ours
+    assert "VOC-1pct: unpublished preview of this project" in ours
     with pytest.raises(UserError, match=r"'SOLVER.MAX_ITR' .*SOLVER.MAX_ITER"):
         explain_key("SOLVER.MAX_ITR")
+
+
+@pytest.mark.parametrize(
+    "key", sorted(flatten(default_config()).keys() - flatten(get_cfg()).keys())
+)
+def test_every_key_of_this_project_is_described(key):
+    assert _comment(key)
 
 
 def test_explain_prints_the_run_and_starts_nothing(tmp_path, monkeypatch, capsys):
@@ -108,7 +116,7 @@ def test_explain_prints_the_run_and_starts_nothing(tmp_path, monkeypatch, capsys
     assert main(["--explain", "SOLVER.BASE_LR"]) == 0
     assert "in the protocols:" in capsys.readouterr().out
     assert main(["--config", "VOC-random", "--explain", "MODEL.WEIGHTS", "x.pkl"]) == 1
-    assert "there is no weights file x.pkl" in capsys.readouterr().err
+    assert "the weights file x.pkl does not exist" in capsys.readouterr().err
 
 
 def test_a_key_after_explain_is_told_from_an_override():

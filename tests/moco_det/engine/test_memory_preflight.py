@@ -34,8 +34,8 @@ def test_what_does_not_fit_comes_with_what_does():
     assert not tight.fits
     assert tight.passes == 2  # 8 images: 8.5 GB of 9.5
     assert str(tight) == (
-        "the worst pass (16 of 1333x800 with 93 objects each) needs 16.5 GB of 10.0 GB; "
-        "SOLVER.ACCUMULATION_STEPS 2 fits, with SOLVER.IMS_PER_BATCH 16 as it is"
+        "the worst pass (16 images of 1333x800 pixels with 93 objects each) needs 16.5 GB of "
+        "10.0 GB; SOLVER.ACCUMULATION_STEPS 2 fits, with SOLVER.IMS_PER_BATCH 16 unchanged"
     )
     assert report(2, line, 20_000 * MB).fits
     assert "ACCUMULATION_STEPS 1 fits as well" in str(report(2, line, 20_000 * MB))
@@ -43,7 +43,7 @@ def test_what_does_not_fit_comes_with_what_does():
     assert report(4, line, 2_700 * MB, world_size=4).passes == 2
     none = report(16, line, 1_000 * MB)
     assert none.passes is None
-    assert "not even one image a pass fits" in str(none)
+    assert "not even one image per pass fits" in str(none)
 
 
 def config(spec, *overrides):
@@ -144,7 +144,7 @@ def test_only_the_preflight_and_one_that_does_not_fit(voc_dir, tmp_path, capsys,
     args += ["--output-dir", str(tmp_path / "run"), "PREFLIGHT", "only"]
     assert main(args) == 0
     said = capsys.readouterr().out
-    assert "memory     the worst pass (2 of 77x64 with 1 object each) needs" in said
+    assert "the worst pass (2 images of 77x64 pixels with 1 object each) needs" in said
     assert "iter 1/2" not in said
     monkeypatch.setattr(CPUMemory, "limit", lambda self: 1e6)
     assert main(args) == 1

@@ -10,7 +10,7 @@ import torch
 
 from moco_common.stopping import Stopped, StopRequest
 from moco_det.engine import train_net as launch
-from moco_det.engine.hooks import forget_later_lines
+from moco_det.engine.hooks import truncate_metrics
 from moco_det.engine.setup import Options, prepare
 from moco_det.engine.train_step import TrainStep
 from tests.conftest import NARROW, QUICK
@@ -157,7 +157,7 @@ def test_weights_that_are_not_finite_are_not_saved(voc_dir, tmp_path, capsys, mo
     args += ["TEST.PRECISE_BN.ENABLED", "False", "SOLVER.MAX_ITER", "1"]
     assert main([*args, "--output-dir", str(tmp_path / "run")]) == 1
     error = capsys.readouterr().err
-    assert error.startswith("error: after iteration 1 backbone.stem.conv1.weight is not finite")
+    assert error.startswith("error: backbone.stem.conv1.weight is not finite after iteration 1")
     assert not list((tmp_path / "run").glob("*.pth"))
 
 
@@ -176,6 +176,6 @@ def test_a_second_ctrl_c_is_obeyed_at_once():
 def test_lines_that_will_be_written_again_are_dropped(tmp_path):
     metrics = tmp_path / "metrics.json"
     metrics.write_text('{"iteration": 1, "a": 2}\n{"iteration": 4}\n{"a": 1}\n[1]\n{"iterat')
-    forget_later_lines(metrics, 4)
+    truncate_metrics(metrics, 4)
     assert metrics.read_text() == '{"iteration": 1, "a": 2}\n'
-    forget_later_lines(tmp_path / "none.json", 4)
+    truncate_metrics(tmp_path / "none.json", 4)

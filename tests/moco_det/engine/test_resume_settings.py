@@ -121,7 +121,7 @@ def test_changed_data_are_named(voc_dir, run, tmp_path, capsys):
     listed.write_text("\n".join(listed.read_text().split()[:3]) + "\n")
     assert main([*resume, "SOLVER.MAX_ITER", "3"]) == 0
     assert (
-        "the training data have changed since the run began: 3 images instead of 4"
+        "the training data changed since the run started: 3 images instead of 4"
         in capsys.readouterr().err
     )
 
@@ -131,8 +131,8 @@ def test_changed_data_are_named(voc_dir, run, tmp_path, capsys):
     [
         ({}, ""),
         ({"images": 5, "names": "x"}, "5 images instead of 4"),
-        ({"names": "x"}, "other file names, or the same in another order"),
-        ({"sizes": "x", "objects": "y"}, "other image sizes, other numbers of objects"),
+        ({"names": "x"}, "different file names, or a different order"),
+        ({"sizes": "x", "objects": "y"}, "different image sizes, different numbers of objects"),
     ],
 )
 def test_each_change_of_the_data_has_its_words(now, text):

@@ -70,7 +70,7 @@ def test_an_unknown_preflight_is_refused_with_the_names(voc_dir, tmp_path, capsy
     args = ["--config", "VOC-random", "--train-data", f"voc:{voc_dir}:trainval", *NARROW, *QUICK]
     assert main([*args, "--output-dir", str(tmp_path / "run"), "PREFLIGHT", "sometimes"]) == 1
     error = capsys.readouterr().err
-    assert "PREFLIGHT 'sometimes' is unknown: there are auto, always, only, never" in error
+    assert "PREFLIGHT 'sometimes' is unknown: choose one of auto, always, only, never" in error
     assert not list((tmp_path / "run").glob("*.pth"))
 
 

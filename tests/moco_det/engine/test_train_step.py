@@ -112,7 +112,7 @@ def test_precision_is_what_the_device_can_do():
     cfg.SOLVER.AMP.PRECISION = "bfloat16"
     assert precision(cfg) is torch.bfloat16
     cfg.SOLVER.AMP.PRECISION = "float8"
-    with pytest.raises(UserError, match="'float8' is unknown: there are float16 and bfloat16"):
+    with pytest.raises(UserError, match="'float8' is unknown: choose float16 or bfloat16"):
         precision(cfg)
 
 

@@ -134,7 +134,7 @@ def test_the_newest_checkpoint_that_can_be_read_is_taken(tmp_path, caplog):
 def test_another_detectors_checkpoint_is_refused_not_passed_over(tmp_path):
     RunCheckpointer(nn.Linear(3, 2), str(tmp_path)).save("model_0000000", iteration=0)
     RunCheckpointer(nn.Linear(3, 5), str(tmp_path)).save("model_final", iteration=1)
-    with pytest.raises(UserError, match="of another detector"):
+    with pytest.raises(UserError, match="of a different detector"):
         RunCheckpointer(nn.Linear(3, 2), str(tmp_path)).load_newest()
 
 

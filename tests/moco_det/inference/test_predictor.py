@@ -307,7 +307,7 @@ def test_weights_of_another_detector_are_refused(box_run):
     folder, cfg, _ = box_run
     other = cfg.clone()
     other.MODEL.ROI_HEADS.NUM_CLASSES = 5
-    with pytest.raises(UserError, match="another detector"):
+    with pytest.raises(UserError, match="a different detector"):
         build_predictor(other, folder / "model_final.pth")
 
 

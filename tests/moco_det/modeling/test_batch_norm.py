@@ -9,8 +9,8 @@ from torch import nn
 
 from moco_common.sync_batch_norm import SyncBatchNorm
 from moco_det.modeling.batch_norm import (
+    norm_notes,
     replace_sync_bn,
-    say_norms,
     update_statistics,
 )
 from tests.moco_det.ranks import on_ranks
@@ -221,18 +221,18 @@ def test_a_layer_in_evaluation_mode_and_one_that_is_not_used_keep_their_statisti
 
 
 @pytest.mark.parametrize(
-    ("norm", "per_pass", "passes", "world_size", "said"),
+    ("norm", "per_pass", "passes", "world_size", "notes"),
     [
         (nn.BatchNorm2d, 2, 1, 1, []),
         (nn.BatchNorm2d, 2, 8, 1, ["BN sees the 2 images of one pass"]),
-        (nn.BatchNorm2d, 1, 1, 4, ["BN that sees one image costs"]),
+        (nn.BatchNorm2d, 1, 1, 4, ["BN over a single image costs"]),
         (SyncBatchNorm, 1, 1, 2, []),
         (NaiveSyncBatchNorm, 1, 4, 2, ["the same weight", "BN sees the 2 images of one pass"]),
         (lambda channels: nn.GroupNorm(1, channels), 1, 4, 1, []),
     ],
 )
-def test_what_bn_sees_is_said(norm, per_pass, passes, world_size, said):
-    lines = say_norms(norm(3), per_pass=per_pass, passes=passes, world_size=world_size)
-    assert len(lines) == len(said)
-    for line, part in zip(lines, said, strict=True):
+def test_what_bn_sees_is_noted(norm, per_pass, passes, world_size, notes):
+    lines = norm_notes(norm(3), per_pass=per_pass, passes=passes, world_size=world_size)
+    assert len(lines) == len(notes)
+    for line, part in zip(lines, notes, strict=True):
         assert part in line

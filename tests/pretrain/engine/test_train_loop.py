@@ -136,6 +136,14 @@ def test_a_users_mistake_is_one_sentence_and_a_status(photographs, tmp_path, wor
     assert "Traceback" not in text
 
 
+def test_a_wrong_schedule_is_refused_before_the_warm_up(photographs, tmp_path):
+    out = tmp_path / "run"
+    words = ["SOLVER.SCHEDULE", "cosine", "SOLVER.END_SHARE", "2", "SOLVER.WARMUP_ITERS", "3"]
+    code, text = run("--data", photographs, "--output-dir", out, *TINY, *words)
+    assert (code, "SOLVER.END_SHARE is 2" in text) == (1, True)
+    assert not out.exists()
+
+
 @pytest.mark.parametrize(
     ("count", "words", "remark"),
     [
