@@ -139,7 +139,7 @@ def test_the_file_decides_architecture_and_pixel_statistics(weights):
 )
 def test_an_override_that_contradicts_the_file_is_refused(weights, overrides, key):
     cfg = load_config("VOC", overrides)
-    with pytest.raises(UserError, match=f"{key} is set to .*, but .*narrow.pkl needs"):
+    with pytest.raises(UserError, match=f"{key} is set to .*, but .*narrow.pkl requires"):
         apply_settings(cfg, weights, explicit=overrides[::2])
 
 
@@ -207,7 +207,7 @@ def test_a_pickle_that_runs_code_is_refused_and_not_run(c4, tmp_path):
 
 
 def test_a_missing_file_and_an_unconverted_one_are_named(c4, tmp_path):
-    with pytest.raises(UserError, match="no weights file .*none.pkl"):
+    with pytest.raises(UserError, match="the weights file .*none.pkl does not exist"):
         read_backbone(str(tmp_path / "none.pkl"))
     torch.save({"state_dict": {"conv1.weight": torch.zeros(4, 3, 7, 7)}}, tmp_path / "raw.pth")
     with pytest.raises(UserError, match="convert"):

@@ -289,9 +289,9 @@ def test_siblings_differ_only_in_what_the_layout_of_the_weights_requires(name):
 @pytest.mark.parametrize("name", sorted(TABLE))
 def test_a_protocol_says_where_it_comes_from(name):
     source = get_protocol(name).SOURCE
-    assert "arXiv:" in source or "this project's own" in source
+    assert "arXiv:" in source or "preview of this project" in source
     unconfirmed = {"VOC-DC5", "VOC07", "COCO-keypoints-2x", "LVIS-FPN-2x", "Cityscapes-instance"}
-    assert ("not confirmed" in source.replace("\n", " ")) == (name in unconfirmed)
+    assert ("not stated in the paper" in source.replace("\n", " ")) == (name in unconfirmed)
     assert "from memory" not in source
 
 

@@ -458,7 +458,7 @@ def test_resnets_with_other_parts_are_refused_by_name(
 
 def test_detectrons_own_caffe2_file_is_to_be_used_as_it_is(tmp_path: Path) -> None:
     torch.save({"res2_0_branch2a_w": torch.ones(1), "conv1_w": torch.ones(1)}, tmp_path / "a.pth")
-    with pytest.raises(CheckpointError, match=r"pass it as MODEL\.WEIGHTS"):
+    with pytest.raises(CheckpointError, match=r"pass the file as MODEL\.WEIGHTS"):
         convert(tmp_path / "a.pth")
 
 

@@ -61,7 +61,7 @@ AGREEMENTS = {
 @pytest.mark.parametrize("case", CONTRADICTIONS)
 def test_a_file_that_states_another_network_is_refused(tmp_path, case):
     with pytest.raises(
-        CheckpointError, match="the file states .* not the plain ResNet-18"
+        CheckpointError, match="the file states .* than the plain ResNet-18"
     ) as error:
         _convert(tmp_path, CONTRADICTIONS[case])
     assert error.value.kind == "unsupported"

@@ -60,7 +60,7 @@ def test_other_settings_are_refused_with_both_values_and_nothing_is_written(
     assert main(["--resume", "--output-dir", str(run), *words, *overrides]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "cannot be resumed" in error
+    assert "cannot change on resume" in error
     for text in named:
         assert text in error
     assert content(run) == before
