@@ -1,7 +1,7 @@
 """Draws detections.jpg beside itself, from a finished demo.
 
-make demo SEED=2 DEMO=runs/demo-seed2
-python docs/figures/detections.py runs/demo-seed2
+make demo
+python docs/figures/detections.py runs/demo
 """
 
 import sys

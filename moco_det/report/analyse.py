@@ -109,32 +109,18 @@ def _illustrated(
     suffix: str,
     num_images: int,
 ) -> Analysis:
-    figures = {}
+    """Draw the curves, and the best, worst and most different images of the first runs."""
+    figures: dict[str, Path] = {}
     curves = {label: [run.precision for run in found] for label, found in analyses.items()}
     path = folder / f"precision-recall-{suffix}.png"
     if precision_recall_curves(curves, dataset.class_names, path) is not None:
         figures["Precision over recall"] = path
-    images, examples = _example_images(dataset, runs, analyses, folder, suffix, num_images)
-    return Analysis(dataset.class_names, analyses, images, figures | examples)
-
-
-def _example_images(
-    dataset: OpenDataset,
-    runs: Mapping[str, Sequence[Run]],
-    analyses: Mapping[str, Sequence[RunAnalysis]],
-    folder: Path,
-    suffix: str,
-    num_images: int,
-) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Path]]:
-    """Draw the best, worst and most different images: what they are, and caption -> picture."""
     images: dict[str, list[dict[str, Any]]] = {}
-    figures: dict[str, Path] = {}
-    if num_images <= 0:
-        return images, figures
     first = {label: analyses[label][0] for label in list(runs)[:MOST_GROUPS]}
     paths = {label: runs[label][0].path for label in first}
     thresholds = {label: run.threshold for label, run in first.items()}
-    for kind, indices in choose_images([run.f1 for run in first.values()], num_images).items():
+    kinds = choose_images([run.f1 for run in first.values()], num_images) if num_images > 0 else {}
+    for kind, indices in kinds.items():
         records = [dataset.records[index] for index in indices]
         f1 = [{label: round(float(run.f1[i]), 4) for label, run in first.items()} for i in indices]
         images[kind] = [
@@ -150,7 +136,7 @@ def _example_images(
             "the first run of each group, above the score of its best F1 over the data set."
         )
         figures[caption] = draw_images(dataset, records, paths, thresholds, path, notes)
-    return images, figures
+    return Analysis(dataset.class_names, analyses, images, figures)
 
 
 def _finite(value: float) -> float | None:
