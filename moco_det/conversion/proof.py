@@ -50,7 +50,7 @@ class Proof:
 
     @property
     def holds(self) -> bool:
-        """Whether all differences are within `TOLERANCE` and that of eps within `EPS_TOLERANCE`."""
+        """True if all differences are within `TOLERANCE` and that of eps in `EPS_TOLERANCE`."""
         return self.worst <= TOLERANCE and self.eps <= EPS_TOLERANCE
 
     @property

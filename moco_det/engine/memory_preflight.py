@@ -138,7 +138,7 @@ class Report:
 
     @property
     def fits(self) -> bool:
-        """Whether a pass fits as configured."""
+        """True if a pass fits as configured."""
         return self._fits(self.images)
 
     def _fits(self, images: int) -> bool:
