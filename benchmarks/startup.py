@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 1.5  # seconds
 MISTAKES = {  # of each tool, the one that gets furthest before it is reported
     "convert": ["absent.pth"],
+    "data": ["voc:DIR", "--split", "80%"],
     "demo": ["--no-such-flag"],
     "doctor": ["--no-such-flag"],
     "inspect_run": ["absent"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ import stat
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
@@ -56,6 +57,26 @@ def read_regular(path: str | bytes | os.PathLike[str], most: int = MAX_BYTES) ->
     """Return the content of a regular file; see `open_regular`."""
     with open_regular(path, most) as file:
         return file.read()
+
+
+def same_content(paths: Iterable[str]) -> list[list[str]]:
+    """Group files with the same content; files that cannot be read have no copies.
+
+    Only files of the same size are read.
+
+    Returns:
+        Groups of at least two paths, in the order of the paths.
+    """
+    by_size: dict[int, list[str]] = {}
+    for path in dict.fromkeys(paths):
+        with suppress(OSError):
+            by_size.setdefault(os.stat(path).st_size, []).append(path)
+    groups: dict[bytes, list[str]] = {}
+    for alike in by_size.values():
+        for path in alike if len(alike) > 1 else ():
+            with suppress(OSError):
+                groups.setdefault(hashlib.sha256(read_regular(path)).digest(), []).append(path)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def make_folder(folder: Path, option: str) -> None:

@@ -10,12 +10,15 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 
-from moco_common.files import open_regular
+from moco_common.errors import UserError
+from moco_common.files import open_regular, replace_file
 
 MAX_PIXELS = 89_478_485  # Pillow's threshold for a decompression bomb warning
 for _plugin in ("Avif", "Bmp", "Gif", "Jpeg", "Mpo", "Png", "Ppm", "Tiff", "WebP"):
@@ -26,6 +29,7 @@ FORMATS = tuple(
     for name in ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
     if name in Image.OPEN
 )
+_SHEET = "moco-det contact sheet"  # a note in the files of `save_contact_sheet`
 _ORIENTATION = 274  # the EXIF tag, EXIF 2.3, section 4.6.4
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -130,6 +134,33 @@ def read_picture(path: str | os.PathLike[str], order: str = "RGB") -> np.ndarray
     with open_picture(path) as image:
         pixels = to_rgb(image)
     return pixels if order == "RGB" else pixels[:, :, ::-1]
+
+
+def save_contact_sheet(pixels: np.ndarray, path: Path) -> None:
+    """Write a contact sheet, uint8 (H, W, 3) RGB, as PNG or JPEG by the suffix; atomically.
+
+    Raises:
+        UserError: the file exists and is not a contact sheet.
+    """
+    if path.exists() and not _is_contact_sheet(path):
+        raise UserError(f"{path} is not a contact sheet and is not replaced: choose another name.")
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    if path.suffix.lower() == ".png":
+        note = PngInfo()
+        note.add_text("Software", _SHEET)
+        replace_file(path, lambda file: image.save(file, format="PNG", pnginfo=note))
+    else:
+        replace_file(path, lambda file: image.save(file, "JPEG", quality=88, comment=_SHEET))
+
+
+def _is_contact_sheet(path: Path) -> bool:
+    """Return True for a file of `save_contact_sheet`."""
+    try:
+        with open_picture(path) as image:
+            notes = (image.info.get("comment"), image.info.get("Software"))
+    except (OSError, DecodeError):
+        return False
+    return _SHEET in notes or _SHEET.encode() in notes
 
 
 def orientation(image: Image.Image) -> int:

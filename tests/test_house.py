@@ -21,8 +21,8 @@ ROOMS = {
     ),
     "moco_det": (
         *("registration", "structures", "config", "conversion", "modeling", "checkpoint"),
-        *("data", "evaluation", "visualization", "inference", "engine", "report", "demo", "export"),
-        "api",
+        *("data", "evaluation", "visualization", "inference", "engine", "report", "survey"),
+        *("demo", "export", "api"),
     ),
 }
 PACKAGES = tuple(ROOMS)

@@ -149,6 +149,7 @@ def test_a_long_loop_is_a_bar_in_a_terminal_and_lines_elsewhere(tmp_path, column
 
 WORK = {  # what each tool calls once its arguments are checked, and arguments that pass
     "convert": ("moco_det.conversion.convert", ["x.pth"]),
+    "data": ("moco_det.survey.survey.survey", ["voc:x"]),
     "demo": ("moco_det.demo.walk.Demo.run", []),
     "doctor": ("pretrain.doctor.report.examine", []),
     "inspect_run": ("pretrain.inspection.inspect_run.inspect_run", ["run"]),

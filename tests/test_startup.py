@@ -30,6 +30,10 @@ print(status, *sorted({heavy!r} & sys.modules.keys()))
 # (tool, its arguments, exit status, words of the message)
 MISTAKES = [
     *((tool, ["--no-such-flag"], 2, "usage: ") for tool in TOOLS),
+    ("data", ["./absent"], 1, "absent does not exist"),
+    ("data", ["voc:DIR", "--split", "80%"], 1, "--split needs --to-coco"),
+    ("data", ["voc:DIR", "coco:DIR", "--sheet", "a.png"], 1, "take one SPEC"),
+    ("data", ["voc:DIR", "--to-coco", "a.txt"], 1, "must end in .json"),
     ("convert", ["absent.pth"], 1, "absent.pth does not exist"),
     ("export", ["--run", "absent", "-o", "out.onnx"], 1, "absent does not exist"),
     ("export", ["--run", ".", "-o", "out.tflite"], 1, "should end in .onnx or .pt"),

@@ -72,9 +72,10 @@ def settle_data(
         for name in names:
             report = dataset_report(name)
             if report is None and (title == "test" or not eval_only):
-                _check_builtin(name)
+                check_builtin(name)
             said = report.summary() if report else name
             notes += [f"{title:<10} {line}" for line in said.splitlines()]
+    notes += _shared_images(train, cfg.DATASETS.TEST)
     if not cfg.DATASETS.TEST:
         notes.append("test       no --test-data: the run will not be evaluated")
     if train and cfg.DATASETS.LABEL_SHARE != 1:
@@ -84,6 +85,21 @@ def settle_data(
         )
     _settle_classes(cfg, explicit, classes)
     return notes + _settle_masks(cfg, explicit, own) + _settle_keypoints(cfg, own)
+
+
+def _shared_images(train: Sequence[str], test: Sequence[str]) -> list[str]:
+    """A warning where own test images are among the training images."""
+    files = [
+        {record["file_name"] for name in names if dataset_report(name) for record in
+         DatasetCatalog.get(name)} for names in (train, test)
+    ]  # fmt: skip
+    shared = sorted(files[0] & files[1])
+    if not shared:
+        return []
+    return [
+        f"data       warning: {len(shared):,} of {counted(len(files[1]), 'test image', ',')} are "
+        f"training images too (first: {shared[0]}), so the result says nothing about new images"
+    ]
 
 
 def _register(cfg: CfgNode, train: Sequence[str]) -> list[str] | None:
@@ -179,8 +195,12 @@ def _known_classes(cfg: CfgNode, name: str) -> list[str]:
     return list(MetadataCatalog.get(name).get(key) or ()) if name in DatasetCatalog else []
 
 
-def _check_builtin(name: str) -> None:
-    """Check that the files of one of Detectron2's data sets are there."""
+def check_builtin(name: str) -> None:
+    """Check that the files of one of Detectron2's data sets are there.
+
+    Raises:
+        UserError: a file, or a package that reads them, is missing.
+    """
     metadata = MetadataCatalog.get(name)
     for key in ("json_file", "dirname", "image_root", "image_dir", "gt_dir"):
         path = metadata.get(key)

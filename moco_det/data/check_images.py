@@ -23,12 +23,32 @@ def check_images(names: Iterable[str], *, whole: bool, say: Callable[[str], None
     """Check that all images of some registered data sets can be decoded.
 
     Args:
+        names, whole, say: see `find_unreadable`.
+
+    Raises:
+        UserError: images cannot be decoded; all of them are named.
+    """
+    broken = find_unreadable(names, whole=whole, say=say)
+    if broken:
+        found = ", ".join(f"{path} ({reason})" for path, reason in broken.items())
+        raise UserError(
+            f"{counted(len(broken), 'image')} cannot be read: {found}; replace the files or remove "
+            f"them from the data."
+        )
+
+
+def find_unreadable(
+    names: Iterable[str], *, whole: bool, say: Callable[[str], None]
+) -> dict[str, str]:
+    """Find the images of some registered data sets that cannot be decoded.
+
+    Args:
         names: in Detectron2's catalog.
         whole: decode every image; otherwise only those of own data whose file lacks its end.
         say: takes lines of progress.
 
-    Raises:
-        UserError: images cannot be decoded; all of them are named.
+    Returns:
+        Path of each such image -> the reason.
     """
     names = [name for name in dict.fromkeys(names) if whole or dataset_report(name) is not None]
     records = [record for name in names for record in DatasetCatalog.get(name)]
@@ -44,12 +64,7 @@ def check_images(names: Iterable[str], *, whole: bool, say: Callable[[str], None
             if reason:
                 broken[path] = reason
             loop.tick()
-    if broken:
-        found = ", ".join(f"{path} ({reason})" for path, reason in broken.items())
-        raise UserError(
-            f"{counted(len(broken), 'image')} cannot be read: {found}; replace the files or remove "
-            f"them from the data."
-        )
+    return broken
 
 
 def why_unreadable(path: str | os.PathLike[str]) -> str:

@@ -1,9 +1,10 @@
 """Own data sets by spec, checked as they are read.
 
 ``voc:DIR:SPLIT`` is a folder of PASCAL VOC annotations, ``coco:DIR:SPLIT`` one of COCO's and
-``yolo:DIR:SPLIT`` one of YOLO's, in the layouts that tools write; ``coco:JSON:IMAGES`` is an
-annotation file with its image folder, ``semseg:IMAGES:LABELS`` images with label files. A share, as
-in ``voc:DIR:90%`` and ``voc:DIR:90%-rest``, makes two splits where there is none. Any other text is
+``yolo:DIR:SPLIT`` one of YOLO's, in the layouts that tools write; without SPLIT, all annotated
+images. ``coco:JSON:IMAGES`` is an annotation file with its image folder, which is found by itself
+if it is left out; ``semseg:IMAGES:LABELS`` is images with label files. A share, as in
+``voc:DIR:90%`` and ``voc:DIR:90%-rest``, makes two splits where there is none. Any other text is
 the name of a data set that Detectron2 knows. The classes are read from the data.
 """
 
@@ -23,7 +24,7 @@ from moco_common.files import write_json_atomically
 from moco_common.text import counted
 from moco_det.data.catalog import Record, add_to_catalogs, dataset_report
 from moco_det.data.datasets.coco import read_coco
-from moco_det.data.datasets.coco_layouts import find_coco
+from moco_det.data.datasets.coco_layouts import find_coco, image_places
 from moco_det.data.datasets.coco_masks import settle_masks
 from moco_det.data.datasets.findings import (
     CONSEQUENCES,
@@ -180,7 +181,7 @@ def _read_objects(
     kind, _, rest = whole.partition(":")
     if kind == "coco" and ".json:" in rest:
         first, second = _split_at_json(rest)
-    elif share is not None and Path(rest).expanduser().is_dir():
+    elif os.path.exists(os.path.expanduser(rest)):
         first, second = rest, "all"
     else:
         first, _, second = rest.rpartition(":")
@@ -188,14 +189,18 @@ def _read_objects(
     folder = Path(first).expanduser()
     if kind == "voc":
         records, classes = voc_folder(folder).read(second, report)
-        return records, classes, {"evaluator_type": "voc", "split": spec[len(f"voc:{first}:") :]}
+        return records, classes, {"evaluator_type": "voc"}
     if kind == "yolo":
         records, classes, metadata = read_yolo(folder, second, report)
-    elif folder.is_dir():
-        records, classes, metadata = read_coco(*find_coco(folder, second), report)
+        return records, classes, {**metadata, "evaluator_type": "coco"}
+    if folder.is_dir():
+        file, places = find_coco(folder, second)
+    elif second == "all":
+        file, places = folder, image_places(folder)
     else:
-        records, classes, metadata = read_coco(folder, [Path(second).expanduser()], report)
-    return records, classes, {**metadata, "evaluator_type": "coco"}
+        file, places = folder, [Path(second).expanduser()]
+    records, classes, metadata = read_coco(file, places, report)
+    return records, classes, {**metadata, "evaluator_type": "coco", "annotation_file": str(file)}
 
 
 def is_spec(text: str) -> bool:
@@ -254,6 +259,8 @@ def contiguous_ids(ids: dict[str, int], classes: list[str]) -> dict[int, int]:
 
 
 def _check_parts(spec: str, first: str, second: str) -> None:
+    if not first and second:
+        raise UserError(f"'{spec}': there is no file or folder {second}: write {FORMS}")
     if not first or not second:
         raise UserError(f"'{spec}' is not a data set: write {FORMS}")
 

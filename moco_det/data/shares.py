@@ -47,7 +47,17 @@ def split_share(spec: str) -> tuple[str, Share | None]:
     match = re.search(r":(\d+(?:\.\d+)?)%(-rest)?$", spec)
     if match is None:
         return spec, None
-    percent = float(match[1])
-    if not 0 < percent < 100:
-        raise UserError(f"{spec}: a share must be above 0 % and below 100 %")
+    percent = parse_percent(f"{match[1]}%")
     return spec[: match.start()], Share(percent, match[2] is not None)
+
+
+def parse_percent(text: str) -> float:
+    """The percentage of a share such as ``90%``.
+
+    Raises:
+        UserError: it is not between 0 and 100 %.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)%?", text)
+    if match is None or not 0 < float(match[1]) < 100:
+        raise UserError(f"a share is above 0 % and below 100 %, such as 90%, not '{text}'")
+    return float(match[1])

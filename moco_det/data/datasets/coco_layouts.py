@@ -13,6 +13,8 @@ from pathlib import Path
 from moco_common.errors import UserError
 from moco_det.data.datasets.image_files import files_below
 
+IMAGE_FOLDERS = ("images", "JPEGImages")
+
 
 def find_coco(folder: Path, split: str) -> tuple[Path, list[Path]]:
     """The annotation file of a split, and the folders that may hold its images.
@@ -41,9 +43,19 @@ def find_coco(folder: Path, split: str) -> tuple[Path, list[Path]]:
     names = [child.name for child in sorted(folder.iterdir()) if child.is_dir()]
     like = [name for name in names if _names_split(name, split)]
     places = [file.parent, *(folder / name for name in like)]
-    for images in ("images", "JPEGImages"):
+    for images in IMAGE_FOLDERS:
         places += [folder / images / split, folder / split / images, folder / images]
     return file, [*places, folder]
+
+
+def image_places(file: Path) -> list[Path]:
+    """The folders that may hold the images of an annotation file: its own and those beside it."""
+    names = [file.stem, *re.split(r"[_\-. ]+", file.stem)]
+    places = []
+    for folder in (file.parent, file.parent.absolute().parent):
+        for base in (folder, *(folder / images for images in IMAGE_FOLDERS)):
+            places += [base, *(base / name for name in names)]
+    return places
 
 
 def _names_split(path: str, split: str) -> bool:

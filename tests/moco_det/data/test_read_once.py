@@ -130,6 +130,15 @@ def test_an_evaluation_reads_the_test_set_alone_and_once(voc_dir, coco_spec):
     assert not [path for path in counts if path.endswith("instances.json")]
 
 
+def test_test_images_that_are_trained_on_are_reported(voc_dir):
+    apart, same = (
+        "\n".join(prepared("VOC", [f"voc:{voc_dir}:{train}"], f"voc:{voc_dir}:test").notes)
+        for train in ("trainval", "all")
+    )
+    assert "are training images too" not in apart
+    assert "warning: 2 of 2 test images are training images too (first: " in same
+
+
 def test_headers_of_images_with_pixel_labels_are_read_once_for_train_and_test(tmp_path):
     for folder, suffix in (("images", "jpg"), ("labels", "png")):
         (tmp_path / folder).mkdir()

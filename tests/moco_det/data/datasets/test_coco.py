@@ -1,6 +1,7 @@
 """The COCO reader: against Detectron2's on clean data, and by name on what is wrong."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -285,8 +286,25 @@ def test_mistakes_are_one_clear_sentence(file, tmp_path):
     path.write_text(json.dumps(file.content))
     with pytest.raises(UserError, match="image folder .*nowhere.* does not exist"):
         register(f"coco:{path}:{tmp_path}/nowhere")
-    with pytest.raises(UserError, match="write voc:DIR:SPLIT"):
-        register(f"coco:{path}")
+    with pytest.raises(UserError, match="there is no file or folder absent.json: write voc:DIR:"):
+        register("coco:absent.json")
+
+
+@pytest.mark.parametrize(
+    "place", [".", "images", "../images", "train", "images/train", "instances_train", "../train"]
+)
+def test_a_file_alone_finds_the_images_beside_it(file, place):
+    file.add(1, {"bbox": [10, 20, 20, 20]})
+    content, path = file.content, file.root / "annotations" / "instances_train.json"
+    for folder in ("annotations", "other"):
+        (file.root / folder).mkdir()
+    path.write_text(json.dumps(content))
+    images = path.parent / place
+    images.mkdir(parents=True, exist_ok=True)
+    os.replace(file.root / "images" / "1.png", images / "1.png")
+    (record,) = DatasetCatalog.get(register(f"coco:{path}"))
+    assert os.path.samefile(record["file_name"], images / "1.png")
+    assert dataset_report(f"coco:{path}").findings == []
 
 
 def person(file, names=("nose", "left_eye", "right_eye"), **more):

@@ -232,7 +232,8 @@ def test_mistakes_are_one_clear_sentence(folder, tmp_path):
     for spec, message in {
         f"voc:{tmp_path}:train": f"not a VOC folder.*did you mean {folder.root}",
         f"voc:{folder.root}:tset": "no split 'tset'.*: train, all",
-        f"voc:{folder.root}": "is not a data set: write voc:DIR:SPLIT",
+        f"voc:{folder.root}:": "is not a data set: write voc:DIR:SPLIT",
+        f"voc:{folder.root}/absent": "there is no file or folder .*absent: write voc:DIR:SPLIT",
         "voc_2007_trainvla": "did you mean voc_2007_trainval",
     }.items():
         with pytest.raises(UserError, match=message) as caught:
@@ -451,5 +452,5 @@ def test_a_share_and_its_rest_are_a_stratified_split(folder):
     folder.read("train")
     assert len(DatasetCatalog.get(register(f"voc:{folder.root}:train:50%"))) == 20
     for share in ("0%", "100%"):
-        with pytest.raises(UserError, match="a share must be above 0 % and below 100 %"):
+        with pytest.raises(UserError, match="a share is above 0 % and below 100 %"):
             register(f"voc:{folder.root}:{share}")
