@@ -14,19 +14,7 @@ import numpy as np
 from fvcore.common.config import CfgNode
 
 from moco_common.errors import UserError
-from moco_common.images import DecodeError
-from pretrain.data.decoding import decode
-from pretrain.data.transforms import cpu_ops as image_ops
-
-__all__ = [
-    "DecodeError",
-    "ViewParameters",
-    "ViewRecipe",
-    "decode",
-    "draw",
-    "render",
-    "view_recipes",
-]
+from pretrain.data.transforms import cpu_ops
 
 
 @dataclass(frozen=True)
@@ -236,15 +224,15 @@ def render(
     Returns:
         uint8 (size, size, 3), RGB; `out` if it was given.
     """
-    view = image_ops.resized_crop(image, parameters.box, parameters.size)
-    view = image_ops.apply_colour(view, parameters.colour)
+    view = cpu_ops.resized_crop(image, parameters.box, parameters.size)
+    view = cpu_ops.apply_colour(view, parameters.colour)
     if parameters.sigma > 0:
-        view = image_ops.gaussian_blur(view, parameters.sigma)
+        view = cpu_ops.gaussian_blur(view, parameters.sigma)
     if parameters.solarize:
-        view = image_ops.solarize(view)
+        view = cpu_ops.solarize(view)
     if out is None:
         out = np.empty_like(view)
-    return image_ops.copy_flipped(view, out) if parameters.flip else image_ops.copy(view, out)
+    return cpu_ops.copy_flipped(view, out) if parameters.flip else cpu_ops.copy(view, out)
 
 
 def build_recipes(cfg: CfgNode) -> list[ViewRecipe]:
