@@ -10,9 +10,9 @@ ROOT = Path(__file__).parents[1]
 # The rooms of each package, from the foundation up: a room imports only rooms that stand before it.
 ROOMS = {
     "moco_common": (
-        *("version", "text", "errors", "resnet", "dependencies", "comm", "hardware", "files"),
-        *("images", "config", "progress", "html_page", "reader", "sync_batch_norm", "stopping"),
-        *("run_lock", "launch"),
+        *("version", "text", "errors", "dependencies", "comm", "hardware", "files"),
+        *("images", "config", "progress", "html_page", "reader", "backbone", "sync_batch_norm"),
+        *("stopping", "run_lock", "launch"),
     ),
     "pretrain": (
         *("losses", "distributed", "profiling", "modeling", "data", "solver", "checkpoint"),

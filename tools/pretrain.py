@@ -61,6 +61,8 @@ def work(argv: Sequence[str] | None) -> int:
         return 0
     if not cfg.DATA:
         raise UserError("--data is missing: name a folder of photographs.")
+    if args.config == "continue" and not cfg.MODEL.WEIGHTS:
+        raise UserError("--config continue starts from weights: add MODEL.WEIGHTS FILE.")
     for spec in cfg.DATA:
         check_exists(spec, f"give {SPECS}")
     if args.show_views:

@@ -18,8 +18,8 @@ from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 
+from moco_common.backbone.resnet import depth_of
 from moco_common.errors import UserError
-from moco_common.resnet import depth_of
 from moco_det.config.defaults import flatten
 from moco_det.conversion import load_detectron2_weights
 

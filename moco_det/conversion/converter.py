@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from moco_common.backbone.accounting import odd_values
+from moco_common.backbone.architecture import Architecture, to_detectron2
+from moco_common.backbone.pixel_settings import own_metadata
+from moco_common.backbone.read_encoder import fingerprint, read_encoder
 from moco_common.reader.errors import CheckpointError
 from moco_common.reader.formats import read_checkpoint
-from moco_det.conversion.account import Report, odd_values
-from moco_det.conversion.account_tensors import account, canonical_names, select
-from moco_det.conversion.architecture import Architecture, to_detectron2
-from moco_det.conversion.find_encoder import flatten, recognise
-from moco_det.conversion.pixel_settings import own_metadata, settings_of
+from moco_det.conversion.account import Report
 from moco_det.conversion.proof import Proof, prove
 from moco_det.conversion.rescale import divide, factors, growth_note
-from moco_det.conversion.statements import check_statements, stride_of
 from moco_det.conversion.weight_files import load_detectron2_weights, version, write, writer_for
 
 TARGETS = ("detectron2", "torchvision")
@@ -132,19 +130,12 @@ def _convert(path: Path, options: _Options) -> Converted:
         )
     if output is not None:
         writer_for(output, to)
-    tree = read_checkpoint(path)
-    tensors, originals, texts = flatten(tree)
-    found = recognise(
-        tensors, texts, source=options.source, prefix=options.prefix, encoder=options.encoder
-    )
-    names = canonical_names(tensors, found)
-    settings, notes = settings_of(path, tree, tensors, found.source.name)
-    if (stride := stride_of(tree)) is not None:
-        settings["stride_in_1x1"] = stride
-        notes.append("the position of the stride is from its meta.config")
-    settings |= {key: value for key, value in options.stated.items() if value is not None}
-    backbone, architecture = select(tensors, names, found, bool(settings["stride_in_1x1"]))
-    check_statements(tree, architecture)
+    read = read_encoder(
+        path, source=options.source, prefix=options.prefix, encoder=options.encoder,
+        drop=options.drop, stated=options.stated,
+    )  # fmt: skip
+    backbone, architecture, found = read.tensors, read.architecture, read.found
+    settings, notes = read.settings, read.notes
     if to == "torchvision" and architecture.stride_in_1x1 and architecture.block != "basic":
         raise CheckpointError(
             "the network has its stride in the first 1x1 convolution of a block (STRIDE_IN_1X1), "
@@ -153,7 +144,7 @@ def _convert(path: Path, options: _Options) -> Converted:
             kind="unsupported",
         )
     rename: Callable[[str], str] = (lambda n: str(to_detectron2(n))) if to == TARGETS[0] else str
-    entries = account(tensors, originals, names, found, backbone, rename, options.drop)
+    entries = [replace(e, target=e.target and rename(e.target)) for e in read.entries]
     if architecture.block == "basic" and architecture.res2_out_channels != 64:
         notes.append(
             "Detectron2's config cannot build a ResNet-18 or -34 of this width (it requires 64 "
@@ -175,7 +166,7 @@ def _convert(path: Path, options: _Options) -> Converted:
         **architecture.metadata(),
         "source": str(settings.get("source") or found.source.name),
         "encoder": str(settings.get("encoder") or found.encoder),
-        "source_sha256": _sha256(path),
+        "source_sha256": fingerprint(path),
         "version": version(),
     }
     if rescale:
@@ -186,7 +177,7 @@ def _convert(path: Path, options: _Options) -> Converted:
         odd_values(backbone), notes,
     )  # fmt: skip
     # Free the input before the output is read back, so that three copies are never held at once.
-    del tree, tensors
+    del read
 
     def check(written: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         report.proof = _prove(backbone, written, architecture, meta, to, grown if rescale else {})
@@ -242,11 +233,3 @@ def _read_back(path: Path, to: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return weights.tensors, weights.metadata or {}
     tree = read_checkpoint(path)
     return {k: v for k, v in tree.items() if isinstance(v, Tensor)}, own_metadata(tree) or {}
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

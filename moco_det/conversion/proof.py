@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moco_common.backbone.architecture import Architecture, Layer, to_detectron2
 from moco_common.reader.errors import CheckpointError
-from moco_det.conversion.architecture import Architecture, Layer, to_detectron2
 from moco_det.conversion.rescale import running_factors
 
 FEATURES = ("stem", "res2", "res3", "res4", "res5")

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from moco_common.resnet import growth_warning
-from moco_det.conversion.architecture import Architecture
+from moco_common.backbone.architecture import Architecture
+from moco_common.backbone.resnet import growth_warning
 
 
 def factors(tensors: Mapping[str, Tensor], architecture: Architecture) -> dict[str, float]:

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moco_common.backbone.pixel_settings import own_metadata
 from moco_common.files import replace_file
 from moco_common.reader.errors import CheckpointError
 from moco_common.reader.formats import read_checkpoint
-from moco_det.conversion.pixel_settings import own_metadata
 
 _SAFETENSORS = {torch.float32: "F32", torch.int64: "I64"}
 

@@ -10,10 +10,10 @@ import torch
 from detectron2.config import CfgNode
 
 from moco_common import comm, run_lock
+from moco_common.backbone.resnet import has_bottlenecks
 from moco_common.errors import UserError
 from moco_common.launch import check_processes, planned_ranks, restarted, under_torchrun
 from moco_common.progress import silent
-from moco_common.resnet import has_bottlenecks
 from moco_det.checkpoint.backbone_weights import apply_settings, check_norm, read_backbone
 from moco_det.checkpoint.detector_weights import holds_detector
 from moco_det.config.key_descriptions import explanation

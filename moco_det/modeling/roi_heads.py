@@ -9,7 +9,7 @@ from detectron2.modeling.backbone.resnet import BasicBlock, ResNet
 from detectron2.modeling.roi_heads import Res5ROIHeads
 from torch import nn
 
-from moco_common.resnet import BLOCKS_PER_STAGE, has_bottlenecks
+from moco_common.backbone.resnet import BLOCKS_PER_STAGE, has_bottlenecks
 
 
 @ROI_HEADS_REGISTRY.register()

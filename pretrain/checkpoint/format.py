@@ -10,6 +10,8 @@ that nothing in it is ever executed::
     step        number of completed steps; with the seed, it is the position in the data
     images      number of images in the data
     data        digests of the data: {"names": ..., "sizes": ...}; absent in earlier versions
+    weights     what the run started from: {"path": ..., "sha256": ..., "source": ...,
+                "encoder": ...}; absent if that was random weights
     ranks       state of each rank: {"torch": random state, "cuda": that of the device,
                 "batch_norm": running statistics}, one row per rank
     config      the resolved configuration, as YAML text
@@ -138,7 +140,8 @@ def _malformed(checkpoint: dict[str, Any]) -> str | None:
     tables = all(isinstance(rows, torch.Tensor) and rows.dim() == 2 for rows in ranks.values())
     if not tables or "torch" not in ranks or len(set(map(len, ranks.values()))) != 1:
         return "ranks"
-    return None if isinstance(checkpoint.get("data", {}), dict) else "data"
+    optional = (part for part in ("data", "weights") if part in checkpoint)
+    return next((part for part in optional if not isinstance(checkpoint[part], dict)), None)
 
 
 def _discarded(node: Any) -> str | None:

@@ -48,6 +48,16 @@ KEYS = {
     "MODEL.SYNC_BN": Key(
         False, "BN statistics over all ranks, as one group, whatever MODEL.BN_GROUPS is."
     ),
+    "MODEL.WEIGHTS": Key(
+        "",
+        "Checkpoint that all encoders start from, of any project that tools/convert.py reads, or "
+        "empty for random weights. A resumed run does not read it again.",
+    ),
+    "MODEL.TAKE_HEAD": Key(
+        False,
+        "Start with the projection head of MODEL.WEIGHTS too, which must then fit, as to train a "
+        "finished run for longer.",
+    ),
     "INPUT.CROP_SIZE": Key(224, "Side of a view in pixels."),
     "INPUT.MIN_SCALE": Key(0.2, "Smallest area of a crop, as a fraction of the image."),
     "INPUT.AUGMENTATION": Key(

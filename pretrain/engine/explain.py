@@ -73,9 +73,30 @@ def explain_run(name_or_file: str, cfg: CfgNode, given: Sequence[str]) -> str:
         mark = "  " if value == recipe[key] else "* "
         was = f" (recipe: {_show(recipe[key])})" if mark == "* " else ""
         lines += _paragraph(f"{key} {_show(value)}{was}: {description}", mark)
+    if cfg.MODEL.WEIGHTS:
+        lines += ["", *explain_weights(cfg)]
     if "SOLVER.BATCH_SIZE" in given[::2] and "SOLVER.BASE_LR" not in given[::2]:
         lines += ["", "SOLVER.BASE_LR was scaled with SOLVER.BATCH_SIZE; set it to override this."]
     return "\n".join(lines)
+
+
+def explain_weights(cfg: CfgNode) -> list[str]:
+    """Describe the weights that a run starts from, after checking that they fit it."""
+    import torch
+
+    from moco_common.backbone.accounting import summary
+    from pretrain.checkpoint.initial_weights import check_architecture, read_initial_weights
+    from pretrain.methods.base import Run
+    from pretrain.methods.components import encoder_builder
+
+    weights = read_initial_weights(cfg.MODEL.WEIGHTS)
+    with torch.device("meta"):
+        network = encoder_builder(cfg, Run(1, 1, 1), torch.nn.Identity)()
+    check_architecture(weights, network)
+    head = "The projection head is taken along." if cfg.MODEL.TAKE_HEAD else "The head is new."
+    lines = _paragraph(f"starts from {weights.describe()}.", "")
+    lines += _paragraph(f"Tensors: {summary(weights.encoder.entries, 'taken')}. {head}")
+    return [*lines, *(line for note in weights.notes for line in _paragraph(f"{note}."))]
 
 
 def recipe_source(name: str) -> str:

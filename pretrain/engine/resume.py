@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -48,6 +48,7 @@ def capture(
     step: int,
     images: int,
     data: dict[str, str],
+    weights: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """Return the state of a run after ``step`` steps, in the form of `pretrain.checkpoint.format`.
 
@@ -71,6 +72,7 @@ def capture(
         "step": step,
         "images": images,
         "data": data,
+        **({"weights": weights} if weights else {}),
         "state_dict": state,
         **take_step.state_dict(),
         "ranks": ranks,
@@ -110,6 +112,21 @@ def check_commands(cfg: CfgNode, folder: Path) -> None:
             )
 
 
+class Restored(NamedTuple):
+    """The state that a run resumes from.
+
+    Attributes:
+        step: number of completed steps; 0 if there is no checkpoint.
+        notes: remarks for the log: no checkpoint, damaged checkpoints that were skipped, changed
+            keys or data, a changed number of ranks.
+        weights: what the run started from, as its checkpoint records it; None for random weights.
+    """
+
+    step: int
+    notes: list[str]
+    weights: dict[str, str] | None = None
+
+
 def restore(
     cfg: CfgNode,
     folder: Path,
@@ -117,14 +134,10 @@ def restore(
     take_step: TrainStep,
     images: int,
     data: dict[str, str],
-) -> tuple[int, list[str]]:
+) -> Restored:
     """Restore a run from the newest intact checkpoint in ``folder``, if there is one.
 
     All ranks must call this.
-
-    Returns:
-        The number of completed steps, and notes for the log: no checkpoint, damaged checkpoints
-        that were skipped, changed keys or data, a changed number of ranks.
 
     Raises:
         UserError: all checkpoints are damaged, or the newest belongs to another configuration.
@@ -133,7 +146,8 @@ def restore(
     if state is None:
         others = sorted(path.name for path in folder.glob("*.pth"))
         beside = f" (only {', '.join(others[:3])}, of another origin)" if others else ""
-        return 0, [f"there is no checkpoint to resume in {folder}{beside}: starting at iteration 0"]
+        missing = f"there is no checkpoint to resume in {folder}{beside}: starting at iteration 0"
+        return Restored(0, [missing])
     notes += _compare(cfg, _config(state, path), path)
     world, ranks = comm.world_size(), state["ranks"]
     try:
@@ -164,7 +178,7 @@ def restore(
                 f"the {' and '.join(changed)} of the images differ from those of the checkpoint: "
                 f"the run continues with other data"
             )
-    return int(state["step"]), notes
+    return Restored(int(state["step"]), notes, state.get("weights"))
 
 
 def _config(state: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -13,7 +13,12 @@ from fvcore.common.config import CfgNode
 
 from moco_common import comm
 from moco_common.errors import UserError, lost_worker_explained
-from moco_common.files import full_disk_left_to_caller, remove_unfinished, replace_text
+from moco_common.files import (
+    check_exists,
+    full_disk_left_to_caller,
+    remove_unfinished,
+    replace_text,
+)
 from moco_common.hardware import cpu_count
 from moco_common.run_lock import PRETRAINING, RunLock, check_kind_of_run
 from moco_common.stopping import Stopped, StopRequest
@@ -21,6 +26,7 @@ from moco_common.text import counted
 from pretrain.checkpoint import consistency as guards
 from pretrain.checkpoint import format as checkpoint
 from pretrain.checkpoint.async_writer import Snapshots
+from pretrain.checkpoint.initial_weights import read_initial_weights, start_from
 from pretrain.config.defaults import run_config
 from pretrain.data.loader import Batch, build_batches
 from pretrain.data.source_base import Source
@@ -29,7 +35,7 @@ from pretrain.data.transforms.recipes import build_recipes
 from pretrain.engine.health_monitor import Monitor, patience
 from pretrain.engine.metrics import Scalars, SkippedImages
 from pretrain.engine.progress import Progress
-from pretrain.engine.resume import capture, check_commands, restore, shared
+from pretrain.engine.resume import Restored, capture, check_commands, restore, shared
 from pretrain.engine.train_step import TrainStep
 from pretrain.methods import build_method
 from pretrain.methods.base import Method
@@ -60,6 +66,8 @@ def train(cfg: CfgNode, resume: bool = False, quiet: bool = False, profile: int 
     resume = bool(comm.maximum(int(resume)))
     if resume:
         check_commands(cfg, folder)
+    elif cfg.MODEL.WEIGHTS:
+        check_exists(cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS names a checkpoint to start from")
     source = open_source(cfg.DATA)
     total = total_steps(
         len(source),
@@ -98,7 +106,15 @@ def train(cfg: CfgNode, resume: bool = False, quiet: bool = False, profile: int 
         images = len(source)
         knn = build_online_knn(cfg, num_images=images, total_steps=total)
         data = source.fingerprint() if main else {}
-        start, notes = restore(cfg, folder, method, take_step, images, data) if resume else (0, [])
+        restored = Restored(0, [])
+        if resume:
+            restored = restore(cfg, folder, method, take_step, images, data)
+        start, notes, weights = restored
+        remarks: list[str] = []
+        if cfg.MODEL.WEIGHTS and not start:
+            initial = read_initial_weights(cfg.MODEL.WEIGHTS)
+            remarks = start_from(initial, method, take_head=cfg.MODEL.TAKE_HEAD)
+            notes, weights = [*notes, *initial.notes], initial.record()
         scalars, skipped = Scalars(), SkippedImages(folder)
         comm.barrier()  # no rank writes to the folder before all have read it
         progress = monitor = None
@@ -116,7 +132,7 @@ def train(cfg: CfgNode, resume: bool = False, quiet: bool = False, profile: int 
                     f"DATALOADER.NUM_WORKERS is {cfg.DATALOADER.NUM_WORKERS}, but there are only "
                     f"{counted(cpu_count(), 'core')}: {cpu_count()} are used"
                 )
-            for note in source.notes:
+            for note in [*remarks, *source.notes]:
                 progress.say(note)
             for note in [*notes, *_remarks(cfg, images, total)]:
                 progress.warn(note)
@@ -174,7 +190,13 @@ def train(cfg: CfgNode, resume: bool = False, quiet: bool = False, profile: int 
                 if saves or step == start + 1:
                     began = time.perf_counter()
                     state = capture(
-                        method, take_step, config=config, step=step, images=images, data=data
+                        method,
+                        take_step,
+                        config=config,
+                        step=step,
+                        images=images,
+                        data=data,
+                        weights=weights,
                     )
                     if main and step == start + 1:
                         snapshots.reserve(state)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moco_common.resnet import growth_warning
+from moco_common.backbone.resnet import growth_warning
 from moco_common.text import counted
 from pretrain.visualization.contact_sheet import enlarged, sheet
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from moco_common import comm
+from moco_common.backbone.resnet import growth_warning
 from moco_common.errors import UserError
 from moco_common.files import make_folder, protecting
-from moco_common.resnet import growth_warning
 from moco_common.text import counted
 from pretrain.data.source_base import Source
 from pretrain.data.sources import open_source

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moco_common.backbone.resnet import BLOCKS_PER_STAGE, has_bottlenecks
 from moco_common.errors import UserError
-from moco_common.resnet import BLOCKS_PER_STAGE, has_bottlenecks
 from pretrain.modeling.batch_norm import SplitBatchNorm2d
 
 # Mean and standard deviation of ImageNet's RGB channels, on the scale of uint8 pixels.

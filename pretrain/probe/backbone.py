@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moco_common.backbone.resnet import depth_of
 from moco_common.config import parse_yaml
 from moco_common.errors import UserError
 from moco_common.reader.errors import CheckpointError
 from moco_common.reader.formats import read_checkpoint
-from moco_common.resnet import depth_of
 from moco_common.text import counted
 from pretrain.checkpoint.format import FORMAT
 from pretrain.modeling.resnet import ResNet

@@ -13,8 +13,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from moco_common.backbone.layouts import SOURCES
 from moco_det.conversion import CheckpointError, convert
-from moco_det.conversion.layouts import SOURCES
 from tests.moco_det.convert_cases import (
     backbone,
     linear,

@@ -7,8 +7,8 @@ import torch
 import torchvision
 from torch import Tensor
 
+from moco_common.backbone.architecture import Architecture, detect, from_detectron2, to_detectron2
 from moco_common.reader.errors import CheckpointError
-from moco_det.conversion.architecture import Architecture, detect, from_detectron2, to_detectron2
 from moco_det.conversion.proof import FEATURES, TOLERANCE, prove, resnet_features
 from tests.moco_det.convert_cases import ARCHITECTURES, backbone, reference_conversion, state_dict
 

@@ -6,9 +6,9 @@ import json
 import pytest
 import torch
 
+from moco_common.backbone.architecture import Architecture
+from moco_common.backbone.statements import _fits
 from moco_det.conversion import CheckpointError, convert
-from moco_det.conversion.architecture import Architecture
-from moco_det.conversion.statements import _fits
 from tests.moco_det.convert_cases import backbone, prefixed, state_dict
 
 BODY = backbone(state_dict())

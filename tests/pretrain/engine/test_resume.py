@@ -5,7 +5,7 @@ import torch
 
 from moco_common.errors import UserError
 from pretrain.checkpoint import format as checkpoint
-from pretrain.engine.resume import capture, restore
+from pretrain.engine.resume import Restored, capture, restore
 from pretrain.engine.train_step import TrainStep
 from pretrain.solver.optimizers import build_optimizer
 from tests.pretrain import tiny
@@ -19,7 +19,7 @@ def test_a_resumed_run_draws_the_random_numbers_that_come_next(tmp_path):
     checkpoint.save(state, tmp_path)
     expected = torch.rand(5)
     torch.manual_seed(12)
-    assert restore(cfg, tmp_path, method, take_step, tiny.IMAGES, {}) == (1, [])
+    assert restore(cfg, tmp_path, method, take_step, tiny.IMAGES, {}) == Restored(1, [])
     assert torch.equal(torch.rand(5), expected)
 
 
@@ -87,7 +87,7 @@ def test_the_optimisers_settings_are_those_of_the_resumed_run(saved, tmp_path):
     checkpoint.save(state, tmp_path)
     _, changed = tiny.build("moco", "SOLVER.WEIGHT_DECAY", 0.5, "SOLVER.MOMENTUM", 0.25)
     resumed = TrainStep(method, build_optimizer(changed, method), total_steps=tiny.STEPS)
-    _, notes = restore(changed, tmp_path, method, resumed, tiny.IMAGES, {})
+    notes = restore(changed, tmp_path, method, resumed, tiny.IMAGES, {}).notes
     assert any("SOLVER.WEIGHT_DECAY was 0.0001 and is now 0.5" in note for note in notes)
     (group,) = resumed.optimizer.param_groups
     assert (group["weight_decay"], group["momentum"]) == (0.5, 0.25)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from moco_common.backbone.resnet import GROWN
 from moco_common.errors import UserError
 from moco_common.html_page import render_page
-from moco_common.resnet import GROWN
 from pretrain.checkpoint import format as checkpoint
 from pretrain.data.sources import open_source
 from pretrain.engine.train_loop import train

@@ -1,18 +1,43 @@
-"""Selection of the tensors that make up the network, and the reasons to drop the others."""
+"""What happens to each tensor of a file: part of the network, or dropped for a reason."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from moco_common.backbone.architecture import Architecture, detect, from_detectron2, to_detectron2
+from moco_common.backbone.find_encoder import Recognised, other_resnet, reason
 from moco_common.reader.errors import CheckpointError
-from moco_det.conversion.account import Entry
-from moco_det.conversion.architecture import Architecture, detect, from_detectron2, to_detectron2
-from moco_det.conversion.find_encoder import Recognised, other_resnet, reason
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of the file, either mapped to the name ``target`` or dropped for a ``reason``."""
+
+    name: str
+    shape: tuple[int, ...]
+    target: str | None = None
+    reason: str | None = None
+
+
+def dropped(entries: Sequence[Entry]) -> dict[str, int]:
+    """Return the number of dropped tensors by reason."""
+    return dict(Counter(entry.reason for entry in entries if entry.reason))
+
+
+def summary(entries: Sequence[Entry], taken: str) -> str:
+    """Count the tensors: how many were read, ``taken``, and dropped for each reason."""
+    reasons = ", ".join(f"{count} {why}" for why, count in dropped(entries).items())
+    mapped = sum(entry.target is not None for entry in entries)
+    left = sum(entry.reason is not None for entry in entries)
+    text = f"{len(entries)} read, {mapped} {taken}, {left} dropped"
+    return f"{text} ({reasons})" if reasons else text
 
 
 def canonical_names(tensors: Collection[str], found: Recognised) -> dict[str, str]:
@@ -103,10 +128,9 @@ def account(
     names: Mapping[str, str],
     found: Recognised,
     backbone: Mapping[str, Tensor],
-    rename: Callable[[str], str],
     drop: Sequence[str],
 ) -> list[Entry]:
-    """Return an entry for each tensor of the file.
+    """Return an entry for each tensor of the file, with torchvision's names as targets.
 
     Args:
         tensors: all tensors, by flattened name.
@@ -114,7 +138,6 @@ def account(
         names: torchvision name -> flattened name.
         found: location of the encoder.
         backbone: the selected tensors, by torchvision name.
-        rename: function from a torchvision name to the name in the target.
         drop: regular expressions of further tensors to drop, matched against names in the file.
 
     Raises:
@@ -137,7 +160,7 @@ def account(
             if why is None:
                 unknown.append(originals[name])
         shape = tuple(tensor.shape)
-        entries.append(Entry(originals[name], shape, target and rename(target), why))
+        entries.append(Entry(originals[name], shape, target, why))
     if unknown:
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
         raise CheckpointError(
@@ -165,3 +188,39 @@ def _duplicate(name: str, tensors: Mapping[str, Tensor], rests: Mapping[str, str
         if torch.equal(original, tensors[name]):
             return "second copy of the encoder"
     return None
+
+
+def odd_values(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Describe tensors with NaN, infinite or only zero values, and norms that never saw a batch."""
+    broken, zero = [], []
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            continue
+        if not torch.isfinite(tensor).all():
+            count = int((~torch.isfinite(tensor)).sum())
+            broken.append(f"{name} ({count} of {tensor.numel()})")
+        elif name.endswith(".weight") and not tensor.any():
+            zero.append(name)
+    norms = [name.removesuffix("running_mean") for name in tensors if name.endswith("running_mean")]
+    untouched = [
+        norm
+        for norm in norms
+        if not tensors[f"{norm}running_mean"].any() and (tensors[f"{norm}running_var"] == 1).all()
+    ]
+    findings = []
+    if broken:
+        findings.append(f"NaN or infinite values in {_some(broken)}")
+    if zero:
+        findings.append(f"all-zero weights in {_some(zero)}")
+    if untouched:
+        findings.append(
+            f"running statistics of {len(untouched)} of {len(norms)} norms were never updated "
+            f"(mean 0, variance 1): {_some([n.rstrip('.') for n in untouched])}"
+        )
+    return findings
+
+
+def _some(names: Iterable[str], limit: int = 3) -> str:
+    names = list(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -9,9 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moco_common.reader.errors import CheckpointError
-from moco_common.text import counted
-from moco_det.conversion.layouts import (
+from moco_common.backbone.layouts import (
     NAMINGS,
     OTHER_NETWORKS,
     OTHER_RESNETS,
@@ -20,6 +18,8 @@ from moco_det.conversion.layouts import (
     Naming,
     Source,
 )
+from moco_common.reader.errors import CheckpointError
+from moco_common.text import counted
 
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module"}
 _CONTAINERS = re.compile(
@@ -241,8 +241,9 @@ def _no_resnet(names: list[str]) -> CheckpointError:
         return CheckpointError("the file holds no tensors.", kind="unrecognised")
     if caffe2 := next((name for name in names if name.endswith("_branch2a_w")), None):
         return CheckpointError(
-            f"{caffe2} is a name in Caffe2's scheme, which Detectron2 loads without conversion: "
-            "pass the file as MODEL.WEIGHTS.",
+            f"{caffe2} is a name in Caffe2's scheme, of MSRA's networks, which only Detectron2 can "
+            "represent, and loads without conversion: to fine-tune from it, pass the file as "
+            "MODEL.WEIGHTS of tools/train_net.py.",
             kind="unsupported", key=caffe2,
         )  # fmt: skip
     for pattern, what in OTHER_NETWORKS:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from moco_det.conversion.architecture import from_detectron2, from_sequential, from_torchvision
+from moco_common.backbone.architecture import from_detectron2, from_sequential, from_torchvision
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
+from moco_common.backbone.architecture import Architecture
 from moco_common.reader.errors import CheckpointError
 from moco_common.reader.formats import Discarded
-from moco_det.conversion.architecture import Architecture
 
 # Keys that name a network, and keys of dictionaries in which to search for such keys.
 _NETWORKS = frozenset(

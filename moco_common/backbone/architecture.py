@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
+from moco_common.backbone.resnet import BLOCKS_PER_STAGE, depth_of, has_bottlenecks
 from moco_common.reader.errors import CheckpointError
-from moco_common.resnet import BLOCKS_PER_STAGE, depth_of, has_bottlenecks
 
 NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 _TORCHVISION = re.compile(r"(?:layer([1-4])\.(\d+)\.)?(conv|bn|downsample\.)(\d)\.(\w+)")
