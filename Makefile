@@ -6,8 +6,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO ?= runs/demo
 SEED ?= 0
+MUTANTS ?= 20
 
-.PHONY: setup demo test coverage lint soak evidence bench-pretrain bench-startup bench-eval docs clean
+.PHONY: setup demo test coverage lint mutation soak evidence bench-pretrain bench-startup bench-eval docs clean
 
 setup: $(STAMP)
 
@@ -33,6 +34,10 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p moco_common -p pretrain -p moco_det
+
+# make mutation [MUTANTS=20] [MODULES='pretrain/losses.py moco_det/conversion']: would a test notice?
+mutation: $(STAMP)
+	$(BIN)/python -m tests.mutation --mutants $(MUTANTS) --seed $(SEED) $(MODULES)
 
 # Long, run by hand: kill -9 and resume many times; compiled training; readers given broken files.
 soak: $(STAMP)

@@ -1,7 +1,8 @@
 """Run a function on gloo ranks and collect what each returns.
 
 The ranks are forked from a server that has imported the libraries once: importing them anew in
-every rank would take most of a test's time.
+every rank would take most of a test's time. They meet in a file: a port that is free when it is
+chosen may be taken by another process before a rank listens on it.
 """
 
 import multiprocessing
@@ -9,22 +10,28 @@ import tempfile
 from pathlib import Path
 
 import torch
-from torch.multiprocessing import start_processes
 
-PRELOADED = ["moco_det.engine.train_net", "tests.conftest"]
+from tests.pretrain.forks import Fork, wait_for_all
+
+PRELOADED = ("moco_det.engine.train_net", "tests.conftest")
+
+
+class DetectionFork(Fork):
+    preloaded = PRELOADED
+    server = None
 
 
 def preload():
-    """Before the server starts: what it imports."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
+    """Before a forkserver of multiprocessing starts: what it imports."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(list(PRELOADED))
 
 
 def on_ranks(processes, function, *args):
     """``[function(rank, *args) of rank 0, of rank 1, ...]``; the function must be importable."""
-    preload()
     with tempfile.TemporaryDirectory() as folder:
-        start_processes(
-            _as_rank, (processes, folder, function, args), processes, start_method="forkserver"
+        wait_for_all(
+            DetectionFork(_as_rank, rank, processes, folder, function, args)
+            for rank in range(processes)
         )
         files = [Path(folder, f"{rank}.pt") for rank in range(processes)]
         return [torch.load(file, weights_only=True) for file in files]

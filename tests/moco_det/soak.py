@@ -1,11 +1,11 @@
 """Kill a fine-tuning run again and again, and compare its end with that of a run left alone.
 
-    python tests/moco_det/soak.py [--kills 4] [--processes 2] [--iterations 40] [--seed 0]
+    python -m tests.moco_det.soak [--kills 4] [--processes 2] [--iterations 40] [--seed 0]
 
 Every kill comes at a random moment, as SIGKILL to all processes (a machine that goes down) or as
-SIGTERM (a scheduler); after some of them the newest checkpoint is cut off (a full disk). Each time
-the run goes on with --resume. In the end both final checkpoints must be the same, bit for bit.
-Not a test that runs by itself: `make soak`.
+SIGTERM (a scheduler); after some of them the newest of several checkpoints is cut off (a crash of
+the machine). Each time the run is resumed with --resume. In the end both final checkpoints must be
+the same, bit for bit. Not a test that runs by itself: `make soak`.
 """
 
 import argparse
@@ -20,14 +20,13 @@ from pathlib import Path
 
 import torch
 
-from tests.conftest import (
-    NARROW,  # noqa: E402
-    QUICK,  # noqa: E402
-)
-from tests.moco_det.engine.test_resume import assert_same  # noqa: E402
+from moco_common.errors import UserError
+from moco_det.checkpoint.detector_weights import read_detector
+from moco_det.checkpoint.run_checkpointer import newest_checkpoints
+from tests.conftest import NARROW, QUICK
+from tests.moco_det.engine.test_resume import assert_same
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
 
 
 def command(data: Path, output_dir: Path, processes: int, iterations: int) -> list[str]:
@@ -64,10 +63,21 @@ def kill(run: subprocess.Popen, how: int) -> int:
     return run.wait(timeout=300)
 
 
-def cut_off_newest(output_dir: Path) -> str:
-    newest = output_dir / (output_dir / "last_checkpoint").read_text().strip()
+def cut_off_newest(output_dir: Path) -> str | None:
+    """Cut off the newest checkpoint, if the run has another to resume from; return its name."""
+    newest, *older = newest_checkpoints(output_dir)
+    if not any(map(is_intact, older)):
+        return None
     newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
     return newest.name
+
+
+def is_intact(checkpoint: Path) -> bool:
+    try:
+        read_detector(checkpoint)
+    except UserError:
+        return False
+    return True
 
 
 def main() -> int:
@@ -111,7 +121,7 @@ def soak(folder: Path, args: argparse.Namespace, rng: random.Random) -> int:
         code = kill(run, how)
         said = f"kill {count + 1}: {how.name} at line {progress(killed)} ({before} before), {code}"
         if (killed / "last_checkpoint").is_file() and rng.random() < 0.4:
-            said += f"; {cut_off_newest(killed)} cut off"
+            said += f"; {cut_off_newest(killed) or 'no checkpoint'} cut off"
         print(said, flush=True)
     if start([*command(data, killed, *sizes), "--resume"], log).wait() != 0:
         print(log.read_text())

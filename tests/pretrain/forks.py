@@ -5,8 +5,10 @@ is asked for is a fork of it, and otherwise like any other: it may be signalled 
 exit handlers and an exit code.
 """
 
+import importlib
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import time
@@ -18,7 +20,12 @@ ROOT = Path(__file__).parents[2]
 class Fork:
     """``function(*args)`` in a process of its own; the function must be importable."""
 
-    _server: subprocess.Popen | None = None
+    # Slow imports, some of which a run makes only where it first needs them.
+    preloaded = (
+        *("torch._dynamo", "torch.utils.tensorboard", "pretrain.engine.train_loop"),
+        "tools.pretrain",
+    )
+    server = None  # with ``stdin`` and ``stdout``, started on the first request
 
     def __init__(self, function, *args):
         self.pid = self._ask(("start", pickle.dumps((function, args))))
@@ -26,17 +33,17 @@ class Fork:
 
     @classmethod
     def _ask(cls, request):
-        if cls._server is None:
-            cls._server = subprocess.Popen(
-                [sys.executable, "-m", __name__],
+        if cls.server is None:
+            cls.server = subprocess.Popen(
+                [sys.executable, "-m", __name__, *cls.preloaded],
                 cwd=ROOT,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
             )
-        pickle.dump(request, cls._server.stdin)
-        cls._server.stdin.flush()
-        return pickle.load(cls._server.stdout)
+        pickle.dump(request, cls.server.stdin)
+        cls.server.stdin.flush()
+        return pickle.load(cls.server.stdout)
 
     @property
     def exitcode(self):
@@ -53,13 +60,34 @@ class Fork:
         return self.exitcode
 
 
-def _serve():
-    """Until the other end is gone; in a fork, what it is to do."""
-    import torch._dynamo
-    import torch.utils.tensorboard  # noqa: F401 - slow imports, made where a run first needs them
+def wait_for_all(forks, seconds=240):
+    """Until all have ended, which must be well; if one has not, the others are killed."""
+    forks, end = list(forks), time.monotonic() + seconds
+    while True:
+        codes = [fork.exitcode for fork in forks]
+        if any(codes) or time.monotonic() > end:
+            for fork in forks:
+                if fork.exitcode is None:
+                    os.kill(fork.pid, signal.SIGKILL)
+            raise AssertionError(f"exit codes of the processes: {codes}")
+        if None not in codes:
+            return
+        time.sleep(0.005)
 
-    import pretrain.engine.train_loop  # noqa: F401
-    import tools.pretrain  # noqa: F401
+
+def serve(modules):
+    """Serve until the other end is gone; in a fork, do what it is to do."""
+    work = _serve(modules)
+    if work is not None:
+        do, arguments = pickle.loads(work)
+        do(*arguments)
+
+
+def _serve(modules):
+    """Until the other end is gone; in a fork, what it is to do."""
+    for module in modules:
+        importlib.import_module(module)
+    import torch
 
     torch.set_num_threads(1)
     requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
@@ -84,7 +112,4 @@ def _serve():
 
 
 if __name__ == "__main__":
-    work = _serve()
-    if work is not None:
-        do, arguments = pickle.loads(work)
-        do(*arguments)
+    serve(sys.argv[1:])

@@ -1,20 +1,26 @@
 """Run a function on gloo ranks and collect what each returns."""
 
 import os
+import random
 import socket
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from moco_common.launch import launch
-from tests.pretrain.forks import Fork
+from tests.pretrain.forks import Fork, wait_for_all
 
 
 def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port below those that the kernel gives to any connection: one of these may be taken again
+    before rank 0 listens on it."""
+    for port in random.SystemRandom().sample(range(20000, 32000), 100):
+        with suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no free port")
 
 
 def torchrun_environment(rank, processes, port):
@@ -37,10 +43,8 @@ def on_ranks(processes, function, *args):
     with tempfile.TemporaryDirectory() as folder:
         port = free_port()
         files = [Path(folder) / f"{rank}.pt" for rank in range(processes)]
-        ranks = [
+        wait_for_all(
             Fork(_as_rank, torchrun_environment(rank, processes, port), function, args, file)
             for rank, file in enumerate(files)
-        ]
-        codes = [rank.wait() for rank in ranks]
-        assert codes == [0] * processes, f"exit codes of the ranks: {codes}"
+        )
         return [torch.load(file, weights_only=True) for file in files]

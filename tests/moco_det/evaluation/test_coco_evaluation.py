@@ -3,10 +3,6 @@
 import contextlib
 import io
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +11,6 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.builtin_meta import COCO_PERSON_KEYPOINT_NAMES
 from detectron2.structures import Boxes, Instances
-from detectron2.utils import comm
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
@@ -27,6 +22,7 @@ from moco_det.data.register import register
 from moco_det.evaluation.build import build_evaluator
 from moco_det.report.error_analysis import analyse_run
 from moco_det.report.predictions_io import open_dataset
+from tests.moco_det.ranks import on_ranks
 
 CATEGORIES = [{"id": 7, "name": "cup"}, {"id": 90, "name": "plate"}, {"id": 91, "name": "unseen"}]
 SIDE = 64
@@ -297,8 +293,8 @@ def shares_of(records, world_size):
     return [padded[rank::world_size] for rank in range(world_size)]
 
 
-def evaluate_share(folder, rank, world_size):
-    """Both evaluators on one rank's share of the images."""
+def evaluate_on_rank(rank, folder, world_size):
+    """Both evaluators on one rank's share of the images, as plain values."""
     results = {}
     for spec in (f"coco:{folder / 'own.json'}:{folder / 'images'}", f"voc:{folder / 'voc'}:all"):
         name = register(spec)
@@ -308,7 +304,7 @@ def evaluate_share(folder, rank, world_size):
             inputs, outputs = predict({**record, "image_id": int(record["image_id"])})
             pairs.append(({"image_id": record["image_id"]}, outputs))
         results[spec] = run(evaluator, pairs)
-    return results
+    return json.loads(json.dumps(results))
 
 
 def write_voc_twin(folder):
@@ -336,37 +332,14 @@ def test_three_ranks_over_seven_images_evaluate_as_one(tmp_path):
     """Shares that alternate and are filled up: two images are seen twice, and count once."""
     write_coco(tmp_path, images=7)
     write_voc_twin(tmp_path)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[3])}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", __file__, str(tmp_path), str(rank), str(port)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(3)
-    ]
-    alone = json.loads(json.dumps(evaluate_share(tmp_path, 0, 1)))  # while they start
-    outputs = [worker.communicate(timeout=280)[0] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0, 0]
-    gathered = json.loads(outputs[0].splitlines()[-1])
+    (alone,) = on_ranks(1, evaluate_on_rank, tmp_path, 1)
+    gathered, *others = on_ranks(3, evaluate_on_rank, tmp_path, 3)
     assert [list(results) for results in gathered.values()] == [["bbox", "segm"], ["bbox"]]
     for spec, tasks in alone.items():
         for task, metrics in tasks.items():
             assert metrics["AP"] > 10
             np.testing.assert_equal(gathered[spec][task], metrics)
-    for output in outputs[1:]:
-        assert list(json.loads(output.splitlines()[-1]).values()) == [{}, {}]
+    for results in others:
+        assert list(results.values()) == [{}, {}]
     for file in (tmp_path / "out_1").iterdir():  # the predictions too, to the byte
         assert file.read_bytes() == (tmp_path / "out_3" / file.name).read_bytes()
-
-
-if __name__ == "__main__":
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{sys.argv[3]}", rank=int(sys.argv[2]), world_size=3
-    )
-    shared = evaluate_share(Path(sys.argv[1]), comm.get_rank(), comm.get_world_size())
-    print(json.dumps(shared))
