@@ -67,6 +67,12 @@ def test_correct_marks_queries_whose_key_beats_every_negative():
     k = torch.stack([q[0], q[0], q[2]])  # the second key belongs to another query
     _, correct = info_nce(q, k, torch.tensor([[0.0, 0.9, 0.0]]), 0.1)
     assert correct.tolist() == [True, False, True]
+    assert not correct.requires_grad
+
+
+def test_a_negative_that_is_as_similar_as_the_key_is_not_beaten():
+    _, correct = info_nce(torch.eye(2), torch.eye(2), torch.tensor([[1.0, 0.0]]), 1.0)
+    assert correct.tolist() == [False, True]
 
 
 def test_negatives_may_be_overwritten_before_the_backward_pass():

@@ -102,6 +102,17 @@ def test_nt_xent_is_the_formula_and_lightlys():
     )
 
 
+def test_nt_xent_marks_embeddings_whose_other_view_beats_every_other_embedding():
+    a, b = unit(6, 3), unit(6, 3, seed=1)
+    z = torch.cat([a, b])
+    expected = []
+    for i in range(12):
+        similarities = {k: float(z[i] @ z[k]) for k in range(12) if k != i}
+        expected.append(max(similarities, key=similarities.get) == (i + 6) % 12)
+    assert 0 < sum(expected) < 12
+    assert nt_xent(z, z, 0, T)[1].tolist() == expected
+
+
 def test_nt_xent_of_a_share_of_the_batch_is_its_part_of_the_whole():
     shares = [torch.cat([unit(2, 5, seed=s), unit(2, 5, seed=9 + s)]) for s in range(3)]
     everyone = torch.cat(shares)
