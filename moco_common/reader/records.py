@@ -88,6 +88,14 @@ class Storage:
         return self.data[: self.nbytes // dtype.itemsize * dtype.itemsize].view(dtype)
 
 
+# Dtypes that torch computes with; most operations on others (quantised, bits) are errors.
+_NUMBERS = {
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64),
+    *(torch.complex128, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+    *(getattr(torch, f"uint{bits}") for bits in (16, 32, 64) if hasattr(torch, f"uint{bits}")),
+}
+
+
 class TensorRecipe:
     """The arguments of a tensor, whose storage may follow later in the file."""
 
@@ -107,10 +115,10 @@ class TensorRecipe:
             raise MalformedError("a tensor with more sizes than strides, or fewer")
         if math.prod(size) > self.storage.numel:  # expanded: a few bytes could stand for terabytes
             return Discarded("expanded tensor")
-        try:
-            flat = self.storage.view(self.dtype or self.storage.dtype)
-        except RuntimeError:
-            return Discarded(f"tensor of {self.dtype or self.storage.dtype}")
+        dtype = self.dtype or self.storage.dtype
+        if dtype not in _NUMBERS:
+            return Discarded(f"tensor of {dtype}")
+        flat = self.storage.view(dtype)
         if 0 in size:
             return flat.new_empty(0).view(size) if max(size) < 1 << 31 else Discarded("empty")
         if offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) >= len(flat):

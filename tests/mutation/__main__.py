@@ -192,6 +192,7 @@ class Workshop:
     def _settle_in(self) -> None:
         """Make this fork a process that was started in the copy."""
         os.setsid()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         handle = os.open(self.output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
@@ -304,6 +305,7 @@ def chosen(module: str, args: argparse.Namespace) -> list[Mutant]:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which removes the copy
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     preload()
     rows, survivors = [], []
