@@ -71,7 +71,7 @@ def test_a_long_line_is_cut_around_the_change():
 
 @pytest.mark.parametrize("module", TABLE)
 def test_tests_of_the_table_exist_and_its_mutants_are_valid(module):
-    assert all((ROOT / name).exists() for name in TABLE[module])
+    assert all((ROOT / word).exists() for word in TABLE[module] if word.startswith("tests/"))
     source = (ROOT / module).read_text(encoding="utf-8")
     original = ast.unparse(ast.parse(source))
     found = list(mutants(source))

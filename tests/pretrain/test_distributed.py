@@ -17,7 +17,7 @@ def two_ranks():
 
 
 def everything():
-    return [permuted(6, torch.uint8, True), gathered_and_averaged(), of_one_rank()]
+    return [permuted(6, torch.uint8, True), gathered_and_averaged(), of_one_rank(), exchanged()]
 
 
 def permuted(n, dtype, channels_last):
@@ -67,6 +67,44 @@ def test_gather_keeps_rank_order_and_only_bn_statistics_are_averaged(two_ranks):
         assert variance.tolist() == [5.0, 5.0]
         assert (weight == rank).all()
         assert gathered[:, 0].tolist() == [0, 0, 1, 1]
+
+
+TEXTS = ("é", "", "a longer text")
+
+
+def exchanged():
+    """Texts and tensors of several kinds; whether they are new; a wrapped module's buffers."""
+    rank = comm.rank()
+    mixed = [torch.full((2, 2), float(rank)), torch.tensor(10.0 * rank)]
+    identities = [tensor.data_ptr() for tensor in mixed]
+    distributed.all_reduce_mean([])
+    distributed.all_reduce_mean(mixed)
+    assert [tensor.data_ptr() for tensor in mixed] == identities
+    x = torch.full((3, 2), rank + 1.0).T  # not contiguous
+    total = distributed.all_reduce_sum(x)
+    assert x.unique().tolist() == [rank + 1.0]
+    module = nn.Sequential(nn.Linear(1, 1, bias=False), nn.BatchNorm1d(1, affine=False))
+    nn.init.constant_(module[0].weight, 1.0)
+    module[1].running_mean.fill_(rank)
+    wrapped = distributed.wrap(module.eval())
+    wrapped(torch.full((1, 1), rank + 1.0)).sum().backward()
+    return {
+        "texts": [distributed.all_gather_text(t if rank == 0 else t[::-1]) for t in TEXTS],
+        "mixed": mixed,
+        "total": total,
+        "running mean": module[1].running_mean,
+        "gradient": module[0].weight.grad,
+    }
+
+
+def test_texts_means_and_sums_are_those_of_all_ranks_and_buffers_stay_each_ranks_own(two_ranks):
+    for rank, found in enumerate(two_ranks[3]):
+        assert found["texts"] == [[text, text[::-1]] for text in TEXTS]
+        assert [tensor.tolist() for tensor in found["mixed"]] == [[[0.5] * 2] * 2, 5.0]
+        assert found["total"].tolist() == [[3.0] * 3] * 2
+        assert found["running mean"].item() == rank
+        scale = 1 / (1 + 1e-5) ** 0.5  # of batch norm in evaluation mode
+        torch.testing.assert_close(found["gradient"], torch.full((1, 1), 1.5 * scale))
 
 
 W, N = 2, 3  # ranks, rows on each
@@ -134,7 +172,12 @@ def test_with_one_process_every_collective_is_the_identity():
     assert distributed.all_reduce_sum(x).data_ptr() != x.data_ptr()
     distributed.permute_batch(x, ORDER).mul(rows(2, seed=1)).sum().backward()
     torch.testing.assert_close(x.grad[ORDER], rows(2, seed=1))
+    tensors = [torch.ones(2), torch.tensor(3.0)]
+    distributed.all_reduce_mean(tensors)
+    assert [tensor.tolist() for tensor in tensors] == [[1, 1], 3]
+    assert distributed.all_gather_text("é") == ["é"]
     net = nn.Sequential(nn.BatchNorm1d(2), nn.ReLU()).double()
+    assert distributed.wrap(net) is net
     expected = net(x)
     net[0].requires_grad_(False)
     synchronise_batch_norm(net)
