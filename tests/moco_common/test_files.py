@@ -314,3 +314,13 @@ def test_only_a_threads_full_disk_is_left_to_the_caller(monkeypatch):
             thread.join()
     assert reported == [bug]
     assert threading.excepthook is hook
+
+
+def test_an_error_after_the_file_has_its_name_is_reported_as_itself(tmp_path, monkeypatch):
+    def fail(folder):
+        raise OSError(errno.EIO, "lost")
+
+    monkeypatch.setattr(files, "sync_folder", fail)
+    with pytest.raises(OSError, match="lost"):
+        replace_text(tmp_path / "a", "x")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]

@@ -292,7 +292,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def chosen(module: str, args: argparse.Namespace) -> list[Mutant]:
     """The mutants of a module to try, in the order of its source."""
     known = equivalent_keys(module)
-    every = mutants((ROOT / module).read_text(encoding="utf-8"))
+    every = list(mutants((ROOT / module).read_text(encoding="utf-8")))
+    for function, before, after in known - {mutant.key for mutant in every}:
+        print(f"equivalent.yaml is out of date: {module} {function}: {before} -> {after}")
     new = [mutant for mutant in every if mutant.key not in known]
     if args.match:
         return [m for m in new if args.match in f"{m.function}: {m.before} -> {m.after}"]

