@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 # The rooms of each package, from the foundation up: a room imports only rooms that stand before it.
 ROOMS = {
     "moco_common": (
-        *("version", "text", "errors", "dependencies", "comm", "hardware", "files"),
+        *("version", "text", "errors", "dependencies", "comm", "hardware", "files", "figures"),
         *("images", "config", "progress", "html_page", "reader", "backbone", "sync_batch_norm"),
         *("stopping", "run_lock", "launch"),
     ),

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
 
 from benchmarks.evidence.terms import METRICS, RANDOM, Expectation, Figure
-from moco_common.files import replace_file, replace_text
+from moco_common.figures import frame, save_figure
+from moco_common.files import replace_text
 from moco_det.report.significance import summarize, welch_difference
 
 REMARKS = (
@@ -80,7 +80,7 @@ def write_document(measured: Sequence[Measured], path: Path, facts: Mapping[str,
     for part in measured:
         if any(part.results.values()):
             picture = path.with_suffix("") / f"{part.figure.name}.png"
-            replace_file(picture, plot(part).print_png)
+            save_figure(plot(part), picture)
             parts.append(_section(part, f"{path.stem}/{picture.name}", old))
     replace_text(path, "\n\n".join(part.strip() for part in parts) + "\n")
 
@@ -195,7 +195,7 @@ def _remarks(name: str, old: str) -> str:
     return f"{start}{found[1] if found else chr(10)}{end}"
 
 
-def plot(part: Measured) -> FigureCanvasAgg:
+def plot(part: Measured) -> Canvas:
     """Plot a curve over the run, or one panel per metric: lines if cells have an x, else points."""
     if part.figure.curve:
         return _plot_curves(part)
@@ -212,10 +212,10 @@ def plot(part: Measured) -> FigureCanvasAgg:
             axis.set_yticklabels([])
     if lines:
         canvas.legend(*axes[0].get_legend_handles_labels(), loc="outside right", frameon=False)
-    return FigureCanvasAgg(canvas)
+    return canvas
 
 
-def _plot_curves(part: Measured) -> FigureCanvasAgg:
+def _plot_curves(part: Measured) -> Canvas:
     canvas = Canvas(figsize=(6.5, 3.0), dpi=80, layout="constrained")
     axis = canvas.subplots()
     for i, cell in enumerate(part.figure.cells):
@@ -227,13 +227,12 @@ def _plot_curves(part: Measured) -> FigureCanvasAgg:
     axis.set_xlabel("% of the run")
     axis.set_ylim(bottom=0)
     axis.legend(frameon=False)
-    return FigureCanvasAgg(canvas)
+    return canvas
 
 
 def _frame(axis: Axes, metric: str) -> None:
     axis.set_title(METRICS[metric], fontsize=10)
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
+    frame(axis)
 
 
 def _draw_lines(axis: Axes, part: Measured, metric: str) -> None:

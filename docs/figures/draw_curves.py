@@ -8,7 +8,8 @@ from pathlib import Path
 
 import matplotlib
 
-from pretrain.inspection.curves import draw_curves, save_figure
+from moco_common.figures import save_figure
+from pretrain.inspection.curves import draw_curves
 from pretrain.inspection.run_directory import open_run
 
 HERE = Path(__file__).parent

@@ -1,18 +1,16 @@
 """Curves of training and of precision, drawn without a display (Agg canvas, no global state)."""
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from moco_common.errors import UserError
+from moco_common.figures import chance_line, literal, name_lines, panels, save_figure
 from moco_det.report.runs import Run, read_run
-from moco_det.visualization.figure import literal, save_figure
 
 TITLES = {
     "loss": "pre-training: loss",
@@ -58,34 +56,21 @@ def training_curves(runs: Runs, path: str | Path, keys: Sequence[str] | None = N
             f"{'is missing or empty' if keys is None else 'has none of ' + ', '.join(wanted)}"
         )
 
-    columns = min(3, len(shown))
-    rows = math.ceil(len(shown) / columns)
-    figure = Figure(figsize=(5.2 * columns, 3.4 * rows + 0.8), dpi=110, layout="constrained")
-    axes = list(np.atleast_1d(figure.subplots(rows, columns)).flat)
+    figure, axes = panels(len(shown), 3, (5.2, 3.4), margin=0.8)
     colors = _colors(len(members))
     lines: dict[str, Line2D] = {}
-    for axis, key in zip(axes, shown, strict=False):
+    for axis, key in zip(axes, shown, strict=True):
         for index, (label, group) in enumerate(members.items()):
             for run in group:
                 line = _curve(axis, run, key, colors[index % len(colors)])
                 if line is not None:
                     lines.setdefault(label, line)
         if key == "loss":
-            _chance_lines(axis, everything)
+            for level in {level for run in everything if (level := run.chance_loss) is not None}:
+                chance_line(axis, level)
         axis.set_title(literal(TITLES.get(key, key)), fontsize=10)
         axis.set_xlabel("iteration")
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    for axis in axes[len(shown) :]:
-        axis.set_axis_off()
-    named = [label for label in members if label in lines]
-    figure.legend(
-        [lines[label] for label in named],
-        list(map(literal, named)),
-        loc="outside upper center",
-        ncols=4,
-        frameon=False,
-    )
+    name_lines(figure, {label: lines[label] for label in members if label in lines})
     figure.supxlabel(
         f"thin: as logged; thick: moving average over {SMOOTHING:.0%} of the points", fontsize=8
     )
@@ -120,16 +105,14 @@ def precision_recall_curves(
     chosen = usable[np.argsort(-contrast, kind="stable")][:most_classes]
     several = len(usable) > 1
     whole = f"mean of {len(usable)} classes" if several else str(class_names[usable[0]])
-    panels = [(f"{whole}, IoU {iou}", index, usable) for index, iou in enumerate(("0.50", "0.75"))]
+    parts = [(f"{whole}, IoU {iou}", index, usable) for index, iou in enumerate(("0.50", "0.75"))]
     if several:
-        panels += [(f"{class_names[c]}, IoU 0.50", 0, np.array([c])) for c in sorted(chosen)]
-    columns = min(3 if len(panels) <= 6 else 4, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(3.6 * columns, 2.9 * rows + 0.8), dpi=110, layout="constrained")
-    axes = list(np.atleast_1d(figure.subplots(rows, columns, sharex=True, sharey=True)).flat)
+        parts += [(f"{class_names[c]}, IoU 0.50", 0, np.array([c])) for c in sorted(chosen)]
+    columns = 3 if len(parts) <= 6 else 4
+    figure, axes = panels(len(parts), columns, (3.6, 2.9), margin=0.8, sharex=True, sharey=True)
     recall = np.linspace(0, 1, means.shape[2])
     lines = {}
-    for axis, (title, iou, classes) in zip(axes, panels, strict=False):
+    for axis, (title, iou, classes) in zip(axes, parts, strict=True):
         for (label, items), color in zip(runs.items(), _colors(len(runs)), strict=False):
             values = items[:, iou][:, :, classes].mean(axis=2)  # runs x R
             if len(values) > 1:
@@ -139,17 +122,7 @@ def precision_recall_curves(
         axis.tick_params(labelbottom=True)  # also above an empty panel
         axis.set_xlim(0, 1)
         axis.set_ylim(0, 1.02)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    for axis in axes[len(panels) :]:
-        axis.set_axis_off()
-    figure.legend(
-        list(lines.values()),
-        list(map(literal, lines)),
-        loc="outside upper center",
-        ncols=4,
-        frameon=False,
-    )
+    name_lines(figure, lines)
     note = "recall (horizontal), precision (vertical); thick: mean over the runs; thin: each run"
     if len(chosen) < len(usable):
         note += f"; the {len(chosen)} classes in which the groups differ most"
@@ -188,19 +161,3 @@ def _curve(axis: Axes, run: Run, key: str, color: tuple[float, ...]) -> Line2D |
         return axis.plot(iterations, values, marker, ls="-", ms=3, color=color, linewidth=1.5)[0]
     axis.plot(iterations, values, color=color, linewidth=0.6, alpha=0.35)
     return axis.plot(iterations, smooth(values, window), color=color, linewidth=1.8)[0]
-
-
-def _chance_lines(axis: Axes, runs: Sequence[Run]) -> None:
-    for level in sorted({level for run in runs if (level := run.chance_loss) is not None}):
-        axis.axhline(level, color="0.3", linewidth=1, linestyle="--")
-        axis.annotate(
-            f"chance {level:.2f}",
-            (1, level),
-            xycoords=("axes fraction", "data"),
-            xytext=(-2, 2),
-            textcoords="offset points",
-            ha="right",
-            va="bottom",
-            fontsize=8,
-            color="0.3",
-        )

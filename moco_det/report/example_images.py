@@ -10,6 +10,7 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from moco_common.errors import UserError
+from moco_common.figures import DPI, literal, save_figure
 from moco_common.images import read_picture
 from moco_det.report.error_analysis import best_threshold, match
 from moco_det.report.predictions_io import (
@@ -22,7 +23,6 @@ from moco_det.report.predictions_io import (
 from moco_det.report.runs import read_run
 from moco_det.structures.objects import Objects
 from moco_det.visualization.detections import CELL, draw_objects, resize
-from moco_det.visualization.figure import DPI, literal, save_figure
 from moco_det.visualization.palette import palette
 from moco_det.visualization.visualizer import DASHED, SOLID
 

@@ -15,12 +15,12 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from moco_common.errors import UserError
+from moco_common.figures import DPI, fonts, literal
 from moco_common.images import DecodeError, read_picture, save_contact_sheet
 from moco_det.data.datasets.label_files import read_labels
 from moco_det.report.predictions_io import annotated_objects
 from moco_det.structures.label_map import LabelMap
 from moco_det.visualization.detections import CELL, draw_objects, resize
-from moco_det.visualization.figure import DPI, fonts, literal
 from moco_det.visualization.label_maps import draw_labels
 from moco_det.visualization.palette import palette
 

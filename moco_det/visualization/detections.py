@@ -8,8 +8,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from moco_common.figures import save_pixels
 from moco_det.structures.objects import Objects
-from moco_det.visualization.figure import save_pixels
 from moco_det.visualization.palette import palette, tint
 from moco_det.visualization.visualizer import DASHED, DOTTED, SOLID, ObjectVisualizer
 

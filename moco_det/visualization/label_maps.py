@@ -10,10 +10,10 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 from PIL import Image
 
+from moco_common.figures import DPI, literal, save_figure
 from moco_common.files import replace_file
 from moco_det.structures.label_map import UNLABELLED, LabelMap
 from moco_det.visualization.detections import CELL
-from moco_det.visualization.figure import DPI, literal, save_figure
 from moco_det.visualization.palette import palette, tint
 from moco_det.visualization.visualizer import ObjectVisualizer, lighter
 

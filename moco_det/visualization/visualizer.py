@@ -7,7 +7,7 @@ import numpy as np
 from detectron2.utils.visualizer import VisImage, Visualizer
 from numpy.typing import NDArray
 
-from moco_det.visualization.figure import fonts, literal
+from moco_common.figures import fonts, literal
 
 LineStyle = tuple[float, Sequence[float]]
 SOLID: LineStyle = (0, ())

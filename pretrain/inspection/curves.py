@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from moco_common.files import replace_file
+from moco_common.figures import chance_line, name_lines, panels
 from pretrain.engine.health_monitor import Monitor
 from pretrain.inspection.geometry import Geometry
 from pretrain.methods.base import REMEDIES
@@ -51,37 +49,29 @@ def draw_curves(
     shown = [key for key in keys if any(_series(records, key)[0] for records in runs.values())]
     if not shown:
         return None
-    columns = min(columns, len(shown))
-    rows = math.ceil(len(shown) / columns)
-    figure = Figure(figsize=(3.4 * columns, 2.5 * rows + 0.3), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axis, key in zip(axes, shown, strict=False):
+    figure, axes = panels(len(shown), columns, (3.4, 2.5), margin=0.3)
+    lines = {}
+    for axis, key in zip(axes, shown, strict=True):
         title, factor = PANELS[key]
         for i, (name, records) in enumerate(runs.items()):
             steps, values = _series(records, key)
             marker = "o" if len(steps) < 12 else ""
             colour = COLOURS[i % len(COLOURS)]
             scaled = [factor * v for v in values]
-            axis.plot(steps, scaled, marker=marker, ms=3, lw=1.4, color=colour, label=name)
+            (lines[name],) = axis.plot(steps, scaled, marker=marker, ms=3, lw=1.4, color=colour)
         if key == "loss" and chance_loss is not None:
-            _chance_line(axis, chance_loss)
+            chance_line(axis, chance_loss)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("iteration", fontsize=8)
         axis.tick_params(labelsize=8)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    for axis in axes[len(shown) :]:
-        axis.set_axis_off()
     if len(runs) > 1:
-        lines, names = axes[0].get_legend_handles_labels()
-        figure.legend(lines, names, loc="outside upper center", ncols=4, frameon=False, fontsize=9)
+        name_lines(figure, lines)
     return figure
 
 
 def draw_spectra(geometries: Mapping[str, Geometry]) -> Figure:
     """Draw the singular values of each set of vectors, relative to the largest, by rank."""
-    figure = Figure(figsize=(5, 3.2), layout="constrained")
-    axis = figure.subplots()
+    figure, (axis,) = panels(1, 1, (5, 3.2), margin=0)
     for (name, geometry), colour in zip(geometries.items(), COLOURS, strict=False):
         values = [max(s, 1e-6) for s in geometry.spectrum]
         label = f"{name}: effective rank {geometry.effective_rank:.0f} of {geometry.full_rank}"
@@ -91,17 +81,8 @@ def draw_spectra(geometries: Mapping[str, Geometry]) -> Figure:
     axis.set_xlabel("rank of the singular value", fontsize=8)
     axis.set_ylabel("relative to the largest", fontsize=8)
     axis.tick_params(labelsize=8)
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
     axis.legend(fontsize=8, frameon=False)
     return figure
-
-
-def save_figure(figure: Figure, path: Path) -> Path:
-    """Write a figure as PNG or SVG, by the suffix; atomically."""
-    kind = path.suffix.removeprefix(".")
-    options = {"metadata": {"Date": None}} if kind == "svg" else {"dpi": 110}
-    return replace_file(path, lambda file: figure.savefig(file, format=kind, **options))
 
 
 def last_words(
@@ -129,18 +110,3 @@ def _series(records: Records, key: str) -> tuple[list[float], list[float]]:
         if isinstance(record.get(key), int | float) and math.isfinite(record[key])
     ]
     return [step for step, _ in points], [value for _, value in points]
-
-
-def _chance_line(axis: Axes, level: float) -> None:
-    axis.axhline(level, color="0.3", lw=1, ls="--")
-    axis.annotate(
-        f"chance {level:.2f}",
-        (1, level),
-        xycoords=("axes fraction", "data"),
-        xytext=(-2, 2),
-        textcoords="offset points",
-        ha="right",
-        va="bottom",
-        fontsize=8,
-        color="0.3",
-    )

@@ -9,9 +9,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from moco_common.figures import save_figure
 from moco_common.files import replace_file, replace_text
 from moco_common.html_page import render_page
-from pretrain.inspection.curves import save_figure
 from pretrain.inspection.geometry import Geometry
 from pretrain.inspection.run_directory import InspectedRun
 

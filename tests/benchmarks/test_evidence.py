@@ -279,7 +279,7 @@ def test_the_leaks_cell_measures_a_run_whose_keys_are_of_other_images(tmp_path):
 def test_a_curve_is_drawn_of_every_seed():
     figure = next(figure for figure in figures() if figure.curve)
     results = {c.label: [{"curve": [1.0, 2.0]}, {"curve": [2.0, 5.0]}] for c in figure.cells}
-    (axis,) = evidence_document.plot(Measured(figure, results)).figure.axes
+    (axis,) = evidence_document.plot(Measured(figure, results)).axes
     drawn = [(list(line.get_xdata()), list(line.get_ydata())) for line in axis.lines]
     assert drawn == 2 * [([25.0, 75.0], [1.0, 2.0]), ([25.0, 75.0], [2.0, 5.0])]
     assert axis.get_ylim()[0] == 0

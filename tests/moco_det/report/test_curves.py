@@ -9,8 +9,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from moco_common.errors import UserError
+from moco_common.figures import save_figure
 from moco_det.report import curves as plots
-from moco_det.visualization import figure
 
 
 def write_metrics(folder, **series):
@@ -26,15 +26,14 @@ def write_metrics(folder, **series):
 @pytest.fixture
 def drawn(monkeypatch):
     """The figure that is being saved, to look at its lines."""
-    figures: list[Figure] = []
-    save = figure.save_figure
+    kept: list[Figure] = []
 
     def keep(figure, path):
-        figures.append(figure)
-        return save(figure, path)
+        kept.append(figure)
+        return save_figure(figure, path)
 
     monkeypatch.setattr(plots, "save_figure", keep)
-    return figures
+    return kept
 
 
 def test_smoothing_is_a_centred_mean_by_a_naive_loop():

@@ -18,7 +18,6 @@ from moco_det.report.example_images import compare_runs, detections_grid
 from moco_det.report.predictions_io import annotated_objects, detected_objects
 from moco_det.structures.label_map import LabelMap
 from moco_det.structures.objects import Objects, box_iou
-from moco_det.visualization import figure
 from moco_det.visualization.detections import draw_objects, save_picture
 from moco_det.visualization.label_maps import draw_labels
 from moco_det.visualization.palette import COLORS
@@ -203,31 +202,6 @@ def test_any_class_name_is_drawn_as_it_is(name, monkeypatch):
         labels = LabelMap(np.zeros((200, 300), np.uint8), np.ones((200, 300), np.float32))
         draw_labels(image, labels, [name])
     assert seen == [(f"{name} 0.50", False), (name, False)]
-
-
-def test_a_font_with_chinese_is_found_by_its_characters_or_its_absence_said_once(
-    monkeypatch, capsys
-):
-    class Entry:
-        def __init__(self, name, signs):
-            self.name, self.fname, self.signs = name, name, signs
-
-        def get_char_index(self, sign):
-            return int(chr(sign) in self.signs)
-
-    latin, chinese = Entry("Latin", "abc"), Entry("Any Name", "abc中")
-    files = {entry.fname: entry for entry in (latin, chinese)}
-    monkeypatch.setattr(figure, "get_font", files.__getitem__)
-    for installed, expected, warnings_ in (
-        ([latin, chinese], ["DejaVu Sans", "Any Name"], 0),
-        ([latin], ["DejaVu Sans"], 1),
-    ):
-        figure.fonts.cache_clear()
-        monkeypatch.setattr(figure.fontManager, "ttflist", installed)
-        assert figure.fonts() == expected
-        assert [figure.literal(name) for name in ("猫", "犬", "cat$")] == ["猫", "犬", r"cat\$"]
-        assert capsys.readouterr().err.count("warning: ") == warnings_
-    figure.fonts.cache_clear()
 
 
 def test_a_label_at_the_right_edge_lies_inside_the_image():
