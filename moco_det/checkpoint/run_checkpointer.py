@@ -15,6 +15,7 @@ from moco_common.files import replace_file, replace_text
 from moco_det.checkpoint.detector_weights import load_detector, read_detector
 
 log = logging.getLogger(__name__)
+WEIGHTS_ALONE = ("model_best.pth", "model_ema.pth")  # beside the checkpoints of a run
 _NAME = re.compile(r"[\w.-]+\.pth")  # of a checkpoint in ``last_checkpoint``
 
 
@@ -36,6 +37,13 @@ class RunCheckpointer(Checkpointer):
         data = {"model": self.model.state_dict(), **states, **kwargs}
         replace_file(Path(self.save_dir, f"{name}.pth"), lambda file: torch.save(data, file))
         self.tag_last_checkpoint(f"{name}.pth")
+
+    def save_weights(self, name: str, model: torch.nn.Module, **facts: Any) -> None:
+        """Write the weights of a model and facts about them to ``save_dir/NAME.pth``, from which no
+        run resumes (see `WEIGHTS_ALONE`)."""
+        if self.save_dir and self.save_to_disk:
+            data = {"model": model.state_dict(), **facts}
+            replace_file(Path(self.save_dir, f"{name}.pth"), lambda file: torch.save(data, file))
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Name the newest checkpoint in ``save_dir/last_checkpoint``."""
@@ -95,7 +103,8 @@ def newest_checkpoints(folder: str | Path) -> list[Path]:
     """Return the checkpoints of a run: the one named by ``last_checkpoint``, then the others from
     newest to oldest."""
     folder = Path(folder)
-    paths = sorted(folder.glob("model_*.pth"), key=lambda p: p.name, reverse=True)  # final first
+    files = (path for path in folder.glob("model_*.pth") if path.name not in WEIGHTS_ALONE)
+    paths = sorted(files, key=lambda p: p.name, reverse=True)  # final first
     name = _tagged(folder)
     if name is None or not _NAME.fullmatch(name):
         return paths

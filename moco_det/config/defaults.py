@@ -59,6 +59,16 @@ def add_moco_det_config(cfg: CfgNode) -> None:
     cfg.SOLVER.ACCUMULATION_STEPS = 1
     # Precision with SOLVER.AMP.ENABLED: "float16" (Detectron2's, GPU only) or "bfloat16".
     cfg.SOLVER.AMP.PRECISION = "float16"
+    # Decay of an exponential moving average of the weights, such as 0.999; 0 for none. The average
+    # is evaluated beside the weights (bbox_ema) and written to model_ema.pth. It needs the memory
+    # of one more model.
+    cfg.SOLVER.EMA_DECAY = 0.0
+    # Metric whose best evaluation is kept as model_best.pth, such as "bbox/AP" or "bbox_ema/AP";
+    # empty for none. See TEST.EVAL_PERIOD.
+    cfg.TEST.BEST_METRIC = ""
+    # Number of evaluations without a better TEST.BEST_METRIC after which training stops; 0 for
+    # never.
+    cfg.TEST.PATIENCE = 0
     # Use the channels-last memory format for weights and activations, which is often faster.
     cfg.SOLVER.CHANNELS_LAST = False
     # Trial of the largest batch before training: "auto" (on a GPU), "always", "only" (then stop) or

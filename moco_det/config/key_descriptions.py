@@ -157,6 +157,19 @@ MEANINGS = (
         "Images are sampled in different proportions, which affects rare classes most.",
     ),
     Meaning(
+        ("TEST.BEST_METRIC", "TEST.PATIENCE"),
+        "The evaluation whose weights are kept as model_best.pth, and the number of evaluations "
+        "without a better one after which the run stops.",
+        "A run that stops early is shorter than the protocol's, and the best of several "
+        "evaluations on the test set is optimistic: choose on validation data.",
+    ),
+    Meaning(
+        ("SOLVER.EMA_DECAY",),
+        "A moving average of the weights that is evaluated beside them.",
+        "The weights and their AP stay the same. That of the average is given in addition, as "
+        "bbox_ema; published numbers are without one.",
+    ),
+    Meaning(
         ("TEST.*",),
         "The evaluation of the model.",
         "The evaluation differs: results are not comparable with published numbers.",

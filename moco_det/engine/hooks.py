@@ -20,6 +20,7 @@ from moco_common.files import full_disk_explained, replace_text
 from moco_common.stopping import Stopped, StopRequest
 from moco_det.checkpoint.run_checkpointer import RunCheckpointer
 from moco_det.data.samplers import PRECISE_BN, Batch, seed_model
+from moco_det.engine.selection import EarlyStop, Selection
 from moco_det.modeling.batch_norm import update_statistics
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,10 @@ class PreciseBN(HookBase):
     ) -> None:
         self.period, self.model, self.batches = period, model, batches
         self.seed, self.images = seed, images
+
+    def of(self, model: nn.Module) -> "PreciseBN":
+        """Return the same for another model."""
+        return PreciseBN(self.period, model, self.batches, seed=self.seed, images=self.images)
 
     def after_step(self) -> None:
         if is_due(self.trainer.iter, self.period, self.trainer.max_iter):
@@ -131,40 +136,69 @@ class Writers(hooks.PeriodicWriter):
 
 
 class Evaluation(HookBase):
-    """Evaluate periodically and after training.
+    """Evaluate periodically and after training, and stop a run that stagnates.
 
     Unlike Detectron2's ``EvalHook``, it does not evaluate if the last iteration was interrupted.
     During the final evaluation a signal ends the process at once: the model is already saved.
 
     Args:
         period: number of iterations between evaluations; 0 to evaluate only after training.
-        evaluate: function that returns nested results, such as ``{"bbox": {"AP": 40.2}}``.
+        evaluate: function of the number of iterations done that returns nested results, such as
+            ``{"bbox": {"AP": 40.2}}``.
         stop: the run's stop request.
+        selection: updated by ``evaluate``, and saved with this hook; None without selection.
     """
 
     def __init__(
-        self, period: int, evaluate: Callable[[], dict[str, Any]], stop: StopRequest
+        self,
+        period: int,
+        evaluate: Callable[[int], dict[str, Any]],
+        stop: StopRequest,
+        selection: Selection | None = None,
     ) -> None:
         self.period, self.evaluate, self.stop = period, evaluate, stop
+        self.selection = selection
+
+    def before_train(self) -> None:
+        """Repeat the evaluation that followed the checkpoint: its outcome is not in it."""
+        done = self.trainer.start_iter
+        if self.selection and done > self.selection.evaluated and self._is_due(done):
+            self.evaluate(done)
+            self._stop_if_exhausted(done)
 
     def after_step(self) -> None:
         done = self.trainer.iter + 1
-        if self.period > 0 and done % self.period == 0 and done < self.trainer.max_iter:
-            self._evaluate()
+        if self._is_due(done):
+            self._evaluate(done)
+            self._stop_if_exhausted(done)
 
     def after_train(self) -> None:
         if self.trainer.iter >= self.trainer.max_iter:  # False after an exception
             self.stop.obey()
-            self._evaluate()
+            self._evaluate(self.trainer.max_iter)
 
-    def _evaluate(self) -> None:
+    def _is_due(self, done: int) -> bool:
+        return 0 < done < self.trainer.max_iter and self.period > 0 and done % self.period == 0
+
+    def _evaluate(self, done: int) -> None:
         numbers = {
             name: float(value)
-            for name, value in flatten_results_dict(self.evaluate()).items()
+            for name, value in flatten_results_dict(self.evaluate(done)).items()
             if isinstance(value, (int, float)) and not isinstance(value, bool)
         }
         self.trainer.storage.put_scalars(**numbers, smoothing_hint=False)
         comm.synchronize()
+
+    def _stop_if_exhausted(self, done: int) -> None:
+        if self.selection and self.selection.exhausted:
+            raise EarlyStop(done)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.selection.state_dict() if self.selection else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self.selection:
+            self.selection.load_state_dict(state_dict)
 
 
 def truncate_metrics(path: Path, iteration: int) -> None:

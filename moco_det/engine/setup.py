@@ -23,6 +23,7 @@ from moco_det.data.build import settle_data
 from moco_det.data.check_images import check_images
 from moco_det.data.samplers import share
 from moco_det.engine.resume import compare_config
+from moco_det.engine.selection import check_selection
 from moco_det.engine.train_step import precision
 
 __all__ = ["Options", "Plan", "prepare", "trials", "uses_gpus"]
@@ -112,6 +113,8 @@ def prepare(options: Options) -> Plan:
     cfg, scaled = scale_schedule(cfg, reference, explicit, world_size)
     notes += _wrapped("scaled", scaled)
     _check_solver(cfg, world_size)
+    if not options.eval_only:
+        check_selection(cfg)
     notes += _wrapped("deviates", [line for line in deviations(cfg) if line not in scaled])
     cfg.freeze()
     return Plan(

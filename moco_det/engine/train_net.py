@@ -108,7 +108,7 @@ def run(plan: Plan) -> None:
         full_disk_left_to_caller(),
     ):
         if writes:
-            for folder in (output_dir, output_dir / "inference"):
+            for folder in (output_dir, *output_dir.glob("inference*")):
                 remove_unfinished(folder)
         for note in plan.notes:
             log.info(note)
@@ -137,9 +137,15 @@ def _train(plan: Plan, model: torch.nn.Module) -> None:
     trainer = build_trainer(cfg, model, training_set=training_set, resume=resuming)
     if comm.is_main_process():
         replace_text(output_dir / "config.yaml", cfg.dump())
-    if trainer.start_iter >= trainer.max_iter:
+    if trainer.finished:
         if cfg.DATASETS.TEST:
-            evaluate(cfg, model, iteration=trainer.max_iter)
+            evaluate(
+                cfg,
+                model,
+                iteration=min(trainer.start_iter, trainer.max_iter),
+                average=trainer.average and trainer.average.module,
+                selection=trainer.selection,
+            )
         return
     start = time.perf_counter()
     trainer.fit()

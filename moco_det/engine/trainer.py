@@ -19,6 +19,7 @@ from detectron2.solver import build_lr_scheduler, build_optimizer
 from detectron2.utils import comm
 from detectron2.utils.events import JSONWriter, TensorboardXWriter
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from moco_common.errors import lost_worker_explained
 from moco_common.hardware import cpu_count
@@ -39,7 +40,10 @@ from moco_det.data.samplers import (
 )
 from moco_det.engine.console_log import ProgressPrinter, TerminalBar, printing_to_log
 from moco_det.engine.hooks import Checkpoints, Evaluation, PreciseBN, Writers, truncate_metrics
+from moco_det.engine.moving_average import MovingAverage, averaged
 from moco_det.engine.resume import changes_of_data, fingerprint
+from moco_det.engine.selection import AVERAGE, EarlyStop, Selection
+from moco_det.engine.selection import FILE as BEST
 from moco_det.engine.train_step import TrainStep, precision
 from moco_det.evaluation.build import build_evaluator, evaluated_tasks
 from moco_det.evaluation.results import headline, results_folder, with_classes_apart, write_results
@@ -63,6 +67,8 @@ class Trainer(TrainerBase):
         max_iter: length of the schedule, in iterations.
         output_dir: the run directory.
         data: fingerprint of the training set, saved and compared when the run is resumed.
+        selection: of the best evaluation, which may end the run early; None without one.
+        average: moving average of the weights; None without one.
     """
 
     def __init__(
@@ -73,8 +79,11 @@ class Trainer(TrainerBase):
         max_iter: int,
         output_dir: str,
         data: Mapping[str, int | str],
+        selection: Selection | None = None,
+        average: AveragedModel | None = None,
     ) -> None:
         super().__init__()
+        self.selection, self.average = selection, average
         self.data = dict(data)
         self.step = step
         self.scheduler = scheduler
@@ -98,6 +107,12 @@ class Trainer(TrainerBase):
         self.start_iter = self.iter + 1  # the checkpoint holds the last iteration completed
         return True
 
+    @property
+    def finished(self) -> bool:
+        """Whether the run was trained to its end, or to its early end."""
+        stagnates = self.selection is not None and self.selection.exhausted
+        return self.start_iter >= self.max_iter or stagnates
+
     def fit(self) -> None:
         """Train from ``start_iter`` to ``max_iter``.
 
@@ -114,8 +129,22 @@ class Trainer(TrainerBase):
             done = min(self.iter + 1, self.max_iter)
             log.warning("stopped    after iteration %d, saved: continue with --resume", done)
             raise
+        except EarlyStop as early:
+            self._end_early(early.iterations)
         finally:
             self.step.close()
+
+    def _end_early(self, iterations: int) -> None:
+        """Save the state after an evaluation that ends the run as its final one."""
+        assert self.selection is not None
+        self.iter = iterations - 1
+        self.checkpointer.save("model_final", iteration=self.iter)
+        log.info(
+            "early stop after iteration %d: %d evaluations without a better %s than %.2f "
+            "(iteration %d, in %s.pth)",
+            *(iterations, self.selection.waited, self.selection.metric, self.selection.value),
+            *(self.selection.iteration, BEST),
+        )
 
     def state_dict(self) -> dict[str, Any]:
         state = {**super().state_dict(), "_trainer": self.step.state_dict()}
@@ -184,6 +213,7 @@ def build_trainer(
         seed=cfg.SEED,
         dtype=precision(cfg),
     )
+    average = averaged(model, cfg.SOLVER.EMA_DECAY) if cfg.SOLVER.EMA_DECAY else None
     trainer = Trainer(
         step,
         build_lr_scheduler(cfg, optimizer),
@@ -191,6 +221,8 @@ def build_trainer(
         cfg.SOLVER.MAX_ITER,
         cfg.OUTPUT_DIR,
         fingerprint(training_set),
+        selection=_build_selection(cfg, model, average),
+        average=average,
     )
     precise = None
     if cfg.TEST.PRECISE_BN.ENABLED:
@@ -225,17 +257,47 @@ def _build_hooks(
     """Return the hooks in Detectron2's order; the writers follow."""
     proxy = weakref.proxy(trainer)
 
-    def test() -> dict[str, Any]:
-        done = min(proxy.iter + 1, proxy.max_iter)
-        return evaluate(cfg, proxy.model, iteration=done)
+    def test(done: int) -> dict[str, Any]:
+        return evaluate(
+            cfg,
+            proxy.model,
+            iteration=done,
+            average=proxy.average and proxy.average.module,
+            selection=proxy.selection,
+        )
 
+    period = cfg.TEST.EVAL_PERIOD
+    averaging = None
+    if trainer.average is not None:
+        statistics = precise and precise.of(trainer.average.module)
+        averaging = MovingAverage(
+            trainer.average, trainer.model, statistics, trainer.checkpointer, period
+        )
+    evaluation = None
+    if cfg.DATASETS.TEST:
+        evaluation = Evaluation(period, test, trainer.stop, trainer.selection)
     return [
         hooks.IterationTimer(),
         hooks.LRScheduler(),
         precise,
+        averaging,
         Checkpoints(trainer.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, trainer.stop),
-        Evaluation(cfg.TEST.EVAL_PERIOD, test, trainer.stop) if cfg.DATASETS.TEST else None,
+        evaluation,
     ]
+
+
+def _build_selection(
+    cfg: CfgNode, model: nn.Module, average: AveragedModel | None
+) -> Selection | None:
+    if not cfg.TEST.BEST_METRIC:
+        return None
+    checkpointer = RunCheckpointer(model, cfg.OUTPUT_DIR)
+
+    def keep(of_average: bool, **facts: Any) -> None:
+        chosen = average.module if of_average and average is not None else model
+        checkpointer.save_weights(BEST, chosen, **facts)
+
+    return Selection(cfg.TEST.BEST_METRIC, cfg.TEST.PATIENCE, keep)
 
 
 def _build_writer(cfg: CfgNode, start_iter: int) -> HookBase:
@@ -249,13 +311,23 @@ def _build_writer(cfg: CfgNode, start_iter: int) -> HookBase:
     return Writers(writers, cfg.LOG_PERIOD, metrics.parent)
 
 
-def evaluate(cfg: CfgNode, model: nn.Module, *, iteration: int | None = None) -> dict[str, Any]:
+def evaluate(
+    cfg: CfgNode,
+    model: nn.Module,
+    *,
+    iteration: int | None = None,
+    average: nn.Module | None = None,
+    selection: Selection | None = None,
+) -> dict[str, Any]:
     """Evaluate on the test set and write ``results.json`` to its `results_folder`.
 
     Args:
         cfg: the config of the run, whose test set is registered.
         model: the detector. All ranks must call this; each evaluates its share of the images.
         iteration: number of training iterations, for the record.
+        average: moving average of its weights, whose scores are those of the tasks ``bbox_ema``,
+            ``segm_ema``, ...
+        selection: notes the scores, and adds the best ones to the record.
 
     Returns:
         ``{"bbox": {"AP": ..., "AP50": ..., "AP75": ..., "per_class": {...}}, "segm": {...}}`` on
@@ -263,10 +335,29 @@ def evaluate(cfg: CfgNode, model: nn.Module, *, iteration: int | None = None) ->
     """
     (name,) = cfg.DATASETS.TEST
     folder = results_folder(cfg.OUTPUT_DIR, name)
+    results = _scores(cfg, model, name, folder / "inference")
+    if average is not None:
+        scores = _scores(cfg, average, name, folder / "inference-ema")
+        results |= {f"{task}{AVERAGE}": of_task for task, of_task in scores.items()}
+    best = None
+    if selection is not None and iteration is not None:
+        best = selection.update(iteration, results)
+    if not comm.is_main_process():
+        return {}
+    for task, scores in results.items():
+        log.info("%-10s %s", task, headline(scores))
+    write_results(cfg, results, name, iteration, explanation(cfg), folder, best)
+    if folder != Path(cfg.OUTPUT_DIR):
+        log.info("results    written to %s: this is not the run's own test set", folder)
+    return results
+
+
+def _scores(cfg: CfgNode, model: nn.Module, name: str, predictions: Path) -> dict[str, Any]:
+    """Return the scores by task on the first rank, an empty dict on the others."""
     evaluator = build_evaluator(
         name,
         tasks=evaluated_tasks(cfg, name),
-        output_dir=str(folder / "inference"),
+        output_dir=str(predictions),
         sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
     )
     loader = build_detection_test_loader(
@@ -282,10 +373,4 @@ def evaluate(cfg: CfgNode, model: nn.Module, *, iteration: int | None = None) ->
         )
     if not comm.is_main_process():
         return {}
-    results = {task: with_classes_apart(scores) for task, scores in results.items()}
-    for task, scores in results.items():
-        log.info("%-10s %s", task, headline(scores))
-    write_results(cfg, results, name, iteration, explanation(cfg), folder)
-    if folder != Path(cfg.OUTPUT_DIR):
-        log.info("results    written to %s: this is not the run's own test set", folder)
-    return results
+    return {task: with_classes_apart(scores) for task, scores in results.items()}

@@ -59,6 +59,7 @@ def write_results(
     iteration: int | None,
     explanation: Sequence[str] = (),
     folder: str | Path | None = None,
+    best: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write ``results.json``: the record of a run and its scores.
 
@@ -69,6 +70,7 @@ def write_results(
         iteration: number of iterations that the model was trained for.
         explanation: sentences on the run and the effects of its deviations.
         folder: where to write; by default ``OUTPUT_DIR``. See `results_folder`.
+        best: metric, value and iteration of the run's best evaluation.
     """
     protocol, initialisation = split_name(cfg.PROTOCOL)
     record = {
@@ -78,6 +80,7 @@ def write_results(
         "seed": cfg.SEED,
         "commit": _commit(),
         "iteration": iteration,
+        **(best or {}),
         "weights": cfg.MODEL.WEIGHTS,
         "deviations": deviations(cfg),
         "explanation": list(explanation),

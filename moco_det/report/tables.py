@@ -20,6 +20,11 @@ COLUMNS = {
     "segm/AP": "mask AP",
     "keypoints/AP": "keypoint AP",
     "sem_seg/mIoU": "mIoU",
+    # Of a moving average of the weights (SOLVER.EMA_DECAY).
+    "bbox_ema/AP": "AP (EMA)",
+    "segm_ema/AP": "mask AP (EMA)",
+    "keypoints_ema/AP": "keypoint AP (EMA)",
+    "sem_seg_ema/mIoU": "mIoU (EMA)",
 }
 
 
