@@ -59,6 +59,9 @@ def add_moco_det_config(cfg: CfgNode) -> None:
     cfg.SOLVER.ACCUMULATION_STEPS = 1
     # Precision with SOLVER.AMP.ENABLED: "float16" (Detectron2's, GPU only) or "bfloat16".
     cfg.SOLVER.AMP.PRECISION = "float16"
+    # Factors of the learning rate for stem, res2, res3, res4 and res5, such as [0.1, 0.1, 0.3, 0.3,
+    # 1.0]; empty for the same rate everywhere. The log shows the rate of the largest group.
+    cfg.SOLVER.STAGE_LR_FACTORS = []
     # Decay of an exponential moving average of the weights, such as 0.999; 0 for none. The average
     # is evaluated beside the weights (bbox_ema) and written to model_ema.pth. It needs the memory
     # of one more model.

@@ -127,8 +127,15 @@ MEANINGS = (
     ),
     Meaning(
         ("MODEL.BACKBONE.FREEZE_AT",),
-        "The part of the backbone that is frozen.",
-        "Frozen layers favour supervised weights, for which freezing was introduced.",
+        "The number of stages of the backbone, from the stem on, that are frozen with their BN.",
+        "Frozen layers favour supervised weights, for which freezing was introduced. With few "
+        "labels they save time and memory; with many they cost AP.",
+    ),
+    Meaning(
+        ("SOLVER.STAGE_LR_FACTORS",),
+        "The learning rates of the backbone's stages, relative to SOLVER.BASE_LR.",
+        "The stages learn at rates of their own: low ones keep more of the initial weights, which "
+        "favours weights that fit the data already. Compare with runs of the same factors.",
     ),
     Meaning(
         ("INPUT.*",),

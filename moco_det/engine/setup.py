@@ -22,9 +22,11 @@ from moco_det.config.schedule_scaling import scale_schedule
 from moco_det.data.build import settle_data
 from moco_det.data.check_images import check_images
 from moco_det.data.samplers import share
+from moco_det.engine.optimizer import check_factors
 from moco_det.engine.resume import compare_config
 from moco_det.engine.selection import check_selection
 from moco_det.engine.train_step import precision
+from moco_det.modeling.detector import STAGES
 
 __all__ = ["Options", "Plan", "prepare", "trials", "uses_gpus"]
 
@@ -102,7 +104,9 @@ def prepare(options: Options) -> Plan:
     if not own_config:  # the config in a run directory is already resolved
         if not explaining and not options.eval_only:
             _check_start(cfg)
-        notes += _settle_weights(cfg, [*explicit, *stated_keys(name)])
+        stated = [*explicit, *stated_keys(name)]
+        notes += _settle_weights(cfg, stated)
+        _check_frozen(cfg, stated)
     _check_dilation(cfg)
     if not explaining or options.train_data or options.test_data:
         notes += settle_data(
@@ -115,6 +119,7 @@ def prepare(options: Options) -> Plan:
     _check_solver(cfg, world_size)
     if not options.eval_only:
         check_selection(cfg)
+        check_factors(cfg)
     notes += _wrapped("deviates", [line for line in deviations(cfg) if line not in scaled])
     cfg.freeze()
     return Plan(
@@ -205,6 +210,25 @@ def _config_of_run(own: Path | None, options: Options) -> str:
         return str(own)
     missing = f" ({own} is missing)" if own and continued else ""
     raise UserError(f"name a protocol or a file with --config, such as --config VOC{missing}.")
+
+
+def _check_frozen(cfg: CfgNode, stated: Sequence[str]) -> None:
+    """Check that layers are frozen by intent only, and that what they hold is worth keeping."""
+    key, count = "MODEL.BACKBONE.FREEZE_AT", cfg.MODEL.BACKBONE.FREEZE_AT
+    last = cfg.MODEL.RESNETS.OUT_FEATURES[-1]
+    most = STAGES.index(last) + 1 if last in STAGES else len(STAGES)
+    if not 0 <= count <= most:
+        raise UserError(f"{key} is {count}: this backbone has {most} stages to freeze.")
+    if count and key not in stated:
+        raise UserError(
+            f"{key} is {count}, Detectron2's default, but fine-tuning here trains every layer: set "
+            "it to 0, or state it to freeze the first stages."
+        )
+    if count and not cfg.MODEL.WEIGHTS:
+        raise UserError(
+            f"{key} is {count}, but the run starts from random weights, which would stay random: "
+            "set it to 0."
+        )
 
 
 def _check_start(cfg: CfgNode) -> None:

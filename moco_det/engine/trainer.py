@@ -15,7 +15,7 @@ from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
 from detectron2.engine import HookBase, TrainerBase, create_ddp_model, hooks
 from detectron2.evaluation import inference_on_dataset
-from detectron2.solver import build_lr_scheduler, build_optimizer
+from detectron2.solver import build_lr_scheduler
 from detectron2.utils import comm
 from detectron2.utils.events import JSONWriter, TensorboardXWriter
 from torch import nn
@@ -41,6 +41,7 @@ from moco_det.data.samplers import (
 from moco_det.engine.console_log import ProgressPrinter, TerminalBar, printing_to_log
 from moco_det.engine.hooks import Checkpoints, Evaluation, PreciseBN, Writers, truncate_metrics
 from moco_det.engine.moving_average import MovingAverage, averaged
+from moco_det.engine.optimizer import build_optimizer
 from moco_det.engine.resume import changes_of_data, fingerprint
 from moco_det.engine.selection import AVERAGE, EarlyStop, Selection
 from moco_det.engine.selection import FILE as BEST

@@ -1,6 +1,7 @@
 """Construction of a protocol's detector with the norms that suit the number of processes."""
 
 import logging
+import re
 
 from detectron2.config import CfgNode
 from detectron2.layers import FrozenBatchNorm2d
@@ -13,33 +14,51 @@ from moco_common.text import counted
 
 log = logging.getLogger(__name__)
 NORM_KEYS = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD", "SEM_SEG_HEAD")
+STAGES = ("stem", "res2", "res3", "res4", "res5")  # as MODEL.BACKBONE.FREEZE_AT counts them
 SYNCHRONISED = ("SyncBN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
 
 
-def assert_all_trained(model: nn.Module, freeze_at: int) -> None:
-    """Check that no layer or batch norm of a model is frozen.
+def stage_of(name: str) -> str | None:
+    """Return the stage of the ResNet that a parameter or module belongs to; None outside of it.
+
+    The res5 of a C4 head is a stage like the others, but the norm that MoCo's head adds is new.
+    """
+    found = re.match(
+        r"(?:backbone|backbone\.bottom_up|roi_heads)\.(stem|res[2-5])\.(?!norm\b)", name
+    )
+    return found and found[1]
+
+
+def assert_all_trained(model: nn.Module, freeze_at: int = 0) -> None:
+    """Check that every layer and batch norm of a model is trained.
+
+    Args:
+        freeze_at: number of stages of the backbone, from the stem on, that are frozen on purpose
+            (``MODEL.BACKBONE.FREEZE_AT``).
 
     Raises:
-        UserError: a layer is frozen; the message names the config key that froze it.
+        UserError: another layer is frozen; the message names the config key that froze it.
     """
-    if freeze_at != 0:
-        raise UserError(
-            f"MODEL.BACKBONE.FREEZE_AT is {freeze_at}, but fine-tuning here trains every layer: "
-            "set it to 0."
-        )
+    on_purpose = STAGES[:freeze_at]
     for name, module in model.named_modules():
-        if isinstance(module, FrozenBatchNorm2d):
+        if isinstance(module, FrozenBatchNorm2d) and stage_of(name) not in on_purpose:
             key = "FPN" if ".fpn_" in name else "RESNETS"
             raise UserError(
                 f"MODEL.{key}.NORM is FrozenBN (in {name}), but fine-tuning here trains every BN: "
                 "use SyncBN, naiveSyncBN or BN."
             )
-    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    frozen = [
+        name
+        for name, parameter in model.named_parameters()
+        if not parameter.requires_grad and stage_of(name) not in on_purpose
+    ]
     if frozen:
         raise UserError(
             f"{counted(len(frozen), 'parameter')} would not be trained, first {frozen[0]}: choose "
             "modules that train all their parameters."
         )
+    if on_purpose:
+        log.info("frozen     %s of the backbone, with their BN", ", ".join(on_purpose))
 
 
 def fit_norms(cfg: CfgNode, world_size: int) -> tuple[CfgNode, str | None]:

@@ -255,7 +255,7 @@ def test_two_processes_on_the_cpu_train_and_evaluate(voc_args, tmp_path):
         (["--config", "VOC-random", "--num-gpus", "3"], "16 cannot be shared by 3 processes"),
         (
             ["--config", "VOC-random", "MODEL.BACKBONE.FREEZE_AT", "2"],
-            "MODEL.BACKBONE.FREEZE_AT is 2",
+            "MODEL.BACKBONE.FREEZE_AT is 2, but the run starts from random weights",
         ),
         (["--config", "VOC-random", "--trials", "0"], "--trials must be at least 1"),
         (["--config", "VOC-random", "--trials", "2", "--trial", "0"], "pass one of the two"),

@@ -35,7 +35,6 @@ def test_every_parameter_of_a_protocol_is_trained(protocol):
 @pytest.mark.parametrize(
     ("protocol", "overrides", "named"),
     [
-        ("VOC-random", ["MODEL.BACKBONE.FREEZE_AT", "2"], "MODEL.BACKBONE.FREEZE_AT is 2"),
         ("VOC-random", ["MODEL.RESNETS.NORM", "FrozenBN"], "MODEL.RESNETS.NORM is FrozenBN"),
         ("COCO-FPN-1x-random", ["MODEL.FPN.NORM", "FrozenBN"], "MODEL.FPN.NORM is FrozenBN"),
     ],
