@@ -47,6 +47,11 @@ def add_moco_det_config(cfg: CfgNode) -> None:
     cfg.DATASETS.STRICT = False
     # Range of the random scale, relative to the image, before INPUT.CROP (semantic segmentation).
     cfg.INPUT.SCALE_TRAIN = []
+    # Large-scale jitter: side of the square that images are scaled for and cropped or padded to; 0
+    # for resizing by MIN_SIZE_TRAIN.
+    cfg.INPUT.JITTER_SIZE = 0
+    # Large-scale jitter: range of the random scale, relative to JITTER_SIZE.
+    cfg.INPUT.JITTER_RANGE = [0.1, 2.0]
     # Channels of the 3x3 convolution after a dilated res5 (build_resnet_dc5_backbone).
     cfg.MODEL.DC5_CHANNELS = 512
     # FCNHead: number of 3x3 convolutions before the classifier.

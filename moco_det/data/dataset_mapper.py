@@ -9,9 +9,12 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, detection_utils
 from detectron2.data import transforms as T
 
+from moco_common.dependencies import require
 from moco_common.images import check_picture, read_picture
 from moco_det.config.defaults import is_semantic_model
 from moco_det.data.datasets.label_files import read_labels
+
+SHAPELY = "shapely, which cuts polygons: pip install shapely."
 
 
 class RandomScale(T.Augmentation):
@@ -83,6 +86,24 @@ class CheckedMapper(DatasetMapper):
     8 bits a channel. Maps of the pixels' classes are not read: `SemanticMapper` does that, and the
     evaluator.
     """
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
+        """Return the arguments of ``DatasetMapper``, with large-scale jitter if it is configured.
+
+        Large-scale jitter (Ghiasi et al. 2021, "Simple Copy-Paste", section 3) scales an image by a
+        factor from a wide range, and crops or pads it to a square.
+        """
+        arguments: dict[str, Any] = super().from_config(cfg, is_train)
+        side = cfg.INPUT.JITTER_SIZE
+        if is_train and side:
+            require("large-scale jitter", "shapely", SHAPELY)
+            flips = [a for a in arguments["augmentations"] if isinstance(a, T.RandomFlip)]
+            smallest, largest = cfg.INPUT.JITTER_RANGE
+            scale = T.ResizeScale(smallest, largest, target_height=side, target_width=side)
+            arguments["augmentations"] = [scale, T.FixedSizeCrop((side, side)), *flips]
+            arguments["recompute_boxes"] = cfg.MODEL.MASK_ON  # from the part that is left
+        return arguments
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
         """Check the picture of a record and map it; see ``DatasetMapper``."""

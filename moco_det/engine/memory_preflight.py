@@ -263,6 +263,8 @@ def _worst_image(
 
 def _canvas(cfg: CfgNode, training_set: TrainingSet) -> tuple[int, int]:
     """Return width and height of the largest padded batch."""
+    if cfg.INPUT.JITTER_SIZE:
+        return cfg.INPUT.JITTER_SIZE, cfg.INPUT.JITTER_SIZE
     if cfg.INPUT.CROP.ENABLED and cfg.INPUT.CROP.TYPE == "absolute":
         height, width = cfg.INPUT.CROP.SIZE
         return int(width), int(height)

@@ -40,7 +40,7 @@ class Selection:
 
     @property
     def exhausted(self) -> bool:
-        """Whether the run has stagnated for as long as it may."""
+        """True if the run has stagnated for as long as it may."""
         return 0 < self.patience <= self.waited
 
     def update(self, iteration: int, results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -110,7 +110,7 @@ class Trainer(TrainerBase):
 
     @property
     def finished(self) -> bool:
-        """Whether the run was trained to its end, or to its early end."""
+        """True if the run was trained to its end, or to its early end."""
         stagnates = self.selection is not None and self.selection.exhausted
         return self.start_iter >= self.max_iter or stagnates
 

@@ -8,6 +8,7 @@ from moco_det.config.protocols import split_name
 MOCO = "MoCo, He et al. 2020, arXiv:1911.05722"
 MOCO_DETECTION = "facebookresearch/moco, detection/README.md (means of 5 trials)"
 INSTAGRAM = "MoCo v1, Instagram-1B"
+ZOO = "Detectron2, MODEL_ZOO.md, new baselines"
 INFOMIN = "InfoMin, Tian et al. 2020, arXiv:2005.10243"
 
 
@@ -78,6 +79,9 @@ TABLE = (
     _coco("COCO-FPN-2x", "MoCo v1, 200 epochs", 40.8, 36.9, MOCO),
     _coco("COCO-FPN-2x", "MoCo v2, 200 epochs", 40.9, 37.0, INFOMIN),
     _coco("COCO-FPN-2x", INSTAGRAM, 41.1, 37.4, MOCO),
+    _coco("COCO-FPN-LSJ-100ep", "random", 44.6, 40.3, ZOO),
+    _coco("COCO-FPN-LSJ-200ep", "random", 46.3, 41.7, ZOO),
+    _coco("COCO-FPN-LSJ-400ep", "random", 47.4, 42.5, ZOO),
     *_one("COCO-keypoints-2x", "keypoints_coco_2017_val", "keypoints/AP", None, 65.8, 66.8, 66.9),
     # BN tuned, as here; with BN frozen the supervised weights reach 24.4.
     *_one("LVIS-FPN-2x", "lvis_v0.5_val", "segm/AP", 5, 23.2, 24.1, 24.9),

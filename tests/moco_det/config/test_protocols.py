@@ -112,6 +112,28 @@ FCN = {
     "INPUT.MIN_SIZE_TEST": 0,
     "SOLVER.WARMUP_ITERS": 0,
 }
+
+
+def lsj(times):
+    """Detectron2's new baselines."""
+    return {
+        "MODEL.ROI_BOX_HEAD.NORM": "naiveSyncBN_N",
+        "MODEL.ROI_MASK_HEAD.NORM": "naiveSyncBN_N",
+        "MODEL.RPN.CONV_DIMS": [-1, -1],
+        "INPUT.JITTER_SIZE": 1024,
+        "INPUT.JITTER_RANGE": [0.1, 2.0],
+        "SOLVER.IMS_PER_BATCH": 64,
+        "SOLVER.BASE_LR": 0.1,
+        "SOLVER.WEIGHT_DECAY": 4e-5,
+        "SOLVER.WARMUP_ITERS": 500,
+        "SOLVER.WARMUP_FACTOR": 0.067,
+        "SOLVER.MAX_ITER": 184_375 * times,
+        "SOLVER.STEPS": (163_889 * times, 177_546 * times),
+        "SOLVER.AMP.ENABLED": True,
+        "TEST.PRECISE_BN.ENABLED": False,
+    }
+
+
 PREVIEW_VOC = {"SOLVER.MAX_ITER": 2_400, "SOLVER.STEPS": (1_800, 2_200)}
 TABLE = {
     "VOC": C4 | VOC,
@@ -135,6 +157,10 @@ TABLE = {
     "COCO-FPN-12k-4conv1fc": FPN | COCO | TWELVE | NORMED_HEADS,
     "COCO-FPN-1x-4conv1fc": FPN | COCO | ONE | NORMED_HEADS,
     "COCO-FPN-2x-4conv1fc": FPN | COCO | TWO | NORMED_HEADS,
+    **{
+        f"COCO-FPN-LSJ-{100 * times}ep": FPN | COCO | NORMED_HEADS | lsj(times)
+        for times in (1, 2, 4)
+    },
     "COCO-keypoints-2x": FPN
     | COCO
     | TWO
@@ -218,6 +244,35 @@ def test_the_table_names_every_protocol_but_the_demos():
 def test_precomputed_proposals_are_refused_because_detectron2_unpickles_them():
     with pytest.raises(UserError, match=r"MODEL\.LOAD_PROPOSALS.*can execute code"):
         load_config("VOC", ["MODEL.LOAD_PROPOSALS", "True"])
+
+
+@pytest.mark.parametrize("epochs", [100, 200, 400])
+def test_large_scale_jitter_is_that_of_detectron2s_own_file(epochs):
+    lazy = model_zoo.get_config(f"new_baselines/mask_rcnn_R_50_FPN_{epochs}ep_LSJ.py")
+    cfg = get_protocol(f"COCO-FPN-LSJ-{epochs}ep-random")
+    solver, rates = cfg.SOLVER, lazy.lr_multiplier
+    assert lazy.dataloader.train.total_batch_size == solver.IMS_PER_BATCH
+    assert (lazy.optimizer.lr, lazy.optimizer.weight_decay) == (solver.BASE_LR, solver.WEIGHT_DECAY)
+    assert lazy.optimizer.params.weight_decay_norm == solver.WEIGHT_DECAY_NORM
+    assert lazy.train.max_iter == solver.MAX_ITER
+    assert list(solver.STEPS) == list(rates.scheduler.milestones)
+    assert pytest.approx(rates.warmup_length * 184_375) == solver.WARMUP_ITERS
+    assert rates.warmup_factor == solver.WARMUP_FACTOR
+    assert lazy.train.amp.enabled == solver.AMP.ENABLED
+    assert cfg.MODEL.WEIGHTS == lazy.train.init_checkpoint == ""
+    model = lazy.model
+    assert list(cfg.MODEL.RPN.CONV_DIMS) == list(model.proposal_generator.head.conv_dims)
+    box = model.roi_heads.box_head
+    assert box.conv_dims == [cfg.MODEL.ROI_BOX_HEAD.CONV_DIM] * cfg.MODEL.ROI_BOX_HEAD.NUM_CONV
+    assert box.fc_dims == [cfg.MODEL.ROI_BOX_HEAD.FC_DIM] * cfg.MODEL.ROI_BOX_HEAD.NUM_FC
+    assert len(model.roi_heads.mask_head.conv_dims) == cfg.MODEL.ROI_MASK_HEAD.NUM_CONV + 1
+    scale, crop, flip = lazy.dataloader.train.mapper.augmentations
+    assert list(cfg.INPUT.JITTER_RANGE) == [scale.min_scale, scale.max_scale]
+    assert [scale.target_height, scale.target_width] == [cfg.INPUT.JITTER_SIZE] * 2
+    assert list(crop.crop_size) == [cfg.INPUT.JITTER_SIZE] * 2
+    assert cfg.INPUT.RANDOM_FLIP == "horizontal"
+    assert flip.horizontal
+    assert cfg.INPUT.MIN_SIZE_TEST == 800
 
 
 @pytest.mark.parametrize("name", sorted(TABLE))

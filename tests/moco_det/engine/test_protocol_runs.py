@@ -32,7 +32,9 @@ SMALL = [
     *("MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", "(8,)", "MODEL.SEM_SEG_HEAD.CONVS_DIM", "8"),
     *("MODEL.DC5_CHANNELS", "8", "INPUT.CROP.SIZE", "[33, 33]", "SOLVER.MAX_ITER", "1"),
     *("TEST.DETECTIONS_PER_IMAGE", "5", "TEST.PRECISE_BN.NUM_ITER", "1"),
+    *("SOLVER.AMP.PRECISION", "bfloat16"),
 ]
+SMALLER = ["INPUT.JITTER_SIZE", "96"]  # of the protocols with large-scale jitter
 BOX, MASK = {"bbox": "AP"}, {"bbox": "AP", "segm": "AP"}
 TASKS = {
     "VOC": BOX,
@@ -45,6 +47,7 @@ TASKS = {
     "COCO-C4-2x": MASK,
     **{f"COCO-FPN-{length}": MASK for length in ("12k", "1x", "2x")},
     **{f"COCO-FPN-{length}-4conv1fc": MASK for length in ("12k", "1x", "2x")},
+    **{f"COCO-FPN-LSJ-{epochs}ep": MASK for epochs in (100, 200, 400)},
     "COCO-FPN-12k-1pct": MASK,
     "COCO-FPN-12k-10pct": MASK,
     "COCO-keypoints-2x": {"bbox": "AP", "keypoints": "AP"},
@@ -84,10 +87,12 @@ def test_a_protocol_trains_saves_and_evaluates_on_its_own_data(
 ):
     if name == "Cityscapes-instance":
         pytest.importorskip("cityscapesscripts")
+    if name.startswith(("Cityscapes-instance", "COCO-FPN-LSJ")):
         pytest.importorskip("shapely")
     monkeypatch.setenv("DETECTRON2_DATASETS", str(datasets_root))
     run = tmp_path / "run"
-    assert main(["--config", f"{name}-random", "--output-dir", str(run), *SMALL]) == 0, (
+    small = [*SMALL, *(SMALLER if "LSJ" in name else ())]
+    assert main(["--config", f"{name}-random", "--output-dir", str(run), *small]) == 0, (
         capsys.readouterr().err
     )
     results = json.loads((run / "results.json").read_text())
