@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor
@@ -164,14 +164,7 @@ class Architecture:
 
     def metadata(self) -> dict[str, Any]:
         """Return the part of a converted file's metadata that describes the network."""
-        return {
-            "depth": self.depth,
-            "num_groups": self.num_groups,
-            "width_per_group": self.width_per_group,
-            "stem_out_channels": self.stem_out_channels,
-            "res2_out_channels": self.res2_out_channels,
-            "stride_in_1x1": self.stride_in_1x1,
-        }
+        return asdict(self)
 
     @staticmethod
     def of_metadata(metadata: Mapping[str, Any]) -> Architecture:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from moco_common.errors import UserError
@@ -61,6 +63,15 @@ class CheckpointError(UserError):
             f"{path}: {self}", kind=self.kind, path=path, key=self.key,
             candidates=self.candidates, details=self.details,
         )  # fmt: skip
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name a file in the `CheckpointError` of code that does not know the file."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise error.at(path) from None
 
 
 class RefusedError(Exception):

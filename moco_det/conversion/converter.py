@@ -14,8 +14,8 @@ from torch import Tensor
 from moco_common.backbone.accounting import odd_values
 from moco_common.backbone.architecture import Architecture, to_detectron2
 from moco_common.backbone.pixel_settings import own_metadata
-from moco_common.backbone.read_encoder import fingerprint, read_encoder
-from moco_common.reader.errors import CheckpointError
+from moco_common.backbone.read_encoder import Encoder, fingerprint, read_encoder
+from moco_common.reader.errors import CheckpointError, naming
 from moco_common.reader.formats import read_checkpoint
 from moco_det.conversion.account import Report
 from moco_det.conversion.proof import Proof, prove
@@ -87,53 +87,38 @@ def convert(
         CheckpointError: the file cannot be read, holds no ResNet that the target can represent,
             lacks tensors or has unknown ones, or the two networks differ by more than 1e-4.
     """
-    options = _Options(
-        to=to,
-        output=None if output is None else Path(output),
-        source=source,
-        prefix=prefix,
-        encoder=encoder,
-        drop=drop,
-        stated={
-            "pixel_mean": pixel_mean, "pixel_std": pixel_std, "format": pixel_format,
-            "stride_in_1x1": stride_in_1x1,
-        },
-        rescale=rescale,
-        proof=proof,
-    )  # fmt: skip
-    try:
-        return _convert(Path(path), options)
-    except CheckpointError as error:  # the steps do not know the file's path
-        raise error.at(Path(path)) from None
+    path = Path(path)
+    with naming(path):
+        if to not in TARGETS:
+            raise CheckpointError(
+                f"the target {to} is unknown: choose one of {', '.join(TARGETS)}.", kind="option"
+            )
+        if output is not None:
+            writer_for(Path(output), to)
+        stated = {"pixel_mean": pixel_mean, "pixel_std": pixel_std, "format": pixel_format}
+        encoder_of_file = read_encoder(
+            path, source=source, prefix=prefix, encoder=encoder, drop=drop,
+            stated=stated | {"stride_in_1x1": stride_in_1x1},
+        )  # fmt: skip
+        converted, check = _convert(encoder_of_file, to, fingerprint(path), rescale)
+        del encoder_of_file  # never hold the file, the result and what is read back at once
+        if output is not None:
+            write(
+                Path(output),
+                converted.tensors,
+                converted.metadata,
+                to=to,
+                check=lambda written: proof and check(*_read_back(written, to)),
+            )
+        elif proof:
+            check(converted.tensors, converted.metadata)
+    return converted
 
 
-@dataclass(frozen=True)
-class _Options:
-    """The arguments of `convert`; values in ``stated`` other than None override the file's."""
-
-    to: str
-    output: Path | None
-    source: str | None
-    prefix: str | None
-    encoder: str | None
-    drop: Sequence[str]
-    stated: Mapping[str, Any]
-    rescale: bool
-    proof: bool
-
-
-def _convert(path: Path, options: _Options) -> Converted:
-    to, output, rescale = options.to, options.output, options.rescale
-    if to not in TARGETS:
-        raise CheckpointError(
-            f"the target {to} is unknown: choose one of {', '.join(TARGETS)}.", kind="option"
-        )
-    if output is not None:
-        writer_for(output, to)
-    read = read_encoder(
-        path, source=options.source, prefix=options.prefix, encoder=options.encoder,
-        drop=options.drop, stated=options.stated,
-    )  # fmt: skip
+def _convert(
+    read: Encoder, to: str, sha256: str, rescale: bool
+) -> tuple[Converted, Callable[[Mapping[str, Tensor], Mapping[str, Any]], None]]:
+    """Return the converted backbone, and a function that proves tensors and metadata right."""
     backbone, architecture, found = read.tensors, read.architecture, read.found
     settings, notes = read.settings, read.notes
     if to == "torchvision" and architecture.stride_in_1x1 and architecture.block != "basic":
@@ -166,7 +151,7 @@ def _convert(path: Path, options: _Options) -> Converted:
         **architecture.metadata(),
         "source": str(settings.get("source") or found.source.name),
         "encoder": str(settings.get("encoder") or found.encoder),
-        "source_sha256": fingerprint(path),
+        "source_sha256": sha256,
         "version": version(),
     }
     if rescale:
@@ -176,8 +161,6 @@ def _convert(path: Path, options: _Options) -> Converted:
         found.source.name, found.encoder, found.prefix, tuple(roles), architecture, to, entries,
         odd_values(backbone), notes,
     )  # fmt: skip
-    # Free the input before the output is read back, so that three copies are never held at once.
-    del read
 
     def check(written: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         report.proof = _prove(backbone, written, architecture, meta, to, grown if rescale else {})
@@ -190,17 +173,7 @@ def _convert(path: Path, options: _Options) -> Converted:
                 details=str(report.proof),
             )
 
-    if output is not None:
-        author = {"moco-det": "MOCO", "MoCo": "MOCO"}.get(metadata["source"], metadata["source"])
-
-        def read_back(written: Path) -> None:
-            if options.proof:
-                check(*_read_back(written, to))
-
-        write(output, result, metadata | {"author": author}, to=to, check=read_back)
-    elif options.proof:
-        check(result, metadata)
-    return Converted(result, metadata, report)
+    return Converted(result, metadata, report), check
 
 
 def _owned(tensor: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from moco_common.reader.errors import CheckpointError
 from moco_common.reader.formats import read_checkpoint
 
 _SAFETENSORS = {torch.float32: "F32", torch.int64: "I64"}
+_AUTHORS = {"moco-det": "MOCO", "MoCo": "MOCO"}  # as MoCo's own converter writes it
 
 
 class Weights(NamedTuple):
@@ -100,7 +101,7 @@ def write(
     metadata: Mapping[str, Any],
     *,
     to: str,
-    check: Callable[[Path], None],
+    check: Callable[[Path], object],
 ) -> None:
     """Write a converted file atomically, after ``check`` has passed on the temporary file.
 
@@ -145,9 +146,9 @@ def writer_for(
 def _wrapped(model: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "model": dict(model),
-        "__author__": metadata["author"],
+        "__author__": _AUTHORS.get(metadata["source"], metadata["source"]),
         "matching_heuristics": True,
-        "metadata": {k: v for k, v in metadata.items() if k != "author"},
+        "metadata": dict(metadata),
     }
 
 
@@ -176,15 +177,15 @@ def _write_state_dict(
     """Write a state dict that loads with ``strict=True``, with the metadata as an attribute."""
     state = OrderedDict(tensors)
     # torch keeps versions of modules here, by prefix; no module has this prefix.
-    state._metadata = {"moco-det": {k: v for k, v in meta.items() if k != "author"}}  # type: ignore[attr-defined]
+    state._metadata = {"moco-det": dict(meta)}  # type: ignore[attr-defined]
     torch.save(state, file)
 
 
 def _write_safetensors(
     file: IO[bytes], tensors: Mapping[str, Tensor], meta: Mapping[str, Any]
 ) -> None:
-    own = {k: v for k, v in meta.items() if k != "author"}
-    header: dict[str, Any] = {"__metadata__": {"moco-det": json.dumps(own), "format": "pt"}}
+    own = json.dumps(dict(meta))
+    header: dict[str, Any] = {"__metadata__": {"moco-det": own, "format": "pt"}}
     end = 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.numel() * tensor.element_size()
