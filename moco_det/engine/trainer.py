@@ -231,8 +231,8 @@ def build_trainer(
         images, available = count * cfg.SOLVER.IMS_PER_BATCH, len(training_set.images)
         if images > available:
             log.info(
-                "norms      precise BN runs %d batches of %d images before each evaluation, %d "
-                "training images seen %.0f times: lower TEST.PRECISE_BN.NUM_ITER",
+                "norms      precise BN shows %d batches of %d images before each evaluation, each "
+                "of the %d training images %.0f times: a lower TEST.PRECISE_BN.NUM_ITER is faster",
                 *(count, cfg.SOLVER.IMS_PER_BATCH, available, images / available),
             )
         precise = PreciseBN(

@@ -235,6 +235,6 @@ def test_precise_bn_over_more_images_than_there_are_is_logged(words, capsys):
     words = [*words, "TEST.PRECISE_BN.ENABLED", "True", "TEST.PRECISE_BN.NUM_ITER", "6"]
     assert main(words) == 0
     assert (
-        "precise BN runs 6 batches of 2 images before each evaluation, 4 training images seen 3 "
-        "times" in capsys.readouterr().out
+        "precise BN shows 6 batches of 2 images before each evaluation, each of the 4 training "
+        "images 3 times" in capsys.readouterr().out
     )
