@@ -1,4 +1,4 @@
-"""What happens to each tensor of a file: part of the network, or dropped for a reason."""
+"""The account of a file: every tensor is part of the network, or is dropped for a stated reason."""
 
 from __future__ import annotations
 
