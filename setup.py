@@ -76,6 +76,8 @@ setup(
         "slurm": ["submitit>=1.4"],  # tools/pretrain.py --slurm
         "export": ["onnx>=1.14", "onnxruntime>=1.15"],  # tools/export.py to ONNX
         "fast-eval": ["hotcoco>=1.3"],  # COCO and LVIS metrics in seconds
+        "wandb": ["wandb>=0.16"],  # tools/train_net.py --log wandb
+        "mlflow": ["mlflow-skinny>=2.10"],  # tools/train_net.py --log mlflow
         "cityscapes": ["cityscapesscripts", "shapely>=2"],  # Detectron2's reader of its polygons
         "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26", "nbclient", "ipykernel"],
         "dev": [

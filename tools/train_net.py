@@ -22,10 +22,8 @@ EPILOG = """examples:
 
 
 def parser() -> argparse.ArgumentParser:
-    layout = argparse.RawDescriptionHelpFormatter
-    result = argparse.ArgumentParser(
-        prog="moco-train-net", description=__doc__, epilog=EPILOG, formatter_class=layout
-    )
+    result = argparse.ArgumentParser("moco-train-net", description=__doc__, epilog=EPILOG)
+    result.formatter_class = argparse.RawDescriptionHelpFormatter
     add = result.add_argument
     add("--config", metavar="NAME|FILE", help="protocol (VOC, COCO-FPN-1x, ...) or YAML file")
     specs = "{voc,coco,yolo}:DIR:SPLIT, coco:JSON:IMAGES, semseg:IMAGES:LABELS, a Detectron2 name"
@@ -43,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
     what = "run the most expensive batch, report the memory it needs, and exit"
     add("--preflight", action="store_true", help=what)
     add("--check-images", action="store_true", help="decode all images before anything else")
+    add("--log", action="append", choices=("wandb", "mlflow"), help="experiment tracker as well")
     add("--quiet", action="store_true", help="print warnings and errors only")
     add("--output-dir", metavar="DIR", help="run directory (default: OUTPUT_DIR of the config)")
     add("overrides", nargs="*", metavar="KEY VALUE", help="config keys and their values")
@@ -59,7 +58,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.explain and len(args.overrides) % 2:  # --explain KEY VALUE: an override, not a KEY
         args.overrides, args.explain = [args.explain, *args.overrides], ""
     args.overrides += ["PREFLIGHT", "only"] if args.preflight else []
-    del args.preflight
+    args.overrides += ["TRACKERS", str(args.log)] if args.log else []
+    del args.preflight, args.log
     return args
 
 

@@ -84,6 +84,8 @@ def add_moco_det_config(cfg: CfgNode) -> None:
     cfg.PREFLIGHT = "auto"
     # Number of iterations between two progress lines (and two lines of metrics.json).
     cfg.LOG_PERIOD = 20
+    # Experiment trackers that get the scalars too: "wandb", "mlflow". Set by --log.
+    cfg.TRACKERS = []
     # Seed of the run. A negative one, Detectron2's default, would be replaced by the clock's.
     cfg.SEED = 1
     # Number of data-loading workers per process; on few cores, they compete with the training.

@@ -44,6 +44,7 @@ HOUSEKEEPING = frozenset(
         "VIS_PERIOD",
         "CUDNN_BENCHMARK",
         "PREFLIGHT",
+        "TRACKERS",
         "MODEL.DEVICE",
         "MODEL.WEIGHTS",
         "MODEL.ARCHITECTURE_FROM",

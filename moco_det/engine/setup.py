@@ -25,6 +25,7 @@ from moco_det.data.samplers import share
 from moco_det.engine.optimizer import check_factors
 from moco_det.engine.resume import compare_config
 from moco_det.engine.selection import check_selection
+from moco_det.engine.trackers import check_trackers
 from moco_det.engine.train_step import precision
 from moco_det.modeling.detector import STAGES
 
@@ -120,6 +121,7 @@ def prepare(options: Options) -> Plan:
     if not options.eval_only:
         check_selection(cfg)
         check_factors(cfg)
+        check_trackers(cfg.TRACKERS)
     notes += _wrapped("deviates", [line for line in deviations(cfg) if line not in scaled])
     cfg.freeze()
     return Plan(

@@ -26,6 +26,7 @@ from moco_common.hardware import cpu_count
 from moco_common.progress import Loop
 from moco_common.stopping import Stopped, StopRequest
 from moco_det.checkpoint.run_checkpointer import RunCheckpointer
+from moco_det.config.defaults import flatten
 from moco_det.config.key_descriptions import explanation
 from moco_det.data.dataset_mapper import build_test_mapper, build_train_mapper
 from moco_det.data.samplers import (
@@ -45,6 +46,7 @@ from moco_det.engine.optimizer import build_optimizer
 from moco_det.engine.resume import changes_of_data, fingerprint
 from moco_det.engine.selection import AVERAGE, EarlyStop, Selection
 from moco_det.engine.selection import FILE as BEST
+from moco_det.engine.trackers import build_trackers
 from moco_det.engine.train_step import TrainStep, precision
 from moco_det.evaluation.build import build_evaluator, evaluated_tasks
 from moco_det.evaluation.results import headline, results_folder, with_classes_apart, write_results
@@ -308,6 +310,7 @@ def _build_writer(cfg: CfgNode, start_iter: int) -> HookBase:
         ProgressPrinter(cfg.SOLVER.MAX_ITER),
         JSONWriter(str(metrics)),
         TensorboardXWriter(cfg.OUTPUT_DIR),
+        *build_trackers(cfg.TRACKERS, metrics.parent, flatten(cfg), start_iter),
     ]
     return Writers(writers, cfg.LOG_PERIOD, metrics.parent)
 
