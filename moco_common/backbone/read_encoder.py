@@ -21,19 +21,19 @@ from moco_common.reader.formats import read_checkpoint
 
 @dataclass(frozen=True)
 class Encoder:
-    """A ResNet as it is in a file.
+    """A ResNet as found in a file.
 
     Attributes:
-        tensors: those of the backbone, by torchvision name and in torchvision's order; mapped from
-            the file, and to be cloned where they outlive it.
-        rest: the other tensors of the file, by flattened name.
+        tensors: tensors of the backbone by torchvision name, in torchvision's order. They are
+            mapped from the file: clone them if they have to outlive it.
+        rest: all other tensors of the file, by flattened name.
         originals: flattened name -> name in the file, in the order of ``entries``.
-        architecture: which ResNet it is.
-        found: where in the file it is, and which project wrote it.
-        settings: pixel_mean, pixel_std, format and stride_in_1x1, as the file states them or else
-            torchvision's; of a converted file also its source and encoder.
-        entries: what became of each tensor of the file.
-        notes: origin of the settings, one sentence each.
+        architecture: depth, width and position of the strides.
+        found: location in the file, and the project that wrote it.
+        settings: pixel_mean, pixel_std, format and stride_in_1x1, as stated by the file, else
+            torchvision's; for a converted file also its source and encoder.
+        entries: what happened to each tensor of the file.
+        notes: sentences on the origin of the settings.
     """
 
     tensors: dict[str, Tensor]
@@ -55,19 +55,19 @@ def read_encoder(
     drop: Sequence[str] = (),
     stated: Mapping[str, Any] | None = None,
 ) -> Encoder:
-    """Read the ResNet of any checkpoint, executing nothing.
+    """Read the ResNet of any checkpoint, without executing code.
 
     Args:
-        path: the checkpoint of any project: PyTorch, pickle or safetensors.
-        source: the project, where the structure of the file leaves it open.
-        prefix: prefix of the encoder's tensors in the file, likewise.
-        encoder: the encoder to take from a file with several, such as "key" or "student".
-        drop: regular expressions of tensors to leave out in addition to the known ones.
-        stated: settings that replace those of the file; None values are ignored.
+        path: checkpoint of any project, saved by PyTorch, pickle or safetensors.
+        source: name of the project, if it cannot be recognised.
+        prefix: prefix of the encoder's tensors in the file, if it cannot be found.
+        encoder: which encoder to take from a file with several, such as "key" or "student".
+        drop: regular expressions of tensors to drop in addition to the known ones.
+        stated: settings that override those of the file; None values are ignored.
 
     Raises:
         CheckpointError: the file cannot be read, holds no ResNet that Detectron2 can represent,
-            lacks tensors or has unexplained ones.
+            lacks tensors or has unknown ones.
     """
     path = Path(path)
     tree = read_checkpoint(path)
