@@ -15,6 +15,8 @@ from fvcore.common.config import CfgNode
 from moco_common.config import read_yaml
 from moco_common.errors import UserError
 from pretrain.methods import METHODS, declaration
+from pretrain.methods.automatic import AUTO
+from pretrain.methods.automatic import KEYS as AUTOMATIC
 
 
 class Key(NamedTuple):
@@ -42,8 +44,8 @@ KEYS = {
     "MODEL.WIDTH_PER_GROUP": Key(64, "Channels per group in res2, such as 4 for ResNeXt-50 32x4d."),
     "MODEL.BN_GROUPS": Key(
         8,
-        "Number of BN groups over all ranks, each of at least 4 images. Ranks count as groups, so "
-        "a run on one process is equivalent to a run on this many GPUs.",
+        "Number of BN groups over all ranks, each of at least 4 images, or auto for groups of 32. "
+        "Ranks count as groups, so a run on one process is equivalent to a run on this many GPUs.",
     ),
     "MODEL.SYNC_BN": Key(
         False, "BN statistics over all ranks, as one group, whatever MODEL.BN_GROUPS is."
@@ -135,8 +137,8 @@ KEYS = {
     ),
     "DATALOADER.NUM_WORKERS": Key(
         4,
-        "Decoding processes per rank, at most as many as there are CPU cores. Their number does "
-        "not affect the result.",
+        "Decoding processes per rank, at most as many as there are CPU cores, or auto for all "
+        "cores. Their number does not affect the result.",
     ),
     "DATALOADER.MAX_BAD_SHARE": Key(
         0.05, "Largest fraction of unreadable images; a larger one is an error."
@@ -341,6 +343,11 @@ def _set(cfg: CfgNode, key: str, value: object, where: str) -> None:
         value = float(value)
     if isinstance(old, list) and isinstance(value, tuple):
         value = list(value)
+    if key in AUTOMATIC and (value == AUTO or type(value) is int):
+        node[leaf] = value
+        return
+    if key in AUTOMATIC:
+        raise UserError(f"{where} sets {key} to {value!r}: it takes a whole number or {AUTO}.")
     if type(old) is not type(value):
         raise UserError(
             f"{where} sets {key} to {value!r}: it takes {TYPE_NAMES[type(old)]}"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from moco_common import comm
 from moco_common.config import parse_yaml
 from moco_common.errors import UserError
+from moco_common.files import read_regular
 from moco_common.text import counted
 from moco_common.version import __version__
 from pretrain import distributed
@@ -110,6 +111,18 @@ def check_commands(cfg: CfgNode, folder: Path) -> None:
                 f"{command!r} is not the command of {path}, whose DATA is {recorded!r}: pass the "
                 f"same command to resume the run, or choose another --output-dir."
             )
+
+
+def recorded_values(folder: Path) -> dict[str, Any]:
+    """Return the values by dotted key that the run in a folder has recorded; {} without a record.
+
+    They decide only what ``auto`` means; `restore` compares all keys with those of the checkpoint.
+    """
+    try:
+        recorded = parse_yaml(read_regular(folder / "config.yaml").decode("utf-8"))
+    except (OSError, yaml.YAMLError, ValueError, RecursionError):
+        return {}
+    return leaves(recorded) if isinstance(recorded, dict) else {}
 
 
 class Restored(NamedTuple):

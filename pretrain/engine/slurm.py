@@ -20,6 +20,7 @@ from moco_common.stopping import Stopped
 from moco_common.text import counted
 from pretrain.checkpoint import format as checkpoint
 from pretrain.engine.train_loop import train
+from pretrain.methods.automatic import AUTO
 
 # Settings that submitit accepts for every cluster type; all others are specific to one.
 _COMMON = (
@@ -65,7 +66,8 @@ def submit(
     chosen.setdefault("name", folder.name)
     chosen.setdefault("nodes", 1)
     chosen.setdefault("tasks_per_node", chosen.get("gpus_per_node") or 1)
-    chosen.setdefault("cpus_per_task", cfg.DATALOADER.NUM_WORKERS + 1)
+    workers = cfg.DATALOADER.NUM_WORKERS
+    chosen.setdefault("cpus_per_task", (4 if workers == AUTO else workers) + 1)
     for key in ("nodes", "tasks_per_node"):
         if not isinstance(chosen[key], int) or chosen[key] < 1:
             raise UserError(f"--slurm {key}={chosen[key]}: give a whole number of at least 1.")

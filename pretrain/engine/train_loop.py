@@ -35,9 +35,17 @@ from pretrain.data.transforms.recipes import build_recipes
 from pretrain.engine.health_monitor import Monitor, patience
 from pretrain.engine.metrics import Scalars, SkippedImages
 from pretrain.engine.progress import Progress
-from pretrain.engine.resume import Restored, capture, check_commands, restore, shared
+from pretrain.engine.resume import (
+    Restored,
+    capture,
+    check_commands,
+    recorded_values,
+    restore,
+    shared,
+)
 from pretrain.engine.train_step import TrainStep
 from pretrain.methods import build_method
+from pretrain.methods.automatic import AUTO, QUEUE_SIZE, queue_size, resolve
 from pretrain.methods.base import Method
 from pretrain.probe.online import build_online_knn
 from pretrain.profiling import Profiler
@@ -60,7 +68,6 @@ def train(cfg: CfgNode, resume: bool = False, quiet: bool = False, profile: int 
         Stopped: a signal requested it; the last completed step is saved.
     """
     _check(cfg)
-    config = run_config(cfg).dump()
     folder, main = Path(cfg.OUTPUT_DIR), comm.rank() == 0
     check_kind_of_run(folder, PRETRAINING)
     resume = bool(comm.maximum(int(resume)))
@@ -69,6 +76,10 @@ def train(cfg: CfgNode, resume: bool = False, quiet: bool = False, profile: int 
     elif cfg.MODEL.WEIGHTS:
         check_exists(cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS names a checkpoint to start from")
     source = open_source(cfg.DATA)
+    asked = cfg
+    recorded = recorded_values(folder) if resume else {}
+    cfg = resolve(cfg, len(source), comm.world_size(), recorded)
+    config = run_config(cfg).dump()
     total = total_steps(
         len(source),
         batch_size=cfg.SOLVER.BATCH_SIZE,
@@ -136,12 +147,11 @@ def train(cfg: CfgNode, resume: bool = False, quiet: bool = False, profile: int 
                 progress.say(note)
             for note in [*notes, *_remarks(cfg, images, total)]:
                 progress.warn(note)
-            if images < method.settling_images:
-                progress.say(
-                    f"the method compares with the last {method.settling_images} images, but the "
-                    f"data have only {images}: an image is then among its own negatives; use more "
-                    f"images or a shorter queue"
-                )
+            if method.settling_images == cfg.MOCO.QUEUE_SIZE:
+                said, warned = _queue_remarks(asked.MOCO.QUEUE_SIZE, cfg.MOCO.QUEUE_SIZE, images)
+                for text, write in ((said, progress.say), (warned, progress.warn)):
+                    if text:
+                        write(text)
             wait = patience(method.settling_images, cfg.SOLVER.BATCH_SIZE)
             monitor = Monitor(method.chance_loss, wait, method.remedies)
 
@@ -259,6 +269,22 @@ def _remarks(cfg: CfgNode, images: int, total: int) -> list[str]:
             f"negative; use more images or a lower SOLVER.BATCH_SIZE"
         )
     return remarks
+
+
+def _queue_remarks(asked: int | str, size: int, images: int) -> tuple[str, str]:
+    """Return a note on a queue that was shortened for the data, and a warning of one too long."""
+    if asked == AUTO and size < QUEUE_SIZE:
+        return (
+            f"MOCO.QUEUE_SIZE auto is {size} for {counted(images, 'image')}: the {QUEUE_SIZE} keys "
+            f"of the papers would contain each image's own old keys"
+        ), ""
+    if asked != AUTO and 2 * size > images:
+        return "", (
+            f"MOCO.QUEUE_SIZE is {size}, more than half of the {counted(images, 'image')}: an "
+            f"image's own old keys are then among its negatives; set it to "
+            f"{queue_size(images)} or auto, or use more images"
+        )
+    return "", ""
 
 
 def _batches(

@@ -95,6 +95,7 @@ def build_method(cfg: CfgNode, *, num_images: int, total_steps: int) -> Method:
     """Build the method that ``METHOD`` names, for this rank's share of the batch."""
     from moco_common import comm
     from moco_common.sync_batch_norm import synchronise_batch_norm
+    from pretrain.methods.automatic import resolve
     from pretrain.methods.base import Run
     from pretrain.modeling.batch_norm import bn_groups_per_rank
 
@@ -107,6 +108,7 @@ def build_method(cfg: CfgNode, *, num_images: int, total_steps: int) -> Method:
             f"method that uses small crops ({', '.join(multi_crop)})."
         )
     world = comm.world_size()
+    cfg = resolve(cfg, num_images, world)
     groups = bn_groups_per_rank(cfg.MODEL.BN_GROUPS, cfg.SOLVER.BATCH_SIZE // world, world)
     run = Run(num_images, total_steps, 1 if cfg.MODEL.SYNC_BN else groups)
     method = chosen.from_config(cfg, run)

@@ -32,9 +32,10 @@ from pretrain.profiling import stage
 KEYS = {
     "MOCO.DIM": (128, "Length of a key."),
     "MOCO.QUEUE_SIZE": (
-        65536,
-        "Number of negatives, K. It need not be a multiple of the batch. On small data, keep it "
-        "below the number of images, or an image's own old key becomes one of its negatives.",
+        "auto",
+        "Number of negatives, K. It need not be a multiple of the batch. With auto, it is 65536 "
+        "but at most a quarter of the images (half of them where that leaves fewer than 512): in a "
+        "longer queue, an image's own old key becomes one of its negatives.",
     ),
     "MOCO.MOMENTUM": (
         0.999,

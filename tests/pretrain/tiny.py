@@ -22,7 +22,7 @@ def config(method, *overrides):
     cfg = get_defaults()
     cfg.METHOD = method
     cfg.MODEL.DEPTH, cfg.MODEL.WIDTH, cfg.MODEL.BN_GROUPS = 18, 1 / 16, 1
-    cfg.MOCO.DIM, cfg.MOCO.TEMPERATURE = 8, 0.2
+    cfg.MOCO.DIM, cfg.MOCO.TEMPERATURE, cfg.MOCO.QUEUE_SIZE = 8, 0.2, 65536
     cfg.BANK.NEGATIVES = 20
     cfg.SIMCLR.DIM = 8
     cfg.BYOL.HIDDEN, cfg.BYOL.DIM, cfg.BYOL.MOMENTUM = 16, 8, 0.9

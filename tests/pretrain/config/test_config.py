@@ -9,6 +9,7 @@ import yaml
 
 from moco_common.errors import UserError
 from pretrain.config.defaults import get_defaults, load_config, recipe_names, split_specs
+from pretrain.methods.automatic import resolve
 from pretrain.solver.schedules import learning_rate, total_steps, warmup_steps
 
 ROOT = Path(__file__).parents[3]
@@ -57,7 +58,7 @@ INSTAGRAM = {
     [("moco-v1", V1), ("moco-v2", V2), ("moco-v2-800ep", V2_800), ("instagram-1b", INSTAGRAM)],
 )
 def test_recipes_are_the_papers(name, own):
-    cfg = load_config(name)
+    cfg = resolve(load_config(name), images=1_281_167)
     for key, expected in {**SHARED, **own}.items():
         node = cfg
         for part in key.split("."):
