@@ -32,6 +32,7 @@ from pretrain.data.loader import Batch, build_batches
 from pretrain.data.source_base import Source
 from pretrain.data.sources import open_source
 from pretrain.data.transforms.recipes import build_recipes
+from pretrain.engine.embedding_rank import RecentEmbeddings
 from pretrain.engine.health_monitor import Monitor, patience
 from pretrain.engine.metrics import Scalars, SkippedImages
 from pretrain.engine.progress import Progress
@@ -155,6 +156,7 @@ def train(cfg: CfgNode, resume: bool = False, quiet: bool = False, profile: int 
             wait = patience(method.settling_images, cfg.SOLVER.BATCH_SIZE)
             monitor = Monitor(method.chance_loss, wait, method.remedies)
 
+        recent = RecentEmbeddings(method.encoder_q)
         method.train()
         say = progress.say if progress else print
         profiler = Profiler(folder, profile, say=say) if profile else None
@@ -191,9 +193,11 @@ def train(cfg: CfgNode, resume: bool = False, quiet: bool = False, profile: int 
                         means["chance_loss"] = method.chance_loss
                     pause = 0.0
                     if progress:
+                        if (rank := recent.rank()) is not None:
+                            means["rank_me"] = rank
                         progress.log(step, _line(means, method.chance_loss), **means)
                         warning = monitor and monitor.observe(
-                            step, means["loss"], means["spread"], means.get("accuracy", 0.0)
+                            step, means["loss"], means["spread"], means.get("accuracy", 0.0), rank
                         )
                         if warning:
                             progress.warn(warning)
@@ -339,6 +343,8 @@ def _line(scalars: dict[str, float], chance_loss: float | None) -> str:
     if "accuracy" in scalars:
         parts.append(f"accuracy {scalars['accuracy']:6.1%}")
     parts.append(f"spread {scalars['spread']:.2f}")
+    if "rank_me" in scalars:
+        parts.append(f"rank {scalars['rank_me']:.1f}")
     if "queue_fill" in scalars:
         parts.append(f"queue {scalars['queue_fill']:4.0%}")
     if "knn_top1" in scalars:

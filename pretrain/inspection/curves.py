@@ -18,6 +18,7 @@ PANELS: dict[str, tuple[str, float]] = {
     "loss": ("loss", 1),
     "accuracy": ("contrastive accuracy (%)", 100),
     "spread": ("spread of the embeddings", 1),
+    "rank_me": ("RankMe of the embeddings", 1),
     "knn_top1": ("kNN accuracy (%)", 1),
     "queue_fill": ("queue filled (%)", 100),
     "lr": ("learning rate", 1),
@@ -97,7 +98,9 @@ def last_words(
         return []
     monitor = Monitor(chance_loss, patience=0, remedies=remedies)
     warnings = [
-        monitor.observe(int(r["iteration"]), r["loss"], r["spread"], r.get("accuracy", 0.0))
+        monitor.observe(
+            int(r["iteration"]), r["loss"], r["spread"], r.get("accuracy", 0.0), r.get("rank_me")
+        )
         for r in complete[-3:]
     ]
     return [text for text in warnings if text]

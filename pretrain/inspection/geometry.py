@@ -4,7 +4,8 @@ There are two kinds of collapse: all vectors are alike (Chen & He 2021, "Explori
 Representation Learning", section 4.1, measure it by the standard deviation of each dimension), and
 all vectors lie in a few dimensions (Jing et al. 2022, "Understanding Dimensional Collapse in
 Contrastive Self-supervised Learning"), which the effective rank shows (Roy & Vetterli 2007, "The
-Effective Rank: A Measure of Effective Dimensionality").
+Effective Rank: A Measure of Effective Dimensionality"; for embeddings it is called RankMe, Garrido
+et al. 2023).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moco_common.text import counted
+from pretrain.engine.embedding_rank import effective_rank
 
 ALIKE = 0.98  # mean cosine above which vectors count as equal
 BUNCHED = 0.5  # mean cosine above which vectors count as gathered in one region
@@ -97,14 +99,6 @@ def measure(vectors: Tensor) -> Geometry:
         dead_dimensions=int((deviation < 0.01).sum()),
         spectrum=tuple((singular / top).tolist()),
     )
-
-
-def effective_rank(singular: Tensor) -> float:
-    """exp of the entropy of singular values relative to their sum; 0 if all are 0."""
-    total = singular.sum()
-    if total <= 0:
-        return 0.0
-    return float(torch.special.entr(singular / total).sum().exp())
 
 
 def judge(geometry: Geometry, what: str) -> tuple[str, str]:

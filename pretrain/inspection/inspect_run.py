@@ -158,6 +158,7 @@ def _curves(run: InspectedRun, method: Method, seen: Findings) -> None:
         ("loss", "loss {:.3f}"),
         ("accuracy", "accuracy {:.1%}"),
         ("spread", "spread {:.2f}"),
+        ("rank_me", "RankMe {:.1f}"),
         ("lr", "lr {:.4g}"),
         ("images_per_second", "{:.0f} images/s"),
     ):
