@@ -15,7 +15,7 @@ OLDEST = {name: oldest for name, (oldest, _) in FACTS["TESTED"].items()}
 REQUIRED = [name for name in OLDEST if name not in ("python", "opencv-python-headless")]
 FIRST, LAST = (int(version.removeprefix("3.")) for version in FACTS["TESTED"]["python"])
 TOOLS = ("pretrain", "inspect_run", "probe", "convert", "train_net", "report", "predict")
-TOOLS += ("data", "export", "doctor", "demo")
+TOOLS += ("data", "export", "runs", "doctor", "demo")
 PACKAGES = ("moco_common", "pretrain", "moco_det")
 
 setup(

@@ -120,6 +120,18 @@ class RunLock:
                 return  # the folder was removed or became unreachable: the run will notice
 
 
+def is_in_use(folder: Path, beat: float = 5.0) -> bool:
+    """Return True if a run holds the lock of a directory and has touched it in the last few beats.
+
+    The lock is only looked at, so that a run may start at the same moment.
+    """
+    try:
+        status = (folder / NAME).stat()
+    except OSError:
+        return False
+    return status.st_size > 0 and time.time() - status.st_mtime < 6 * beat
+
+
 def kind_of_run(folder: Path) -> str | None:
     """Return the kind of run whose files a directory contains: `PRETRAINING`, `FINE_TUNING`,
     `UNKNOWN` for those of another program, or None for no run."""

@@ -50,6 +50,7 @@ MISTAKES = [
     ("probe", ["absent.pth", "--train", "."], 1, "absent.pth does not exist"),
     ("probe", ["random", "--train", "absent"], 1, "absent does not exist"),
     ("report", ["absent", "-o", "out"], 1, "absent does not exist"),
+    ("runs", ["absent"], 1, "absent does not exist"),
     ("train_net", [], 1, "name a protocol or a file with --config"),
     ("train_net", ["--config", "VOX"], 1, "did you mean VOC?"),
     ("train_net", ["--config", "absent.yaml"], 1, "absent.yaml"),
