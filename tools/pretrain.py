@@ -14,7 +14,7 @@ from moco_common.errors import UserError, run_tool
 from moco_common.files import check_exists
 
 EXAMPLE = "example: tools/pretrain.py --config moco-v2 --data photos/ SOLVER.EPOCHS 100"
-SPECS = "a folder, a .txt list, coco:JSON:IMAGES or shards:URL"
+SPECS = "a folder, a .txt list, coco:JSON:IMAGES, video:FILE?every=N or shards:URL"
 
 
 def parser() -> argparse.ArgumentParser:

@@ -32,7 +32,8 @@ KEYS = {
     "SEED": Key(0, "Seed of weights, image order, views, queue and permutations."),
     "DATA": Key(
         [],
-        "Image sources: folders, list files, coco:JSON:IMAGES or shards:URL. Set by --data.",
+        "Image sources: folders, list files, coco:JSON:IMAGES, video:FILE?every=N or shards:URL. "
+        "Set by --data.",
     ),
     "OUTPUT_DIR": Key("./runs/pretrain", "Directory of the run. Set by --output-dir."),
     "MODEL.DEPTH": Key(50, "Depth of the ResNet: 18, 34, 50, 101 or 152."),

@@ -24,11 +24,12 @@ OTHER_EXTENSIONS = frozenset(
 
 
 class PassedOver:
-    """The files that a source does not use, counted by ending, and what it could not read."""
+    """The files and frames that a source does not use, and what it could not read."""
 
     def __init__(self) -> None:
         self.endings: Counter[str] = Counter()
         self.unreadable: list[str] = []  # each with its reason
+        self.frames = ""  # what became of a video's frames
 
     def add(self, name: str) -> None:
         """Count a file."""
@@ -37,7 +38,7 @@ class PassedOver:
 
     def __str__(self) -> str:
         """One clause; "" if nothing was passed over."""
-        parts = []
+        parts = [self.frames] if self.frames else []
         if self.endings:
             listed = ", ".join(f"{n} {ending}" for ending, n in self.endings.most_common(8))
             more = ", ..." if len(self.endings) > 8 else ""

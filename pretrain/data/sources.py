@@ -1,4 +1,4 @@
-"""Image sources: folder trees, lists of paths, COCO files and tar shards.
+"""Image sources: folder trees, lists of paths, COCO files, frames of videos and tar shards.
 
 Paths are stored flat, as one ``bytes`` object and an array of offsets instead of a list of strings:
 a million of them take little more memory than their characters, and forked workers keep sharing
@@ -19,11 +19,12 @@ from moco_common.files import open_regular, read_regular
 from moco_common.images import is_picture
 from pretrain.data.shards import open_shards
 from pretrain.data.source_base import EXTENSIONS, OTHER_EXTENSIONS, PassedOver, Source
+from pretrain.data.video import extract_frames
 
 SAMPLE = 4096  # number of files, evenly spaced, whose sizes are compared on resume
 MAX_COCO_BYTES = 2**32  # largest COCO file
 LONGEST_PATH = 2**14  # bytes of a line of a list, several times the limit of Linux
-_KINDS = "a folder, a .txt list, coco:JSON:IMAGES or shards:URL"
+_KINDS = "a folder, a .txt list, coco:JSON:IMAGES, video:FILE or shards:URL"
 
 
 class FileSource(Source):
@@ -69,9 +70,10 @@ def open_source(specs: str | Sequence[str]) -> Source:
     Args:
         specs: each is a folder (searched recursively, links followed, sorted by path; a file whose
             ending is unknown is recognised by its content), a ``.txt`` file with one path per line,
-            absolute or relative to the file's folder, or ``coco:JSON:IMAGES`` for the ``images`` of
-            a COCO file. Alternatively, all are ``shards:URL``, tar files (see `shards`). Lists and
-            COCO files keep their order.
+            absolute or relative to the file's folder, ``coco:JSON:IMAGES`` for the ``images`` of a
+            COCO file, or ``video:FILE?every=N`` for frames of a video (see `video`). Alternatively,
+            all are ``shards:URL``, tar files (see `shards`). Lists, COCO files and videos keep
+            their order.
 
     Raises:
         UserError: a source is missing or malformed, or has no images. Listed images are not
@@ -128,6 +130,10 @@ def _open_one(spec: str, passed: PassedOver) -> tuple[bytes, Entries]:
         if not os.path.isdir(images):
             raise UserError(f"{spec}: the image folder {images} does not exist")
         return os.fsencode(images), _coco_entries(annotations)
+    if spec.startswith("video:"):
+        frames = extract_frames(spec.removeprefix("video:"))
+        passed.frames = frames.note
+        return os.fsencode(frames.folder), ((os.fsencode(name), None) for name in frames.names)
     if os.path.isdir(spec):
         return os.fsencode(spec), _tree_entries(os.fsencode(spec), passed)
     if not os.path.exists(spec):

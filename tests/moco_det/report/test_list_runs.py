@@ -15,7 +15,7 @@ OLD_RUNS = Path(__file__).parents[2] / "old_runs"
 
 
 def pretraining(folder, *, iteration, seed=0, knn=None, method="moco", **solver):
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     config = {"METHOD": method, "SEED": seed, "MODEL": {"WEIGHTS": "w.pth" if seed else ""}}
     solver = {"MAX_ITER": 0, "EPOCHS": 10, "BATCH_SIZE": 5} | solver
     (folder / "config.yaml").write_text(yaml.safe_dump(config | {"SOLVER": solver}))
