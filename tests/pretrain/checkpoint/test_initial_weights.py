@@ -236,7 +236,7 @@ def test_a_network_for_bgr_pixels_computes_the_same_on_rgb_ones(tmp_path):
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
-        ({"a": torch.ones(3)}, r"^MODEL\.WEIGHTS: .*no ResNet among .* Or convert the file first"),
+        ({"a": torch.ones(3)}, r"^MODEL\.WEIGHTS: .*no ResNet found among .* Or convert the file first"),
         (
             BODY | {"layer1.0.extra": torch.ones(3)},
             "extra, neither .* Or convert the file",
