@@ -1,7 +1,6 @@
 """A run starts from any project's weights: all its encoders hold them; misfits are named."""
 
 import hashlib
-import json
 import shutil
 
 import pytest
@@ -163,7 +162,7 @@ def test_a_head_is_taken_where_it_fits_and_else_the_difference_is_named(tmp_path
     assert f"{len(BODY) + 4} taken" in lines[1]
     assert "encoder_q.fc and encoder_k.fc included" in lines[2]
     other = tiny.build("moco", *EIGHTH)[0].float()
-    with pytest.raises(UserError, match=r"0\.weight is \(64, 64\) in the file and missing in"):
+    with pytest.raises(UserError, match=r"weight is missing in the file and \(8, 64\) in this"):
         start_from(weights, other, take_head=True)
     classes = read_initial_weights(saved(tmp_path, narrow()))
     with pytest.raises(UserError, match=r"weight is \(10, 64\) in the file and \(8, 64\) in this"):
@@ -186,7 +185,7 @@ def test_another_architecture_is_refused_with_the_keys_to_set(tmp_path):
             start_from(weights, method, take_head=False)
         words = keys.rstrip(",").split()
         pairs = zip(words[::2], words[1::2], strict=True)
-        values = {key: json.loads(value) for key, value in pairs}
+        values = {key: float(text) if key[6:] == "WIDTH" else int(text) for key, text in pairs}
         values = {"MODEL.DEPTH": 18, "MODEL.WIDTH": 0.125} | values
         fitting = tiny.build("moco", *(word for pair in values.items() for word in pair))[0].float()
         start_from(weights, fitting, take_head=False)
@@ -227,7 +226,7 @@ def test_a_network_for_bgr_pixels_computes_the_same_on_rgb_ones(tmp_path):
     bgr /= torch.tensor([1.0, 2.0, 3.0]).view(1, 3, 1, 1)
     with torch.no_grad():
         expected, features = theirs.forward_features(bgr), ours.forward_features(images)
-    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(features, expected, rtol=2e-3, atol=1e-3)
     assert any(
         "BGR images and the pixel deviation [3.0, 2.0, 1.0]" in note for note in weights.notes
     )
@@ -236,7 +235,10 @@ def test_a_network_for_bgr_pixels_computes_the_same_on_rgb_ones(tmp_path):
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
-        ({"a": torch.ones(3)}, r"^MODEL\.WEIGHTS: .*no ResNet found among .* Or convert the file first"),
+        (
+            {"a": torch.ones(3)},
+            r"^MODEL\.WEIGHTS: .*no ResNet found among .* Or convert the file first",
+        ),
         (
             BODY | {"layer1.0.extra": torch.ones(3)},
             "extra, neither .* Or convert the file",
