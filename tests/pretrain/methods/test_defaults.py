@@ -4,9 +4,11 @@ import inspect
 
 import pytest
 
+from moco_common.errors import UserError
 from pretrain.config.defaults import get_defaults
-from pretrain.methods import METHODS, method_class
+from pretrain.methods import METHODS, declaration, method_class
 from pretrain.methods.base import Run
+from tests.pretrain import tiny
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -24,3 +26,31 @@ def test_every_setting_is_configured_and_its_default_is_that_of_its_key(name, mo
     assert passed.keys() == settings.keys()
     defaults = {n: value for n, value in settings.items() if value is not inspect.Parameter.empty}
     assert defaults == {n: passed[n] for n in defaults}
+
+
+def test_a_method_whose_file_does_not_exist_is_named(monkeypatch):
+    monkeypatch.setitem(METHODS, "absent", "pretrain.methods.absent:Absent")
+    with pytest.raises(ModuleNotFoundError, match="names the module pretrain.methods.absent"):
+        declaration("absent")
+
+
+LIMITS = {  # the extreme values that are allowed, and the nearest that are not
+    ("byol", "BYOL.MOMENTUM"): ([0.0, 1.0], [-1e-9, 1 + 1e-9]),
+    ("moco", "MOCO.MOMENTUM"): ([0.0, 1.0], [-1e-9, 1 + 1e-9]),
+    ("moco", "MOCO.QUEUE_SIZE"): ([1], [0]),
+    ("memory-bank", "BANK.MOMENTUM"): ([0.0, 1 - 1e-9], [-1e-9, 1.0]),
+    ("swav", "SWAV.EPSILON"): ([0.025], [0.0249]),
+    ("swav", "SWAV.SINKHORN_ITERS"): ([1], [0]),
+    ("swav", "SWAV.PROTOTYPES"): ([1], [0]),
+    ("swav", "SWAV.QUEUE_SIZE"): ([0, 1], [-1]),
+}
+
+
+@pytest.mark.parametrize(("name", "key"), LIMITS)
+def test_a_setting_is_allowed_up_to_its_limits(name, key):
+    allowed, refused = LIMITS[name, key]
+    for value in allowed:
+        tiny.build(name, key, value)
+    for value in refused:
+        with pytest.raises(UserError, match=key.partition(".")[2]):
+            tiny.build(name, key, value)
