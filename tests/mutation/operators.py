@@ -15,6 +15,7 @@ SWAPS: dict[type[ast.AST], type[ast.AST]] = {
     **{ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.LShift: ast.RShift},
 }
 SKIPPED_FIELDS = ("annotation", "returns", "decorator_list")
+UNSEEN = ("device",)  # keyword arguments without effect on a machine that has no GPU
 CONTEXT = 60  # characters that a change shows on either side
 
 
@@ -116,7 +117,7 @@ def _replacements(node: ast.AST) -> Iterator[ast.AST]:
                 yield ast.AugAssign(target, SWAPS[type(op)](), value)
         case ast.Call(func, args, keywords):
             for i, keyword in enumerate(keywords):
-                if keyword.arg is not None:
+                if keyword.arg not in (None, *UNSEEN):
                     yield ast.Call(func, args, [*keywords[:i], *keywords[i + 1 :]])
 
 

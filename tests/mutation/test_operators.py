@@ -40,6 +40,7 @@ def changes(line):
         ("a.append(b)", {"pass"}),
         ("c = a(b, x=a, y=b)", {"c = a(b, y=b)", "c = a(b, x=a)"}),
         ("c = a(**b)", set()),
+        ("c = a(device=b)", set()),
         ("c = 'text' + a", set()),
         ("c = f'{a + b}'", set()),
         ("c: a + b = a", set()),

@@ -1,6 +1,7 @@
 """What a method reports beside its loss, and what it shows of its memory, against plain loops."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -165,3 +166,19 @@ def test_a_temperature_is_above_zero(value):
     assert positive_temperature("K", 1e-9) == 1e-9
     with pytest.raises(UserError, match="K is .*above 0"):
         positive_temperature("K", value)
+
+
+@pytest.mark.parametrize(
+    ("name", "choices"),
+    [
+        ("moco", 40 + 1),
+        ("end-to-end", tiny.BATCH),
+        ("memory-bank", 20 + 1),
+        ("simclr", 2 * tiny.BATCH - 1),
+        ("swav", 12),
+    ],
+)
+def test_the_loss_of_chance_is_the_logarithm_of_the_number_of_choices(name, choices):
+    method, _ = tiny.build(name, "MOCO.QUEUE_SIZE", 40)
+    assert method.chance_loss == pytest.approx(math.log(choices))
+    assert tiny.build("byol")[0].chance_loss is None
