@@ -20,7 +20,7 @@ class Report:
     architecture: Architecture
     target: str
     entries: list[Entry]
-    warnings: list[str] = field(default_factory=list)
+    warnings: list[str]
     notes: list[str] = field(default_factory=list)
     proof: Proof | None = None
 

@@ -88,6 +88,11 @@ def test_a_shorter_run_keeps_the_fractions_of_its_steps_and_a_warm_up_of_a_tenth
     assert solver(cfg) == (16, 0.02, 12_000, (9_000, 11_000), 100)
     cfg, _ = scaled("SOLVER.MAX_ITER", "800", "SOLVER.STEPS", "(400,)")
     assert cfg.SOLVER.STEPS == (400,)
+    assert scaled("SOLVER.MAX_ITER", "2")[0].SOLVER.STEPS == (1,)
+
+
+def test_a_run_without_iterations_leaves_steps_and_warm_up_as_they_are():
+    assert solver(scaled("SOLVER.MAX_ITER", "0")[0]) == (16, 0.02, 0, (18_000, 22_000), 100)
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 7, 100])

@@ -91,6 +91,19 @@ def test_a_sharded_bank_is_the_whole_one_and_is_saved_as_such():
         assert int(own) == 4
 
 
+def noise_of_a_large_bank():
+    """Of more rows than are drawn at once, so that a rank keeps parts of some draws only."""
+    return ShardedBank(140_001, 2, seed=1).rows(torch.arange(140_001))
+
+
+def test_the_noise_of_a_large_bank_does_not_depend_on_the_number_of_ranks():
+    (alone,) = on_ranks(1, noise_of_a_large_bank)
+    torch.testing.assert_close(alone.norm(dim=1), torch.ones(140_001))
+    assert len(alone.unique(dim=0)) > 139_000
+    for rank in on_ranks(2, noise_of_a_large_bank):
+        assert torch.equal(rank, alone)
+
+
 def test_a_checkpoint_of_other_data_is_refused():
     with pytest.raises(UserError, match="holds 40 keys of 8 numbers, but the data has 39 images"):
         ShardedBank(39, 8, seed=0).set_extra_state(torch.zeros(40, 8))
