@@ -167,8 +167,8 @@ def test_evaluation_records_its_numbers_between_and_after_training(monkeypatch):
     evaluated = []
     results = {"bbox": {"AP": 1.5, "name": "x", "flag": True, "part": {"AP50": 2}}, "speed": 3}
 
-    def evaluate():
-        evaluated.append(hook.trainer.iter)
+    def evaluate(done):
+        evaluated.append(done)
         return results
 
     stop = StopRequest()
@@ -176,19 +176,19 @@ def test_evaluation_records_its_numbers_between_and_after_training(monkeypatch):
     obeyed = []
     monkeypatch.setattr(stop, "obey", lambda: obeyed.append(list(evaluated)))
     storage = iterations(hook, last=6)
-    assert evaluated == [1, 3, 6]  # the last is that of after_train, once
-    assert obeyed == [[1, 3]]
+    assert evaluated == [2, 4, 6]  # the last is that of after_train, once
+    assert obeyed == [[2, 4]]
     found = {name: value for name, (value, _) in storage.latest().items()}
     assert found == {"bbox/AP": 1.5, "bbox/part/AP50": 2.0, "speed": 3.0}
     assert not any(storage.smoothing_hints().values())
 
 
-@pytest.mark.parametrize(("period", "expected"), [(0, [3]), (1, [0, 1, 3]), (3, [3]), (4, [3])])
+@pytest.mark.parametrize(("period", "expected"), [(0, [3]), (1, [1, 2, 3]), (3, [3]), (4, [3])])
 def test_evaluation_after_training_takes_the_place_of_the_last_one(period, expected):
     evaluated = []
 
-    def evaluate():
-        evaluated.append(hook.trainer.iter)
+    def evaluate(done):
+        evaluated.append(done)
         return {}
 
     hook = Evaluation(period, evaluate, StopRequest())
@@ -197,7 +197,7 @@ def test_evaluation_after_training_takes_the_place_of_the_last_one(period, expec
 
 
 def test_an_interrupted_run_is_not_evaluated():
-    hook = Evaluation(1, lambda: pytest.fail("evaluated"), StopRequest())
+    hook = Evaluation(1, lambda done: pytest.fail("evaluated"), StopRequest())
     hook.trainer = SimpleNamespace(iter=4, max_iter=5)
     hook.after_train()
 
