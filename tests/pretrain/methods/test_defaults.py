@@ -3,11 +3,14 @@
 import inspect
 
 import pytest
+import torch
+from torch import nn
 
 from moco_common.errors import UserError
 from pretrain.config.defaults import get_defaults
-from pretrain.methods import METHODS, declaration, method_class
+from pretrain.methods import METHODS, build_method, declaration, method_class
 from pretrain.methods.base import Run
+from pretrain.modeling.batch_norm import SplitBatchNorm1d
 from tests.pretrain import tiny
 
 
@@ -54,3 +57,31 @@ def test_a_setting_is_allowed_up_to_its_limits(name, key):
     for value in refused:
         with pytest.raises(UserError, match=key.partition(".")[2]):
             tiny.build(name, key, value)
+
+
+@pytest.mark.parametrize("name", ["moco", "memory-bank"])
+def test_initial_noise_depends_on_the_seed_and_on_nothing_else(name):
+    def noise(state, seed):
+        torch.manual_seed(state)
+        method = build_method(tiny.config(name, "SEED", seed), num_images=40, total_steps=3)
+        return method.queue if name == "moco" else method.bank.shard
+
+    assert torch.equal(noise(1, 0), noise(2, 0))
+    assert not torch.equal(noise(1, 0), noise(1, 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "layers"),
+    [
+        ("moco", ["MOCO.MLP", True], 0),
+        ("moco", ["MOCO.MLP", True, "MOCO.MLP_BN", True], 2),
+        ("simclr", [], 2),
+        ("byol", [], 1),
+        ("swav", [], 1),
+    ],
+)
+def test_a_head_has_the_papers_batch_norm_in_the_groups_of_the_run(name, overrides, layers):
+    built, _ = tiny.build(name, "MODEL.BN_GROUPS", 2, *overrides)
+    norms = [m for m in built.encoder_q.fc.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert [type(norm) for norm in norms] == [SplitBatchNorm1d] * layers
+    assert [norm.groups for norm in norms] == [2] * layers
