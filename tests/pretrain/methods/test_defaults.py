@@ -9,6 +9,7 @@ from torch import nn
 from moco_common.errors import UserError
 from pretrain.config.defaults import get_defaults
 from pretrain.methods import METHODS, build_method, declaration, method_class
+from pretrain.methods.automatic import resolve
 from pretrain.methods.base import Run
 from pretrain.modeling.batch_norm import SplitBatchNorm1d
 from tests.pretrain import tiny
@@ -24,7 +25,8 @@ def test_every_setting_is_configured_and_its_default_is_that_of_its_key(name, mo
         passed.update(kwargs)
 
     monkeypatch.setattr(chosen, "__init__", record)
-    chosen.from_config(get_defaults(), Run(num_images=10**6, total_steps=9, bn_groups=1))
+    cfg = resolve(get_defaults(), images=10**6)  # what is automatic is the papers' at this size
+    chosen.from_config(cfg, Run(num_images=10**6, total_steps=9, bn_groups=1))
     settings = {n: p.default for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
     assert passed.keys() == settings.keys()
     defaults = {n: value for n, value in settings.items() if value is not inspect.Parameter.empty}
