@@ -197,67 +197,98 @@ def latin1(text: str) -> bytes:
 
 
 _NAMESPACES = ("argparse.Namespace", "types.SimpleNamespace")  # a script's arguments
+MAX_REPEATED = 1_000_000  # values of a tree that are shared with another place in it
+_OPEN = object()
 
 
 def resolve(tree: Any) -> Any:
     """Build the tensors in the tree that the unpickler returned; stand-ins become `Discarded`.
 
     A pickled module (``torch.save(model)``) becomes the nested dictionary of its tensors. Shared
-    parts stay shared, so that a small file cannot expand into a large tree.
+    parts stay shared, and a part of itself becomes `Discarded`, so that whoever walks the result
+    comes to an end.
 
     Raises:
-        MalformedError: a tensor or an array contradicts itself.
+        MalformedError: a tensor or an array contradicts itself, or shared parts occur so often
+            that a small file would expand into a large tree.
         RecursionError: the tree is nested too deeply.
     """
-    return _resolve(tree, {})
+    return _Resolver().resolve(tree)
 
 
-def _resolve(node: Any, done: dict[int, tuple[Any, Any]]) -> Any:
-    if node is None or isinstance(node, (bool, int, float, complex, str, Discarded, torch.dtype)):
-        return node
-    if id(node) in done:
-        return done[id(node)][1]
-    result: Any
-    if isinstance(node, (TensorRecipe, ArrayRecipe)):
-        result = node.build()
-    elif isinstance(node, Mapping):
-        result = {}
-        done[id(node)] = (node, result)  # before its parts: it may contain itself
-        result.update((key, _resolve(value, done)) for key, value in node.items())
-        if isinstance(node.metadata, dict):
-            own = _resolve(node.metadata.get("moco-det"), done)  # written by this project
-            if isinstance(own, dict):
-                result["metadata"] = own
-    elif isinstance(node, list):
-        result = []
-        done[id(node)] = (node, result)
-        result.extend(_resolve(value, done) for value in node)
-    elif isinstance(node, tuple):
-        result = tuple(_resolve(value, done) for value in node)
-    elif isinstance(node, (bytes, bytearray)):
-        result = bytes(node)
-    elif isinstance(node, StandIn):
-        module = _module(node, done)
-        result = Discarded(node.path) if module is None else module
-        if node.path in _NAMESPACES and module is None and isinstance(node.state, dict):
-            done[id(node)] = (node, result)
-            result.values = _resolve(node.state, done)
-    else:
+class _Resolver:
+    """The state of one call of `resolve`.
+
+    Attributes:
+        done: by id, each object and its result; keeps the object alive, so that its id stays
+            unique. The result is missing while its parts are being resolved.
+        sizes: by id, the number of values in it, with what is shared counted at each place.
+        count: number of values so far, likewise.
+        repeated: number of those that occurred before.
+    """
+
+    def __init__(self) -> None:
+        self.done: dict[int, tuple[Any, Any]] = {}
+        self.sizes: dict[int, int] = {}
+        self.count = self.repeated = 0
+
+    def resolve(self, node: Any) -> Any:
+        self.count += 1
+        if node is None or isinstance(
+            node, (bool, int, float, complex, str, Discarded, torch.dtype)
+        ):
+            return node
+        if id(node) in self.done:
+            return self._again(id(node))
+        before = self.count
+        self.done[id(node)] = (node, _OPEN)
+        result = self._build(node)
+        self.done[id(node)] = (node, result)
+        self.sizes[id(node)] = self.count - before
+        return result
+
+    def _again(self, key: int) -> Any:
+        result = self.done[key][1]
+        if result is _OPEN:
+            return Discarded("part of itself")
+        self.count += self.sizes[key]
+        self.repeated += self.sizes[key]
+        if self.repeated > MAX_REPEATED:
+            raise MalformedError("it repeats the same content over and over")
+        return result
+
+    def _build(self, node: Any) -> Any:
+        if isinstance(node, (TensorRecipe, ArrayRecipe)):
+            return node.build()
+        if isinstance(node, Mapping):
+            mapping = {key: self.resolve(value) for key, value in node.items()}
+            if isinstance(node.metadata, dict):
+                own = self.resolve(node.metadata.get("moco-det"))  # written by this project
+                if isinstance(own, dict):
+                    mapping["metadata"] = own
+            return mapping
+        if isinstance(node, (list, tuple)):
+            parts = [self.resolve(value) for value in node]
+            return tuple(parts) if isinstance(node, tuple) else parts
+        if isinstance(node, (bytes, bytearray)):
+            return bytes(node)
+        if isinstance(node, StandIn):
+            return self._build_object(node)
         stand_in = isinstance(node, type) and issubclass(node, StandIn)
-        result = Discarded(node.path if stand_in else type(node).__name__)
-    done[id(node)] = (node, result)  # keeps the node alive, so that its id stays unique
-    return result
+        return Discarded(node.path if stand_in else type(node).__name__)
 
-
-def _module(node: StandIn, done: dict[int, tuple[Any, Any]]) -> dict[str, Any] | None:
-    """Return the tensors of a pickled ``nn.Module``, nested like its submodules; else None."""
-    state = node.state
-    if not isinstance(state, dict) or not isinstance(state.get("_parameters"), dict):
-        return None
-    result: dict[str, Any] = {}
-    done[id(node)] = (node, result)
-    for part in ("_parameters", "_buffers", "_modules"):
-        members = state.get(part)
-        if isinstance(members, dict):
-            result.update((name, _resolve(value, done)) for name, value in members.items())
-    return result
+    def _build_object(self, node: StandIn) -> dict[str, Any] | Discarded:
+        """Build the tensors of a pickled ``nn.Module``, nested like its submodules."""
+        state = node.state
+        if isinstance(state, dict) and isinstance(state.get("_parameters"), dict):
+            members = (state.get(part) for part in ("_parameters", "_buffers", "_modules"))
+            return {
+                name: self.resolve(value)
+                for part in members
+                if isinstance(part, dict)
+                for name, value in part.items()
+            }
+        result = Discarded(node.path)
+        if node.path in _NAMESPACES and isinstance(state, dict):
+            result.values = {key: self.resolve(value) for key, value in state.items()}
+        return result

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torchvision
 
+from moco_common.reader.errors import CheckpointError
 from moco_common.reader.formats import read_checkpoint
 from moco_common.reader.records import Discarded
 from tests.moco_det.convert_cases import same
@@ -180,13 +181,19 @@ def test_a_change_of_what_was_read_leaves_the_file_alone(tmp_path: Path) -> None
 
 def test_shared_parts_of_a_pickle_do_not_unfold(tmp_path: Path) -> None:
     tree: list = [torch.ones(1)]
-    for _ in range(60):  # 2^60 leaves, if every reference were followed
+    for _ in range(10):
         tree = [tree, tree]
     torch.save({"a": tree}, tmp_path / "a.pth")
-    read_checkpoint(tmp_path / "a.pth")
+    first, second = read_checkpoint(tmp_path / "a.pth")["a"]
+    assert first is second
+    for _ in range(50):  # 2^60 leaves for whoever follows every reference
+        tree = [tree, tree]
+    torch.save({"a": tree}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match="repeats the same content"):
+        read_checkpoint(tmp_path / "a.pth")
     buffer = io.BytesIO()
     circle: dict = {}
     circle["self"] = circle
     pickle.dump(circle, buffer)
     (tmp_path / "b.pkl").write_bytes(buffer.getvalue())
-    assert "self" in read_checkpoint(tmp_path / "b.pkl")
+    assert read_checkpoint(tmp_path / "b.pkl")["self"].name == "part of itself"

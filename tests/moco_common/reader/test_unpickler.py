@@ -253,7 +253,7 @@ def test_a_bug_of_the_reader_is_not_reported_as_damage(tmp_path, monkeypatch, fa
     elif where == "find_class":
         monkeypatch.setattr(DataUnpickler, "find_class", broken)
     else:
-        monkeypatch.setattr(records, "_resolve", broken)
+        monkeypatch.setattr(records._Resolver, "_build", broken)
     if failure is MemoryError:  # no bug: it is reported as what it is
         with pytest.raises(CheckpointError, match="needs more memory than is free") as caught:
             read_checkpoint(tmp_path / "a.pth")
