@@ -18,6 +18,7 @@ from typing import IO, Any, BinaryIO, cast
 from moco_common.errors import UserError
 
 MAX_BYTES = 2**29  # of a file that is read whole, such as a picture
+MAX_JSON_BYTES = 2**32  # of a JSON file; COCO's largest has 0.5 GB
 _UNFINISHED = ".part"
 _protected: list[Path] = []
 
@@ -77,6 +78,41 @@ def same_content(paths: Iterable[str]) -> list[list[str]]:
             with suppress(OSError):
                 groups.setdefault(hashlib.sha256(read_regular(path)).digest(), []).append(path)
     return [group for group in groups.values() if len(group) > 1]
+
+
+def read_text(path: str | os.PathLike[str], most: int = MAX_BYTES) -> str:
+    """Return the text of a regular UTF-8 file, with or without a byte order mark; what is not UTF-8
+    becomes U+FFFD.
+
+    Raises:
+        UserError: the file cannot be read; see `open_regular`.
+    """
+    try:
+        return read_regular(path, most).decode("utf-8-sig", errors="replace")
+    except OSError as error:
+        raise UserError(f"cannot read {os.fspath(path)}: {error.strerror or error}.") from None
+
+
+def read_json(path: str | os.PathLike[str], most: int = MAX_JSON_BYTES) -> Any:
+    """Return the content of a regular JSON file.
+
+    Raises:
+        OSError: see `open_regular`.
+        ValueError: it is not JSON.
+    """
+    return parse_json(read_regular(path, most))
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON.
+
+    Raises:
+        ValueError: it is not JSON, or is nested too deeply or has numbers too long to be read.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def make_folder(folder: Path, option: str) -> None:

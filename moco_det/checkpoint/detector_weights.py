@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -47,6 +48,9 @@ def load_detector(model: nn.Module, tensors: Mapping[str, Any], source: str) -> 
     Raises:
         UserError: a tensor is missing, unexpected or has a different shape.
     """
+    for name, value in tensors.items():
+        if not isinstance(name, str) or not isinstance(value, (torch.Tensor, np.ndarray)):
+            raise UserError(f"{source} is not a detector's checkpoint: {name} is no tensor.")
     tensors = {k.removeprefix("module."): torch.as_tensor(v) for k, v in tensors.items()}
     state = model.state_dict()
     missing = [n for n in state if n not in tensors and not n.endswith("num_batches_tracked")]

@@ -17,6 +17,8 @@ from moco_det.checkpoint.detector_weights import load_detector, read_detector
 log = logging.getLogger(__name__)
 WEIGHTS_ALONE = ("model_best.pth", "model_ema.pth")  # beside the checkpoints of a run
 _NAME = re.compile(r"[\w.-]+\.pth")  # of a checkpoint in ``last_checkpoint``
+# Raised by torch, fvcore and Detectron2 for a state that is another run's, or malformed.
+_MISFITS = (RuntimeError, ArithmeticError, ValueError, LookupError, TypeError, AttributeError)
 
 
 class RunCheckpointer(Checkpointer):
@@ -95,7 +97,14 @@ class RunCheckpointer(Checkpointer):
                 )
         load_detector(self.model, checkpoint.pop("model"), source=path)
         for key in wanted:
-            self.checkpointables[key].load_state_dict(_owned(checkpoint.pop(key)))
+            try:
+                self.checkpointables[key].load_state_dict(_owned(checkpoint.pop(key)))
+            except _MISFITS as error:
+                reason = " ".join(str(error).split())[:200]
+                raise UserError(
+                    f"the {key} state of {path} does not fit this run ({reason}): use another "
+                    "checkpoint or --output-dir."
+                ) from None
         return checkpoint
 
 

@@ -10,6 +10,7 @@ from detectron2.config import CfgNode, defaults
 from moco_det.config.defaults import add_moco_det_config, check_keys, default_config, flatten
 from moco_det.config.key_descriptions import end_sentence, explanation, meaning
 from moco_det.config.protocols import HOUSEKEEPING, differences, get_protocol, protocol_names
+from moco_det.engine.resume import may_change
 from moco_det.engine.setup import Options, prepare
 
 WIDTH = 100
@@ -72,7 +73,8 @@ def explain_key(key: str) -> str:
     lines.append("  in the protocols:")
     for value, names in values.items():
         lines += _paragraph(f"{value}: {', '.join(names)}", indent="    ")
-    return "\n".join([*lines, *(["  sources:"] if sources else []), *sources])
+    lines += ["  sources:", *sources] if sources else []
+    return "\n".join([*lines, f"  on --resume: {may_change(key)}"])
 
 
 def _comment(key: str) -> str:

@@ -1,8 +1,6 @@
 """Hooks between iterations: precise BN statistics, checkpoints, records, evaluation."""
 
-import json
 import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,7 +14,7 @@ from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
 from moco_common.errors import UserError
-from moco_common.files import full_disk_explained, replace_text
+from moco_common.files import full_disk_explained, parse_json, read_text, replace_text
 from moco_common.stopping import Stopped, StopRequest
 from moco_det.checkpoint.run_checkpointer import RunCheckpointer
 from moco_det.data.samplers import PRECISE_BN, Batch, seed_model
@@ -207,10 +205,10 @@ def truncate_metrics(path: Path, iteration: int) -> None:
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in read_text(path).splitlines():
         try:
-            if json.loads(line).get("iteration", math.inf) < iteration:
+            if parse_json(line)["iteration"] < iteration:
                 kept.append(line + "\n")
-        except (json.JSONDecodeError, AttributeError):
+        except (ValueError, LookupError, TypeError):
             continue
     replace_text(path, "".join(kept))

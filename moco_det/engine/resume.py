@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
 
 from moco_common.errors import UserError
 from moco_det.checkpoint.run_checkpointer import newest_checkpoints
@@ -30,6 +31,18 @@ FREE = (
 _FILES = ("MODEL.WEIGHTS", "MODEL.ARCHITECTURE_FROM")  # compared as paths
 
 
+MUST_NOT = "cannot be changed"
+MAY_AND_IS_LOGGED = "can be changed; the change is logged"
+MAY = "can be changed"
+
+
+def may_change(key: str) -> str:
+    """Return one of the three texts above: the rule for changing a key when a run is resumed."""
+    if key in FREE:
+        return MAY
+    return MAY_AND_IS_LOGGED if key.startswith(LOGGED) or key.endswith("_TEST") else MUST_NOT
+
+
 def compare_config(cfg: CfgNode) -> list[str]:
     """Return ``KEY OLD -> NEW`` for each setting that has changed and may.
 
@@ -49,7 +62,7 @@ def compare_config(cfg: CfgNode) -> list[str]:
         old, new = _comparable(key, before.get(key)), _comparable(key, now[key])
         if old == new:
             continue
-        if key.startswith(LOGGED) or key.endswith("_TEST"):
+        if may_change(key) == MAY_AND_IS_LOGGED:
             logged.append(f"{key} {before.get(key)} -> {now[key]}")
         else:
             refused.append(f"{key} was {before.get(key)!r} and is now {now[key]!r}")
@@ -74,6 +87,17 @@ def fingerprint(training_set: TrainingSet) -> dict[str, int | str]:
     parts = {"names": names.encode(), "sizes": sizes, "objects": training_set.objects.tobytes()}
     digests = {name: hashlib.sha256(part).hexdigest() for name, part in parts.items()}
     return {"images": len(training_set.images), **digests}
+
+
+def fingerprint_of_test_set(name: str) -> dict[str, int | str]:
+    """Summarise a registered test set likewise."""
+    records = DatasetCatalog.get(name)
+    names = "\n".join(Path(record["file_name"]).name for record in records)
+    objects = ",".join(str(len(record.get("annotations", ()))) for record in records)
+    sizes = ",".join(f"{record.get('width')}x{record.get('height')}" for record in records)
+    parts = {"names": names, "sizes": sizes, "objects": objects}
+    digests = {part: hashlib.sha256(text.encode()).hexdigest() for part, text in parts.items()}
+    return {"dataset": name, "images": len(records), **digests}
 
 
 def changes_of_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

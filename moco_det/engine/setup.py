@@ -16,6 +16,7 @@ from moco_common.launch import check_processes, planned_ranks, restarted, under_
 from moco_common.progress import silent
 from moco_det.checkpoint.backbone_weights import apply_settings, check_norm, read_backbone
 from moco_det.checkpoint.detector_weights import holds_detector
+from moco_det.checkpoint.run_checkpointer import newest_checkpoints
 from moco_det.config.key_descriptions import explanation
 from moco_det.config.protocols import GROUP_NORM, deviations, load_config, split_name, stated_keys
 from moco_det.config.schedule_scaling import scale_schedule
@@ -102,7 +103,9 @@ def prepare(options: Options) -> Plan:
         cfg.SEED += 0 if own_config else options.trial
         notes.insert(0, f"trial      {options.trial}, seed {cfg.SEED}")
     notes += _settle_device(cfg, explicit, world_size)
-    if not own_config:  # the config in a run directory is already resolved
+    if own_config:
+        _refuse_remote_weights(cfg, name, explicit)
+    else:  # the config in a run directory is already resolved
         if not explaining and not options.eval_only:
             _check_start(cfg)
         stated = [*explicit, *stated_keys(name)]
@@ -255,6 +258,17 @@ def _check_dilation(cfg: CfgNode) -> None:
         raise UserError(
             f"{cfg.PROTOCOL or 'this config'} dilates res5, which Detectron2 cannot do for a "
             f"ResNet-{depth}: use a C4 or FPN protocol, or a ResNet-50 or deeper."
+        )
+
+
+def _refuse_remote_weights(cfg: CfgNode, name: str, explicit: Sequence[str]) -> None:
+    """Refuse to fetch weights from an address that the config of a run directory names."""
+    path = cfg.MODEL.WEIGHTS
+    remote = "://" in path and not path.startswith("detectron2://")
+    if remote and "MODEL.WEIGHTS" not in explicit and not newest_checkpoints(cfg.OUTPUT_DIR):
+        raise UserError(
+            f"{name} names {path} as MODEL.WEIGHTS, and what a run directory names is not fetched "
+            "without your word: pass MODEL.WEIGHTS on the command line."
         )
 
 

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from moco_common.errors import UserError
 from moco_det.data.samplers import TRAINING, Batch, seed_model
 
+Watch = Callable[[Iterator[tuple[int, Batch]]], Iterator[tuple[int, Batch]]]
+
 
 class TrainStep:
     """An optimizer step on the mean gradient of ``passes`` micro-batches.
@@ -48,7 +50,8 @@ class TrainStep:
     ) -> None:
         self.model = model
         self.start_batches = batches
-        self.batches: Iterator[tuple[int, Batch]] = iter(())
+        self.loader: Iterator[tuple[int, Batch]] = iter(())
+        self.batches = self.loader
         self.optimizer = optimizer
         self.passes = passes
         self.seed = seed
@@ -56,9 +59,14 @@ class TrainStep:
         self.dtype = dtype
         self.scaler = _scaler() if dtype is torch.float16 else None
 
-    def start(self, first: int, last: int) -> None:
-        """Start the loader at iteration ``first``."""
-        self.batches = self.start_batches(first, last)
+    def start(self, first: int, last: int, watch: Watch = iter) -> None:
+        """Start the loader at iteration ``first``.
+
+        Args:
+            watch: yields the batches of the loader, and obeys a signal while it waits for one.
+        """
+        self.loader = self.start_batches(first, last)
+        self.batches = watch(self.loader)
 
     def __call__(self, iteration: int) -> dict[str, float]:
         """Take the step of an iteration (zero-based).
@@ -122,8 +130,8 @@ class TrainStep:
 
     def close(self) -> None:
         """Stop the loader and its workers."""
-        if isinstance(self.batches, Generator):
-            self.batches.close()
+        if isinstance(self.loader, Generator):
+            self.loader.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the optimizer and, with float16, of the loss scaler."""

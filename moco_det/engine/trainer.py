@@ -43,7 +43,7 @@ from moco_det.engine.console_log import ProgressPrinter, TerminalBar, printing_t
 from moco_det.engine.hooks import Checkpoints, Evaluation, PreciseBN, Writers, truncate_metrics
 from moco_det.engine.moving_average import MovingAverage, averaged
 from moco_det.engine.optimizer import build_optimizer
-from moco_det.engine.resume import changes_of_data, fingerprint
+from moco_det.engine.resume import changes_of_data, fingerprint, fingerprint_of_test_set
 from moco_det.engine.selection import AVERAGE, EarlyStop, Selection
 from moco_det.engine.selection import FILE as BEST
 from moco_det.engine.trackers import build_trackers
@@ -69,7 +69,7 @@ class Trainer(TrainerBase):
         model: the model itself, not wrapped in DDP.
         max_iter: length of the schedule, in iterations.
         output_dir: the run directory.
-        data: fingerprint of the training set, saved and compared when the run is resumed.
+        data, test_data: fingerprints of the two sets, saved and compared when the run is resumed.
         selection: of the best evaluation, which may end the run early; None without one.
         average: moving average of the weights; None without one.
     """
@@ -84,10 +84,11 @@ class Trainer(TrainerBase):
         data: Mapping[str, int | str],
         selection: Selection | None = None,
         average: AveragedModel | None = None,
+        test_data: Mapping[str, int | str] | None = None,
     ) -> None:
         super().__init__()
         self.selection, self.average = selection, average
-        self.data = dict(data)
+        self.data, self.test_data = dict(data), dict(test_data or {})
         self.step = step
         self.scheduler = scheduler
         self.model = model
@@ -123,12 +124,15 @@ class Trainer(TrainerBase):
             UserError: an image cannot be read, or a loss or weight is not finite.
             Stopped: a signal ended the run; its state is saved.
         """
-        self.step.start(self.start_iter, self.max_iter)
+        self.step.start(self.start_iter, self.max_iter, self.stop.waiting)
         self.step.model.train()
         try:
             with self.stop, lost_worker_explained():
                 self.train(self.start_iter, self.max_iter)
-        except Stopped:  # after the last line of progress
+        except Stopped as stopped:
+            if stopped.message:  # while it waited for data: nothing more was saved
+                raise
+            # After the last line of progress.
             done = min(self.iter + 1, self.max_iter)
             log.warning("stopped    after iteration %d, saved: continue with --resume", done)
             raise
@@ -151,9 +155,11 @@ class Trainer(TrainerBase):
 
     def state_dict(self) -> dict[str, Any]:
         state = {**super().state_dict(), "_trainer": self.step.state_dict()}
-        return {**state, "data": self.data}
+        return {**state, "data": self.data, "test_data": self.test_data}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if type(state_dict["iteration"]) is not int or state_dict["iteration"] < 0:
+            raise ValueError(f"its iteration is {state_dict['iteration']!r:.40}")
         rates = self.scheduler.base_lrs
         super().load_state_dict(state_dict)
         self.step.load_state_dict(state_dict["_trainer"])
@@ -165,6 +171,10 @@ class Trainer(TrainerBase):
             group.update(initial_lr=base, lr=rate)
         if changed := changes_of_data(state_dict.get("data", self.data), self.data):
             log.warning("warning: the training data changed since the run started: %s", changed)
+        before = state_dict.get("test_data", {})  # absent in earlier versions
+        same = bool(self.test_data) and before.get("dataset") == self.test_data["dataset"]
+        if same and (changed := changes_of_data(before, self.test_data)):
+            log.warning("warning: the test data changed since the run started: %s", changed)
 
 
 def build_trainer(
@@ -226,6 +236,9 @@ def build_trainer(
         fingerprint(training_set),
         selection=_build_selection(cfg, model, average),
         average=average,
+        test_data=fingerprint_of_test_set(*cfg.DATASETS.TEST)
+        if cfg.DATASETS.TEST and comm.is_main_process()
+        else None,
     )
     precise = None
     if cfg.TEST.PRECISE_BN.ENABLED:
@@ -240,7 +253,9 @@ def build_trainer(
         precise = PreciseBN(
             cfg.TEST.EVAL_PERIOD,
             model,
-            lambda: batches(sequence=PRECISE_BN, numbers=numbers(0, count, **ranks)),
+            lambda: trainer.stop.waiting(
+                batches(sequence=PRECISE_BN, numbers=numbers(0, count, **ranks))
+            ),
             seed=cfg.SEED,
             images=images,
         )
