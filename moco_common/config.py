@@ -11,17 +11,31 @@ from moco_common.errors import UserError
 from moco_common.files import read_regular
 
 MAX_BYTES, MAX_VALUES, MAX_DEPTH, MAX_NUMBER = 1 << 20, 100_000, 50, 1000
+MAX_INTEGER = 1 << 64
 
 
 class LimitError(yaml.YAMLError):  # type: ignore[misc]
     """Raised for YAML whose values would cost far more time or memory than its text."""
 
 
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """PyYAML's loader of plain values, with bounded integers."""
+
+    def construct_yaml_int(self, node: yaml.Node) -> int:
+        value = int(super().construct_yaml_int(node))
+        if abs(value) >= MAX_INTEGER:
+            raise LimitError("an integer of more than 64 bits")
+        return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
 def parse_yaml(text: str) -> Any:
     """Parse plain YAML; a Python tag is refused, never evaluated.
 
-    Aliases and merge keys count as often as they are used, and numbers have at most `MAX_NUMBER`
-    characters, so that the cost is bounded.
+    Aliases and merge keys count as often as they are used, numbers have at most `MAX_NUMBER`
+    characters, and integers at most 64 bits, so that the cost is bounded.
 
     Raises:
         yaml.YAMLError: it is not plain YAML, or exceeds a limit.
@@ -57,7 +71,7 @@ def _parse(text: str, path: Path | None = None) -> tuple[Any, dict[str, int]]:
     """Return the values and, for a file, the line of each dotted key."""
     if len(text) > MAX_BYTES:
         raise LimitError(f"more than {MAX_BYTES:,} characters")
-    loader = yaml.SafeLoader(text)
+    loader = _Loader(text)
     try:
         node = loader.get_single_node()
         if node is None:

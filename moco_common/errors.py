@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import time
@@ -9,6 +10,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 MISTAKE, INTERRUPTED = 1, 130  # exit statuses; 130 is the shell's 128 + SIGINT
+MEMORY = (
+    "error: the memory is used up: close other programs, use fewer processes or smaller inputs, "
+    "or a machine with more memory."
+)
 BUG = "This looks like a bug in moco-det: please report it with the traceback above."
 
 
@@ -55,6 +60,8 @@ def run_tool(
         also: further exceptions to treat as the user's mistakes, such as OSError for named files.
     """
     mistakes: tuple[type[Exception], ...] = (UserError, *also)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names in data may hold what cannot be printed
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return work() or 0
     except KeyboardInterrupt:
@@ -71,6 +78,9 @@ def run_tool(
         print(f"error: {error}", file=sys.stderr)
         if details := getattr(error, "details", ""):
             print(details, file=sys.stderr)
+        return MISTAKE
+    except MemoryError:
+        print(MEMORY, file=sys.stderr)
         return MISTAKE
     except Exception as error:
         if sys.version_info >= (3, 11):

@@ -6,7 +6,10 @@ Ghostscript for PostScript. Every picture of a user is therefore opened here.
 
 import io
 import os
+import struct
+import traceback
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
@@ -44,6 +47,14 @@ _TURNS = {
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLES_PER_PIXEL, _EXTRA_SAMPLES = 258, 262, 277, 338
 _COLOURS = {2: 3, 5: 4, 6: 3, 8: 3}
 _TRANSPARENCY = ((1,), (2,))  # the kinds of extra samples that are transparency
+
+
+# What Pillow's parsers raise on damaged bytes.
+_PARSERS = (
+    *(OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, AttributeError),
+    *(ArithmeticError, AssertionError, RuntimeError, struct.error, zlib.error),
+    Image.DecompressionBombError,
+)
 
 
 class DecodeError(ValueError):
@@ -166,15 +177,17 @@ def _is_contact_sheet(path: Path) -> bool:
 def orientation(image: Image.Image) -> int:
     """Return the EXIF orientation, 1 to 8; 1 if there is none or the EXIF data are damaged."""
     try:
-        value = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # a parser may raise almost anything on damaged bytes
+        with _parsing():
+            value = image.getexif().get(_ORIENTATION, 1)
+    except DecodeError:
         return 1
     return value if value in range(1, 9) else 1
 
 
 @contextmanager
 def _parsing() -> Iterator[None]:
-    """Turn whatever Pillow raises on damaged bytes into a `DecodeError`."""
+    """Turn what Pillow raises on damaged bytes into a `DecodeError`; what is raised elsewhere is a
+    bug of this project, and is let through."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on sizes and palettes, both handled here
@@ -183,8 +196,17 @@ def _parsing() -> Iterator[None]:
         raise
     except UnidentifiedImageError:  # its message has a memory address
         raise DecodeError("not an image of a known format, or its header is damaged") from None
-    except Exception as error:  # a parser may raise almost anything on damaged bytes
+    except _PARSERS as error:
+        if not _raised_by_pillow(error):
+            raise
         raise DecodeError(str(error) or type(error).__name__) from None
+
+
+def _raised_by_pillow(error: BaseException) -> bool:
+    frames = [
+        frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)
+    ]
+    return any(name.startswith("PIL.") for name in frames)
 
 
 def _refuse(image: Image.Image, deep: bool) -> None:

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from moco_common.errors import UserError
-from moco_common.files import full_disk_explained
+from moco_common.files import full_disk_explained, parse_json, read_text
 
 NAME = "run.lock"
 PRETRAINING, FINE_TUNING, UNKNOWN = "pre-training", "fine-tuning", "unknown"
 _CONFIG = "config.yaml"
+_MOST = 4096  # characters of a lock file that are read
 # Files that only one kind of run writes, for a directory without a configuration.
 _TRACES = {
     PRETRAINING: ("checkpoint_last.pth", "skipped_images.txt"),
@@ -87,8 +88,8 @@ class RunLock:
     def _holder(self) -> dict[str, Any] | None:
         self._file.seek(0)
         try:
-            holder = json.loads(self._file.read())
-        except json.JSONDecodeError:
+            holder = parse_json(self._file.read(_MOST))
+        except ValueError:
             return None
         return holder if isinstance(holder, dict) and {"host", "pid"} <= set(holder) else None
 
@@ -137,7 +138,7 @@ def kind_of_run(folder: Path) -> str | None:
     `UNKNOWN` for those of another program, or None for no run."""
     config = folder / _CONFIG
     if config.is_file():
-        text = config.read_text(encoding="utf-8", errors="replace")
+        text = read_text(config)
         # The top-level keys are enough, so a hostile file costs no more than its lines.
         keys = {line.partition(":")[0] for line in text.splitlines() if line[:1].isalpha()}
         if "METHOD" in keys:

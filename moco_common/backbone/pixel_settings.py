@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ import yaml
 from torch import Tensor
 
 from moco_common.config import MAX_BYTES, parse_yaml
-from moco_common.files import read_regular
+from moco_common.files import parse_json, read_regular
 
 # ImageNet's statistics on the scale 0 to 255, as used by torchvision and the known projects.
 DEFAULTS: dict[str, Any] = {
@@ -21,6 +19,10 @@ DEFAULTS: dict[str, Any] = {
     "format": "RGB",
     "stride_in_1x1": False,
 }
+
+
+SIZES = ("depth", "num_groups", "width_per_group", "stem_out_channels", "res2_out_channels")
+LARGEST = 1e9  # of a pixel's value
 
 
 def settings_of(
@@ -61,16 +63,18 @@ def own_metadata(tree: Any) -> dict[str, Any] | None:
     metadata = tree.get("metadata")
     if isinstance(strings := tree.get("__metadata__"), dict):  # safetensors stores only strings
         try:
-            metadata = json.loads(strings.get("moco-det", "null"))
-        except (ValueError, RecursionError):
+            metadata = parse_json(strings.get("moco-det", "null"))
+        except ValueError:
             return None
     if not isinstance(metadata, dict) or "source_sha256" not in metadata:
         return None
     statistics = [metadata.get("pixel_mean"), metadata.get("pixel_std")]
     sound = (
         all(_three_numbers(values) for values in statistics)
-        and metadata.get("format") in ("RGB", "BGR")
+        and isinstance(metadata.get("format"), str)
+        and metadata["format"] in ("RGB", "BGR")
         and isinstance(metadata.get("stride_in_1x1"), bool)
+        and all(isinstance(metadata.get(key, 0), int) for key in SIZES)
     )
     return metadata if sound else None
 
@@ -94,5 +98,5 @@ def _three_numbers(values: Any) -> bool:
     return (
         isinstance(values, (list, tuple))
         and len(values) == 3
-        and all(isinstance(v, (int, float)) and math.isfinite(v) for v in values)
+        and all(isinstance(v, (int, float)) and abs(v) < LARGEST for v in values)
     )

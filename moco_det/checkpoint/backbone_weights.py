@@ -9,6 +9,7 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,11 +19,14 @@ from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 
+from moco_common.backbone.pixel_settings import SIZES
 from moco_common.backbone.resnet import depth_of
 from moco_common.errors import UserError
 from moco_det.config.defaults import flatten
 from moco_det.conversion import load_detectron2_weights
 
+# Raised by iopath for a file or a URL that it cannot fetch.
+_FETCHING = (OSError, HTTPException, ValueError, LookupError, AssertionError, RuntimeError)
 # A backbone tensor in any module; the extra norm (res5.norm.*) does not match.
 _BACKBONE = re.compile(r"(?:^|.*\.)((?:stem\.conv1|res[2-5]\.\d+)\..+)$")
 _CAFFE2 = re.compile(r"^res\d_\d+_branch2[abc]_w$")
@@ -66,7 +70,7 @@ def local_file(path: str) -> Path:
         local = Path(
             PathManager.get_local_path(str(Path(path).expanduser() if ":" not in path else path))
         )
-    except Exception as error:
+    except _FETCHING as error:
         raise UserError(f"cannot download the weights {path}: {error}.") from error
     if not local.is_file():
         raise UserError(f"the weights file {path} does not exist: check MODEL.WEIGHTS.")
@@ -95,7 +99,7 @@ def read_backbone(path: str) -> BackboneWeights:
         settings |= _CAFFE2_RESNEXT if settings["MODEL.RESNETS.NUM_GROUPS"] > 1 else {}
         settings |= {"MODEL.RESNETS.STRIDE_IN_1X1": False} if group_norm else {}
     metadata = weights.metadata or {}
-    for key in ("depth", "num_groups", "width_per_group", "stem_out_channels", "res2_out_channels"):
+    for key in SIZES:
         found = settings[f"MODEL.RESNETS.{key.upper()}"]
         if metadata.get(key, found) != found:
             raise UserError(

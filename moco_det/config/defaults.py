@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
@@ -200,12 +201,15 @@ def check_values(nested: dict[str, Any], where: str, lines: Mapping[str, int]) -
         settled: dict[str, Any] = {}
         for leaf, value in values.items():
             key = f"{prefix}{leaf}"
-            if isinstance(value, Mapping):
+            if isinstance(value, Mapping) and key not in default:
                 settled[leaf] = settle(value, f"{key}.")
                 continue
             whole = isinstance(value, int) and not isinstance(value, bool)
             settled[leaf] = float(value) if whole and isinstance(default[key], float) else value
             _try(key, settled[leaf], default[key], f"{where}, line {lines.get(key, 1)}")
+            if not _is_alike(settled[leaf], default[key], text=key.startswith("DATASETS.")):
+                line = lines.get(key, 1)
+                raise UserError(f"{where}, line {line}: {_wrong(key, default[key], value)}.")
         return settled
 
     return settle(nested, "")
@@ -220,6 +224,21 @@ def _try(key: str, value: Any, was: Any, where: str) -> None:
         node.merge_from_other_cfg(CfgNode({"KEY": value}))
     except (ValueError, AssertionError, KeyError) as error:
         raise UserError(f"{where}: {_wrong(key, was, value)}.") from error
+
+
+def _is_alike(value: Any, was: Any, text: bool) -> bool:
+    """Return True if numbers are finite, and the parts of a list of the kinds that it has by
+    default, or ``text``; yacs compares the types of whole values only."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if not isinstance(value, (list, tuple)) or not isinstance(was, (list, tuple)):
+        return True
+    kinds = {str} if text and not was else set(map(_kind, was))
+    return not kinds or all(_kind(part) in kinds and _is_alike(part, 0, text) for part in value)
+
+
+def _kind(value: Any) -> type:
+    return next((k for k in (bool, str, Mapping, Sequence) if isinstance(value, k)), float)
 
 
 def _wrong(key: str, was: Any, value: Any) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +17,7 @@ from detectron2.structures import BoxMode
 from detectron2.utils.logger import create_small_table
 
 from moco_common.errors import UserError
-from moco_common.files import write_json_atomically
+from moco_common.files import read_json, write_json_atomically
 from moco_common.text import counted
 from moco_det.evaluation.coco_metrics import TASKS, coco_metrics
 from moco_det.evaluation.gather import PREDICTIONS_FILE, images_once, shares_of_ranks
@@ -216,7 +215,7 @@ def _ground_truth(dataset_name: str) -> dict[str, Any]:
     if json_file is None:
         return coco_ground_truth(dataset_name)
     try:
-        content = json.loads(Path(json_file).read_bytes())
+        content = read_json(json_file)
         return {**content, "images": content["images"], "categories": content["categories"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(

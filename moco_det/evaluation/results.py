@@ -13,7 +13,9 @@ from typing import Any
 import yaml
 from detectron2.config import CfgNode
 
-from moco_common.files import replace_text
+from moco_common.config import parse_yaml
+from moco_common.errors import UserError
+from moco_common.files import read_json, read_text, replace_text
 from moco_det.config.protocols import deviations, split_name
 
 
@@ -35,13 +37,13 @@ def results_folder(output_dir: str | Path, dataset: str) -> Path:
 def _own_test_set(folder: Path) -> str | None:
     """The test set of the results or, before there are any, of the config of a run."""
     try:
-        return str(json.loads((folder / "results.json").read_bytes())["dataset"])
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return str(read_json(folder / "results.json")["dataset"])
+    except (OSError, ValueError, TypeError, LookupError):
         pass  # a damaged file is replaced
     try:
-        config = yaml.safe_load((folder / "config.yaml").read_bytes())
+        config = parse_yaml(read_text(folder / "config.yaml"))
         return str(config["DATASETS"]["TEST"][0])
-    except (OSError, ValueError, TypeError, LookupError, yaml.YAMLError, RecursionError):
+    except (UserError, TypeError, LookupError, yaml.YAMLError):
         return None
 
 

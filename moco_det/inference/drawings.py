@@ -1,10 +1,10 @@
 """The files that prediction wrote to a folder, which its predictions.json lists."""
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from moco_common.errors import UserError
+from moco_common.files import read_json
 
 PREDICTIONS = Path("predictions.json")
 
@@ -13,14 +13,14 @@ def drawings(folder: Path) -> set[Path]:
     """Paths, relative to an output folder, of what prediction wrote there: the pictures, the label
     files and predictions.json itself."""
     try:
-        content = json.loads((folder / PREDICTIONS).read_text(encoding="utf-8"))
+        content = read_json(folder / PREDICTIONS)
         if "failed" not in content:  # such as COCO's own files
             return set()
         names = list(content.get("files", ()))
         for image in content["images"]:
             names += [image[key] for key in ("picture", "labels") if key in image]
         return {PREDICTIONS, *map(Path, names)}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return set()  # there is none, or it is another program's
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moco_common.errors import UserError
-from moco_common.files import new_beside, put_in_place
+from moco_common.files import new_beside, open_regular, put_in_place
 
 VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".avi", ".mov", ".mkv", ".webm", ".mpg", ".mpeg"})
 LEAST_SHARE = 0.95  # of the stated frames; the headers of containers are off by a few
@@ -22,9 +22,28 @@ def is_video(path: str | Path) -> bool:
     return Path(path).suffix.lower() in VIDEO_SUFFIXES
 
 
+def _open(path: str | Path) -> cv2.VideoCapture:
+    """Open a video file; OpenCV itself would wait for a pipe, and follow a playlist to other files.
+
+    Raises:
+        UserError: it is no regular file, or is text, which no video begins with.
+    """
+    try:
+        with open_regular(path, most=None) as file:
+            head = file.read(512)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    if b"\0" not in head:
+        raise UserError(f"{path} is not readable as a video: convert it, for example to H.264 MP4")
+    return cv2.VideoCapture(str(path))
+
+
 def video_facts(path: str | Path) -> tuple[float, int]:
     """Frames per second and number of frames by the header; 25 and 0 where it has none."""
-    capture = cv2.VideoCapture(str(path))
+    try:
+        capture = _open(path)
+    except UserError:  # which `read_frames` reports
+        return 25.0, 0
     rate, count = capture.get(cv2.CAP_PROP_FPS), capture.get(cv2.CAP_PROP_FRAME_COUNT)
     capture.release()
     return (rate if 0 < rate < 1000 else 25.0), max(0, int(count))
@@ -36,7 +55,7 @@ def read_frames(path: str | Path) -> Iterator[NDArray[np.uint8]]:
     Raises:
         UserError: the video cannot be opened, or ends early (after the frames that can be read).
     """
-    capture = cv2.VideoCapture(str(path))
+    capture = _open(path)
     stated = video_facts(path)[1]
     count = 0
     try:

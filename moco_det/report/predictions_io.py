@@ -1,6 +1,5 @@
 """Reading stored predictions and the data sets they belong to."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from pycocotools import mask as mask_codec
 
 from moco_common.errors import UserError
+from moco_common.files import read_json
 from moco_det.data.register import register
 from moco_det.report.runs import is_number
 from moco_det.structures.objects import Objects
@@ -38,14 +38,14 @@ def read_predictions(run: str | Path) -> Predictions:
     """
     file = predictions_file(run)
     try:
-        results = json.loads(file.read_text(encoding="utf-8"))
+        results = read_json(file)
         by_image: Predictions = {}
         for result in results:
             _check(result)
             by_image.setdefault(str(result["image_id"]), []).append(result)
     except OSError as error:
         raise UserError(f"{run} keeps no predictions ({file}): evaluate it first") from error
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{file} is not a list of COCO results: evaluate the run again") from error
     return by_image
 

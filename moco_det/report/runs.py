@@ -16,7 +16,7 @@ import yaml
 
 from moco_common.config import MAX_BYTES, parse_yaml
 from moco_common.errors import UserError
-from moco_common.files import read_regular
+from moco_common.files import parse_json, read_json, read_regular, read_text
 from moco_det.config.defaults import flatten
 
 LARGEST = 1e100
@@ -192,15 +192,15 @@ def _read_metrics(run: Run) -> list[dict[str, float]]:
     if not file.exists():
         return []
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
+        lines = read_text(file).splitlines()
+    except UserError as error:
         run.problems.append(f"{file} is not readable ({_first_line(error)})")
         return []
     records: list[dict[str, float]] = []
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line) if line.strip() else None
-        except (ValueError, RecursionError):
+            record = parse_json(line) if line.strip() else None
+        except ValueError:
             cut = ": the run was interrupted while writing" if number == len(lines) else ""
             run.problems.append(f"{file}, line {number}, is not JSON and is left out{cut}")
             continue
@@ -219,8 +219,8 @@ def _read_results(run: Run) -> dict[str, Any] | None:
     if not file.exists():
         return None
     try:
-        results: dict[str, Any] = _checked(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError) as error:
+        results: dict[str, Any] = _checked(read_json(file))
+    except (OSError, ValueError) as error:
         run.problems.append(
             f"{file} is incomplete or not JSON ({_first_line(error)}) and is left out: "
             "evaluate the run again (--eval-only)"

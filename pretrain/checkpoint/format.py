@@ -31,7 +31,7 @@ from typing import IO, Any, cast
 import torch
 
 from moco_common.errors import UserError
-from moco_common.files import link_file, replace_file
+from moco_common.files import link_file, open_regular, replace_file
 from moco_common.reader.errors import CheckpointError
 from moco_common.reader.formats import Discarded, read_checkpoint
 
@@ -140,8 +140,9 @@ def _malformed(checkpoint: dict[str, Any]) -> str | None:
     tables = all(isinstance(rows, torch.Tensor) and rows.dim() == 2 for rows in ranks.values())
     if not tables or "torch" not in ranks or len(set(map(len, ranks.values()))) != 1:
         return "ranks"
-    optional = (part for part in ("data", "weights") if part in checkpoint)
-    return next((part for part in optional if not isinstance(checkpoint[part], dict)), None)
+    optional: tuple[tuple[str, type], ...] = (("data", dict), ("weights", dict), ("version", str))
+    present = ((part, kind) for part, kind in optional if part in checkpoint)
+    return next((part for part, kind in present if not isinstance(checkpoint[part], kind)), None)
 
 
 def _discarded(node: Any) -> str | None:
@@ -193,7 +194,7 @@ def _check_seal(path: str | os.PathLike[str]) -> bool:
     Raises:
         DamagedError: the seal does not match the file.
     """
-    with open(path, "rb") as file:
+    with open_regular(path, most=None) as file:
         size = file.seek(0, os.SEEK_END)
         if size < _SEAL:
             return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 import difflib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -235,7 +236,7 @@ def load_config(name_or_file: str, overrides: Sequence[str] = ()) -> CfgNode:
     if not values:
         raise UserError(f"{path} contains no keys: write lines such as `METHOD: moco`.")
     for key, value in leaves(values).items():
-        _set(cfg, key, value, f"{path}, line {lines[key]}," if key in lines else str(path))
+        set_key(cfg, key, value, f"{path}, line {lines[key]}," if key in lines else str(path))
     recipe_batch = cfg.SOLVER.BATCH_SIZE
     for word in overrides[::2]:
         if "/" in word or word.endswith((".pth", ".yaml")):
@@ -250,13 +251,13 @@ def load_config(name_or_file: str, overrides: Sequence[str] = ()) -> CfgNode:
         )
     keys = list(overrides[::2])
     for key, text in zip(keys, overrides[1::2], strict=True):
-        _set(cfg, key, _literal(text), "the command line")
+        set_key(cfg, key, _literal(text), "the command line")
     if "SOLVER.BATCH_SIZE" in keys and "SOLVER.BASE_LR" not in keys:
         cfg.SOLVER.BASE_LR *= cfg.SOLVER.BATCH_SIZE / recipe_batch
     warmups = ("SOLVER.WARMUP_ITERS", "SOLVER.WARMUP_EPOCHS")
     for one, other in (warmups, warmups[::-1]):
         if one in keys and other not in keys:
-            _set(cfg, other, 0, "the command line")
+            set_key(cfg, other, 0, "the command line")
     return cfg
 
 
@@ -330,8 +331,12 @@ def check_key(key: str, where: str) -> None:
     )
 
 
-def _set(cfg: CfgNode, key: str, value: object, where: str) -> None:
-    """Set a dotted key to a value of its default's type; a whole number is a valid float."""
+def set_key(cfg: CfgNode, key: str, value: object, where: str) -> None:
+    """Set a dotted key to a value of its default's type; a whole number is a valid float.
+
+    Raises:
+        UserError: there is no such key, or the value is of another type or not finite.
+    """
     check_key(key, where)
     *parents, leaf = key.split(".")
     node = cfg
@@ -354,6 +359,8 @@ def _set(cfg: CfgNode, key: str, value: object, where: str) -> None:
             f"{where} sets {key} to {value!r}: it takes {TYPE_NAMES[type(old)]}"
             + ("." if isinstance(old, bool) else f" such as {old!r}.")
         )
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where} sets {key} to {value}: it takes a finite number.")
     node[leaf] = value
 
 

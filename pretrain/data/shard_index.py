@@ -19,7 +19,7 @@ from typing import IO, Any
 import numpy as np
 
 from moco_common.errors import UserError
-from moco_common.files import MAX_BYTES, replace_file
+from moco_common.files import MAX_BYTES, parse_json, read_json, replace_file
 from moco_common.images import is_picture
 from pretrain.data.source_base import EXTENSIONS, OTHER_EXTENSIONS, PassedOver
 
@@ -207,7 +207,7 @@ def load_sizes(urls: Sequence[str], passed: PassedOver) -> np.ndarray:
     sizes = _published_sizes(urls)
     if sizes is None:
         cache = _user_cache() / f"counts-{_digest(urls)}.json"
-        sizes = json.loads(cache.read_text()) if cache.exists() else {}
+        sizes = read_json(cache) if cache.exists() else {}
         if missing := [url for url in urls if url not in sizes]:
             sizes |= _count_all(missing, cache, sizes, passed)
     return np.array([int(sizes[url]) for url in urls], np.int64)
@@ -238,7 +238,7 @@ def _published_sizes(urls: Sequence[str]) -> dict[str, int] | None:
             return None
         try:
             with _webdataset().gopen.gopen(posixpath.join(folder, "sizes.json")) as file:
-                found = json.loads(file.read())
+                found = parse_json(file.read())
         except (OSError, ValueError):  # there need not be one
             return None
         if not isinstance(found, dict):

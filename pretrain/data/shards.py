@@ -37,6 +37,7 @@ from moco_common.errors import UserError
 from moco_common.files import MAX_BYTES
 from moco_common.text import counted
 from pretrain.data.shard_index import (
+    DAMAGE,
     LOST,
     expand_urls,
     load_index,
@@ -252,7 +253,7 @@ class _Lanes:
                     number += 1
             except StopIteration:
                 pass
-            except Exception as error:  # depends on what opened and read the URL
+            except (*DAMAGE, OSError) as error:
                 reason = f"{LOST} ({error})"
             finally:
                 samples.close()

@@ -15,14 +15,13 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from moco_common.errors import UserError
-from moco_common.files import open_regular, read_regular
+from moco_common.files import open_regular, read_json, read_regular
 from moco_common.images import is_picture
 from pretrain.data.shards import open_shards
 from pretrain.data.source_base import EXTENSIONS, OTHER_EXTENSIONS, PassedOver, Source
 from pretrain.data.video import extract_frames
 
 SAMPLE = 4096  # number of files, evenly spaced, whose sizes are compared on resume
-MAX_COCO_BYTES = 2**32  # largest COCO file
 LONGEST_PATH = 2**14  # bytes of a line of a list, several times the limit of Linux
 _KINDS = "a folder, a .txt list, coco:JSON:IMAGES, video:FILE or shards:URL"
 
@@ -217,10 +216,10 @@ def _list_entries(file: str) -> Entries:
 
 def _coco_entries(file: str) -> Entries:
     try:
-        content = json.loads(read_regular(file, most=MAX_COCO_BYTES))
+        content = read_json(file)
     except OSError as error:
         raise UserError(f"cannot read the COCO file {file}: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{file} is not a COCO file: {error}") from None
     images = content.get("images") if isinstance(content, dict) else None
     if not isinstance(images, list):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moco_common import comm
 from moco_common.errors import UserError
-from moco_common.files import append_text
+from moco_common.files import append_text, read_text
 from pretrain import distributed
 from pretrain.checkpoint.consistency import way_on
 
@@ -79,7 +79,7 @@ class SkippedImages:
         self._fresh: list[tuple[str, str]] = []
         self._listed: set[str] = set()
         if comm.rank() == 0 and self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
+            lines = read_text(self.path).splitlines()
             self._listed = {line.partition("\t")[0] for line in lines}
         self.count = len(self._listed)
 

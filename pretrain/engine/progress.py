@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from moco_common.files import append_text, full_disk_explained, replace_text
+from moco_common.files import append_text, full_disk_explained, parse_json, read_text, replace_text
 from moco_common.progress import step_bar
 from moco_common.text import duration
 
 METRICS = "metrics.json"
+LARGEST = 1e100  # of the numbers in it
 
 
 class Progress:
@@ -53,7 +55,7 @@ class Progress:
         self.path = folder / METRICS
         kept = []
         if self.path.exists():
-            for line in self.path.read_text().splitlines():
+            for line in read_text(self.path).splitlines():
                 record = _record(line)
                 if record is not None and record["iteration"] <= start:
                     kept.append(line + "\n")
@@ -122,14 +124,25 @@ class Progress:
 
 def read_records(path: Path) -> list[dict[str, float]]:
     """Return the records of a metrics.json, without the incomplete line of a killed process."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = read_text(path).splitlines()
     return [record for line in lines if (record := _record(line)) is not None]
 
 
 def _record(line: str) -> dict[str, float] | None:
-    """Parse a line of metrics.json; return None for the incomplete line of a killed process."""
+    """Parse a line of metrics.json: its numbers; None for the incomplete line of a killed process,
+    or a line without an iteration."""
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError:
+        record = parse_json(line)
+    except ValueError:
         return None
-    return record if isinstance(record, dict) and "iteration" in record else None
+    if not isinstance(record, dict):
+        return None
+    numbers = {key: value for key, value in record.items() if _is_number(value)}
+    return numbers if isinstance(numbers.get("iteration"), int) else None
+
+
+def _is_number(value: Any) -> bool:
+    """Return True for a number that can be drawn; NaN and infinity are what diverged runs have."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return not abs(value) > LARGEST or value in (math.inf, -math.inf)

@@ -12,8 +12,9 @@ from fvcore.common.config import CfgNode
 
 from moco_common.config import parse_yaml
 from moco_common.errors import UserError
+from moco_common.files import read_text
 from pretrain.checkpoint import format as checkpoint
-from pretrain.config.defaults import get_defaults
+from pretrain.config.defaults import get_defaults, leaves, set_key
 from pretrain.engine.progress import METRICS, read_records
 from pretrain.methods import build_method, method_class
 from pretrain.methods.base import Method
@@ -140,8 +141,8 @@ def _records(run: InspectedRun) -> list[dict[str, float]]:
 
 def _config_text(folder: Path) -> str:
     try:
-        return (folder / CONFIG).read_text(encoding="utf-8")
-    except (OSError, ValueError):
+        return read_text(folder / CONFIG)
+    except UserError:
         raise UserError(
             f"{folder} contains no run (neither a checkpoint nor {CONFIG}): pass the --output-dir "
             f"of a pre-training run."
@@ -160,11 +161,11 @@ def _parse(text: str, where: Path) -> CfgNode:
             f"tools/report.py for fine-tuning runs."
         )
     try:
-        cfg.merge_from_other_cfg(CfgNode(values))
-    except (KeyError, ValueError, TypeError, AttributeError, AssertionError) as error:
-        reason = " ".join(str(error.args[0] if error.args else error).split())
+        for key, value in leaves(values).items():
+            set_key(cfg, key, value, "it")
+    except UserError as error:
         raise UserError(
-            f"{where} was written by another version of this project ({reason}): inspect the run "
-            f"with that version."
+            f"{where} is not a configuration of this version of the project ({error}): inspect the "
+            f"run with the version that wrote it."
         ) from None
     return cfg

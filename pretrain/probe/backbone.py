@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from moco_common.backbone.resnet import depth_of
@@ -22,6 +23,7 @@ from pretrain.checkpoint.format import FORMAT
 from pretrain.modeling.resnet import ResNet
 
 RANDOM = "random"
+LARGEST_CROP = 1 << 14  # pixels
 _OURS = FORMAT.rpartition("/")[0] + "/"  # in any version: weights and configuration stay there
 _METADATA = ("metadata", "__metadata__")
 _BACKBONE = re.compile(r"(conv1|bn1|layer[1-4]\.\d+\.(conv|bn|downsample)[.\d]*)\.")
@@ -102,10 +104,10 @@ def backbone_of(state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tens
     """
     found = {}
     for name, tensor in state.items():
-        if not name.startswith(prefix):
+        if not isinstance(name, str) or not name.startswith(prefix):
             continue
         bare = name.removeprefix(prefix)
-        if _BACKBONE.match(bare):
+        if _BACKBONE.match(bare) and isinstance(tensor, Tensor):
             found[bare] = tensor
         elif not bare.startswith("fc."):
             raise UserError(
@@ -115,7 +117,7 @@ def backbone_of(state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tens
     return found
 
 
-def load_backbone(path: str | os.PathLike[str]) -> tuple[ResNet, dict[str, Any] | None]:
+def load_backbone(path: str | os.PathLike[str]) -> tuple[ResNet, int | None]:
     """Read a frozen backbone, executing nothing.
 
     Args:
@@ -124,17 +126,18 @@ def load_backbone(path: str | os.PathLike[str]) -> tuple[ResNet, dict[str, Any] 
             --to torchvision writes them.
 
     Returns:
-        the backbone, and the configuration of a checkpoint of ours, as plain dictionaries.
+        the backbone, and the crop size in pixels that a checkpoint of ours was trained with.
 
     Raises:
         UserError: missing, damaged, or holding something else.
     """
-    config = None
+    crop_size = None
     try:
         content = read_checkpoint(path)
         if isinstance(content, dict) and str(content.get("format")).startswith(_OURS):
-            config = parse_yaml(content["config"])
-            tensors = backbone_of(content["state_dict"], "encoder_q.")
+            crop_size = _crop_size(content.get("config"))
+            state = content.get("state_dict")
+            tensors = backbone_of(state if isinstance(state, dict) else {}, "encoder_q.")
         else:
             if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
                 content = content["state_dict"]
@@ -148,11 +151,22 @@ def load_backbone(path: str | os.PathLike[str]) -> tuple[ResNet, dict[str, Any] 
                 )
             tensors = backbone_of(content)
         # Copies: the file may change or vanish while its mapped tensors are in use.
-        return build_backbone({name: tensor.clone() for name, tensor in tensors.items()}), config
+        return build_backbone({name: tensor.clone() for name, tensor in tensors.items()}), crop_size
     except CheckpointError as error:
         raise UserError(f"{error} Name a checkpoint, or `{RANDOM}`.") from None
     except UserError as error:
         raise UserError(f"{path} cannot be probed: {error}") from None
+
+
+def _crop_size(config: Any) -> int:
+    """Return INPUT.CROP_SIZE of a configuration in YAML."""
+    try:
+        size = parse_yaml(str(config))["INPUT"]["CROP_SIZE"]
+    except (yaml.YAMLError, TypeError, LookupError):
+        size = None
+    if not isinstance(size, int) or not 1 <= size <= LARGEST_CROP:
+        raise UserError("its configuration states no crop size: use another checkpoint.")
+    return size
 
 
 def random_backbone(seed: int, **arguments: Any) -> ResNet:

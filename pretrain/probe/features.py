@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moco_common.errors import UserError
-from moco_common.files import replace_text, replacing
+from moco_common.files import read_json, replace_text, replacing
 from moco_common.progress import Loop
 from pretrain.modeling.resnet import ResNet
 from pretrain.probe.backbone import digest, frozen
@@ -187,7 +187,7 @@ class ArrayCache:
             written (empty if nothing was stored).
         """
         try:
-            content = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
+            content = read_json(self.folder / f"{name}.json")
             old, notes = content["key"], content["notes"]
             changed = [part for part in key if old.get(part) != key[part]]
             if changed:

@@ -189,8 +189,8 @@ def fit_on(
 def _open(settings: Settings, cfg: CfgNode | None) -> tuple[ResNet, int]:
     """Return the backbone and the crop size it was trained with."""
     if settings.checkpoint != RANDOM:
-        backbone, config = load_backbone(settings.checkpoint)
-        return backbone, config["INPUT"]["CROP_SIZE"] if config else 224
+        backbone, crop_size = load_backbone(settings.checkpoint)
+        return backbone, crop_size or 224
     if cfg is None:
         raise UserError(
             f"{RANDOM} weights need an architecture: pass --config NAME, or --config FILE with the "

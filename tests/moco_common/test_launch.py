@@ -206,7 +206,8 @@ def test_ranks_on_cpus_use_gloo_where_there_are_gpus():
 
 
 @pytest.mark.usefixtures("_torchrun_of_one")
-def test_a_port_in_use_is_one_sentence():
+def test_a_port_in_use_is_one_sentence(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", int(os.environ["MASTER_PORT"])))
         taken.listen()

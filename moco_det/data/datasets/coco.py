@@ -16,6 +16,7 @@ import numpy as np
 from detectron2.structures import BoxMode
 
 from moco_common.errors import UserError
+from moco_common.files import read_json
 from moco_det.data.datasets.coco_keypoints import Skeleton, read_keypoints, read_skeleton
 from moco_det.data.datasets.coco_masks import Mask, MaskError, mask_area, mask_box, read_mask
 from moco_det.data.datasets.findings import DatasetReport, Finding
@@ -86,13 +87,13 @@ def read_coco(
 
 def _load(json_file: Path) -> Json:
     try:
-        content: Json = json.loads(json_file.read_bytes())
+        content: Json = read_json(json_file)
     except OSError as error:
-        raise UserError(f"cannot read {json_file}: {error.strerror}") from None
+        raise UserError(f"cannot read {json_file}: {error.strerror or error}") from None
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise UserError(f"{json_file} is not JSON: {error.msg} at {where}") from None
-    except (ValueError, RecursionError):  # not UTF-8, a number of 5,000 digits, endless nesting
+    except ValueError:  # not UTF-8, a number of 5,000 digits, endless nesting
         raise UserError(f"{json_file} is not JSON that can be read") from None
     for key in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
@@ -150,8 +151,8 @@ def _leave_out_root(
 ) -> None:
     """Leave out the category that Roboflow puts above all others: it has no object of its own."""
     for key, (name, kind) in list(read.items()):
-        others = [other for index, (_, other) in read.items() if index != key]
-        if kind == "none" and others and all(other == name for other in others):
+        others = (other for index, (_, other) in read.items() if index != key)
+        if kind == "none" and len(read) > 1 and all(other == name for other in others):
             used = any(
                 isinstance(entry, dict) and read_id(entry.get("category_id")) == key
                 for entry in annotations
@@ -162,6 +163,7 @@ def _leave_out_root(
                     f"the category '{name}' (id {key}) has no object and is only the supercategory "
                     "of the others: left out of the classes"
                 )
+            return  # there is only one above all others
 
 
 def _read_images(

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from moco_common.errors import UserError
+from moco_common.files import read_text
 from moco_common.text import counted
 from moco_det.data.datasets.findings import DatasetReport
 from moco_det.data.datasets.image_files import is_image
@@ -75,7 +76,7 @@ def _voc_pairs(spec: str) -> Pairs:
             f"{spec} is not on this machine ({missing} is missing): set DETECTRON2_DATASETS to the "
             "folder that holds VOC2012, or give your own data as semseg:IMAGES:LABELS."
         )
-    names = split.read_text(encoding="utf-8").split()
+    names = read_text(split).split()
     return [(root / "JPEGImages" / f"{name}.jpg", labels / f"{name}.png") for name in names]
 
 
@@ -113,7 +114,7 @@ def _class_names(pairs: Pairs, spec: str, report: DatasetReport) -> list[str]:
     path = Path(spec.rpartition(":")[2]).expanduser() / CLASS_FILE
     if not path.is_file():
         return [f"class {number}" for number in range(count)]
-    names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     if len(names) < count:
         raise UserError(
             f"{path} names {counted(len(names), 'class')}, but the labels go up to {count - 1}."

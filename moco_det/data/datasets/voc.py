@@ -19,6 +19,7 @@ import numpy as np
 from detectron2.structures import BoxMode
 
 from moco_common.errors import UserError
+from moco_common.files import read_regular, read_text
 from moco_det.data.datasets.findings import DatasetReport
 from moco_det.data.datasets.image_files import closest, files_below, folded, is_image
 from moco_det.data.datasets.image_frame import (
@@ -163,7 +164,7 @@ class VOCFolder:
 
     def _listed_ids(self, path: Path, report: DatasetReport) -> list[str]:
         ids: dict[str, None] = {}
-        for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines():
+        for line in read_text(path).splitlines():
             if not line.strip():
                 continue
             image_id = self._listed_id(line.strip())
@@ -333,8 +334,7 @@ def _counted_from_zero(
 
 def _read_annotation(path: str, file: str) -> _Annotation | str:
     try:
-        with open(path, "rb") as stream:
-            root = ET.fromstring(stream.read())
+        root = ET.fromstring(read_regular(path))
     except (ET.ParseError, OSError, ValueError, LookupError):  # LookupError: unknown encoding
         return "annotation unreadable"
     if root.tag.startswith("{"):  # a namespace

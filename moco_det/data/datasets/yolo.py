@@ -16,7 +16,9 @@ import numpy as np
 import yaml
 from detectron2.structures import BoxMode
 
+from moco_common.config import parse_yaml
 from moco_common.errors import UserError
+from moco_common.files import read_text
 from moco_common.text import counted
 from moco_det.data.datasets.coco_masks import mask_area
 from moco_det.data.datasets.findings import DatasetReport
@@ -26,7 +28,6 @@ from moco_det.data.datasets.values import read_id, read_number
 
 SPLIT_KEYS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 NAME_FILES = ("classes.txt", "labels/classes.txt", "obj.names", "data/obj.names")
-LONGEST_YAML = 1 << 20  # bytes
 TOLERANCE = 0.01  # by which rounding may move a share out of 0 to 1
 
 
@@ -98,14 +99,9 @@ def _describe(folder: Path) -> _Description:
     files = sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")])
     files = [path for path in files if path.stem in ("data", "dataset")] or files
     for path in files:
-        if path.stat().st_size > LONGEST_YAML:
-            raise UserError(f"{path} is too large for the description of a data set")
         try:
-            text = path.read_text(encoding="utf-8")
-            if any(event.anchor for event in yaml.parse(text) if hasattr(event, "anchor")):
-                raise UserError(f"{path} holds anchors or aliases: write its values in full")
-            content = yaml.safe_load(text)
-        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+            content = parse_yaml(read_text(path))
+        except yaml.YAMLError as error:
             raise UserError(f"cannot read {path}: {' '.join(str(error).split())[:200]}") from None
         if isinstance(content, dict) and "names" in content:
             return _description(path, content)
@@ -179,7 +175,7 @@ def _images_of(place: Path, root: Path) -> Iterator[str]:
     if place.is_dir():
         yield from (path for _, path in files_below(place) if is_image(path))
     elif place.suffix == ".txt" and place.is_file():
-        for line in place.read_text(encoding="utf-8-sig", errors="replace").splitlines():
+        for line in read_text(place).splitlines():
             if line.strip():
                 found = (path for path in _places(root, line.strip()) if path.is_file())
                 yield str(next(found, root / line.strip()))
@@ -198,9 +194,8 @@ def _read_lines(path: str) -> list[tuple[int, list[float]]] | str | None:
     if not os.path.isfile(path):
         return None
     try:
-        with open(path, encoding="utf-8-sig", errors="replace") as file:
-            lines = file.read().splitlines()
-    except OSError:
+        lines = read_text(path).splitlines()
+    except UserError:
         return "labels unreadable"
     rows = []
     for number, line in enumerate(lines, start=1):
@@ -234,7 +229,7 @@ def _listed_names(folder: Path) -> dict[int, str] | None:
     """Class names from a text file, one a line."""
     for name in NAME_FILES:
         if (folder / name).is_file():
-            text = (folder / name).read_text(encoding="utf-8-sig", errors="replace")
+            text = read_text(folder / name)
             lines = [line.strip() for line in text.splitlines() if line.strip()]
             if len(set(lines)) < len(lines):
                 raise UserError(f"{folder / name} holds a class name twice")

@@ -190,7 +190,7 @@ def test_mistakes_are_one_clear_sentence(tmp_path):
         "names: [a, a]": "holds a class name twice",
         "names: {0: a, x: b}": "'names' must be a list",
         "names: [a": "cannot read .*data.yaml",
-        "names: &a [*a, *a]": "holds anchors or aliases",
+        "names: &a [*a, *a]": "an alias inside itself",
         "names: []": "'names' must be a list",
     }.items():
         (tmp_path / "data.yaml").write_text(text)
