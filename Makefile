@@ -39,10 +39,12 @@ lint: $(STAMP)
 mutation: $(STAMP)
 	$(BIN)/python -m tests.mutation --mutants $(MUTANTS) --seed $(SEED) $(MODULES)
 
-# Long, run by hand: kill -9 and resume many times; compiled training; readers given broken files.
+# Long, run by hand: kill -9 and resume many times; compiled training; readers given broken files; every
+# tool given hostile files.
 soak: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.pretrain.soak --kills 100 --processes 1 2
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.moco_det.soak
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.attack
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/moco_det/soak_readers.py tests/pretrain/soak_compile.py
 
 # make evidence DATA=FOLDER [TEST=FOLDER] [EVIDENCE='--detection voc:DIR:trainval voc:DIR:test']
