@@ -156,7 +156,8 @@ def train(cfg: CfgNode, resume: bool = False, quiet: bool = False, profile: int 
             wait = patience(method.settling_images, cfg.SOLVER.BATCH_SIZE)
             monitor = Monitor(method.chance_loss, wait, method.remedies)
 
-        recent = RecentEmbeddings(method.encoder_q)
+        # A compiled encoder would be compiled again for each number of embeddings kept.
+        recent = None if cfg.SOLVER.COMPILE else RecentEmbeddings(method.encoder_q)
         method.train()
         say = progress.say if progress else print
         profiler = Profiler(folder, profile, say=say) if profile else None
@@ -193,7 +194,8 @@ def train(cfg: CfgNode, resume: bool = False, quiet: bool = False, profile: int 
                         means["chance_loss"] = method.chance_loss
                     pause = 0.0
                     if progress:
-                        if (rank := recent.rank()) is not None:
+                        rank = recent.rank() if recent else None
+                        if rank is not None:
                             means["rank_me"] = rank
                         progress.log(step, _line(means, method.chance_loss), **means)
                         warning = monitor and monitor.observe(
