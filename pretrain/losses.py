@@ -135,6 +135,60 @@ def cosine_regression(prediction: Tensor, target: Tensor) -> Tensor:
     return (F.normalize(prediction, dim=1) - F.normalize(target, dim=1)).square().sum(1).mean()
 
 
+def pixel_consistency(prediction: Tensor, target: Tensor, positive: Tensor) -> Tensor:
+    """Mean of ``2 - 2 cos`` over the positive pairs of cells of each image, and over the images
+    (Xie et al. 2021, PixPro, Eq. 4, shifted and doubled as BYOL's loss is). An image without such a
+    pair counts as 0.
+
+    Shape: (N, C, P), (N, C, Q), (N, P, Q) bool -> (), in [0, 4].
+    """
+    cosines = F.normalize(prediction, dim=1).transpose(1, 2) @ F.normalize(target, dim=1)  # NxPxQ
+    pairs = positive.sum((1, 2))  # N
+    total = torch.where(positive, 2 - 2 * cosines, 0.0).sum((1, 2))  # N
+    return (total / pairs.clamp(min=1)).mean()
+
+
+def propagate(x: Tensor, values: Tensor, sharpness: float) -> Tensor:
+    """Smooth a map by itself: each cell is the sum of the values of all cells, weighted by
+    ``max(cos, 0) ** sharpness`` of the features (Xie et al. 2021, PixPro, Eq. 2 and 3).
+
+    Shape: (N, C, P), (N, D, P) -> (N, D, P).
+    """
+    x = F.normalize(x, dim=1)
+    similarity = (x.transpose(1, 2) @ x).relu() ** sharpness  # NxPxP
+    return values @ similarity
+
+
+def assignment_distillation(
+    student: Tensor, teacher: Tensor, centre: Tensor, student_t: float, teacher_t: float
+) -> Tensor:
+    """Cross-entropy of the student's assignment of each cell to the slots with the teacher's,
+    centred one (Wen et al. 2022, SlotCon, Eq. 2 and 3): the mean over the cells of each image.
+
+    Args:
+        student, teacher: (N, K, ...) cosines between the cells and the slots.
+        centre: (K,) running mean of the teacher's cosines.
+        student_t, teacher_t: temperatures, above 0.
+
+    Returns:
+        (N,), log(K) when all slots look alike.
+    """
+    wanted = ((teacher.flatten(2) - centre[:, None]) / teacher_t).softmax(1)  # NxKxP
+    log_p = (student.flatten(2) / student_t).log_softmax(1)
+    return -(wanted * log_p).sum(1).mean(1)
+
+
+def slot_means(x: Tensor, scores: Tensor, temperature: float) -> Tensor:
+    """Average the cells of a map for each slot, weighted by the softmax over the slots of the
+    cosines (Wen et al. 2022, SlotCon, Eq. 5).
+
+    Shape: (N, C, ...), (N, K, ...) -> (N, K, C).
+    """
+    attention = (scores.flatten(2) / temperature).softmax(1) + 1e-6  # NxKxP
+    attention = attention / attention.sum(2, keepdim=True)
+    return attention @ x.flatten(2).transpose(1, 2)
+
+
 def log_sum_exp(q: Tensor, negatives: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Logarithm of the contribution of some negatives to the denominator of InfoNCE, and the
     largest logit.
@@ -144,6 +198,16 @@ def log_sum_exp(q: Tensor, negatives: Tensor, temperature: float) -> tuple[Tenso
     logits = q @ negatives.T / temperature  # NxK
     floor = logits.new_full((len(q), 1), -torch.inf)
     return logits.logsumexp(1), torch.cat([floor, logits.detach()], 1).amax(1)
+
+
+def noise_rejected(q: Tensor, negatives: Tensor, temperature: float, offset: Tensor) -> Tensor:
+    """Contribution of some negatives to the loss of noise-contrastive estimation (Wu et al. 2018,
+    Eq. 7): the sum of ``-log(1 - h)``, where ``h = sigmoid(q.n/T - offset)`` is the probability
+    that a negative is taken for the query's own image.
+
+    Shape: (N, C), (K, C), () -> (N,); 0 for K = 0.
+    """
+    return F.softplus(q @ negatives.T / temperature - offset).sum(1)
 
 
 def identity(x: Tensor) -> Tensor:

@@ -9,6 +9,9 @@ MOCO = "MoCo, He et al. 2020, arXiv:1911.05722"
 MOCO_DETECTION = "facebookresearch/moco, detection/README.md (means of 5 trials)"
 INSTAGRAM = "MoCo v1, Instagram-1B"
 ZOO = "Detectron2, MODEL_ZOO.md, new baselines"
+DENSECL = "WXinlong/DenseCL, README.md (means of 5 trials)"
+PIXPRO = "zdaxie/PixPro, README.md"
+SLOTCON = "CVMI-Lab/SlotCon, README.md"
 INFOMIN = "InfoMin, Tian et al. 2020, arXiv:2005.10243"
 
 
@@ -31,10 +34,16 @@ def published(protocol: str, dataset: str) -> list[Published]:
 
 
 def _voc(
-    weights: str, ap: float, ap50: float, ap75: float, source: str, protocol: str = "VOC"
+    weights: str,
+    ap: float,
+    ap50: float,
+    ap75: float,
+    source: str,
+    protocol: str = "VOC",
+    n: int | None = 5,
 ) -> Published:
     metrics = {"bbox/AP": ap, "bbox/AP50": ap50, "bbox/AP75": ap75}
-    return Published(protocol, "voc_2007_test", weights, metrics, source, n=5)
+    return Published(protocol, "voc_2007_test", weights, metrics, source, n)
 
 
 def _coco(protocol: str, weights: str, box: float, mask: float, source: str) -> Published:
@@ -60,12 +69,17 @@ TABLE = (
     _voc("MoCo v2, 200 epochs", 57.0, 82.4, 63.6, MOCO_DETECTION),
     _voc("MoCo v2, 800 epochs", 57.4, 82.5, 64.0, MOCO_DETECTION),
     _voc(INSTAGRAM, 57.2, 82.2, 63.7, MOCO),
+    Published("VOC", "voc_2007_test", "DenseCL, 200 epochs", {"bbox/AP": 58.7}, DENSECL, n=5),
+    _voc("PixPro, 100 epochs", 58.8, 83.0, 66.5, PIXPRO, n=None),
+    _voc("PixPro, 400 epochs", 60.2, 83.8, 67.7, PIXPRO, n=None),
     _voc("supervised, ImageNet", 42.4, 74.4, 42.7, MOCO, "VOC07"),
     _voc("MoCo v1, 200 epochs", 46.6, 74.9, 50.1, MOCO, "VOC07"),
     _voc(INSTAGRAM, 47.6, 75.6, 51.7, MOCO, "VOC07"),
     _coco("COCO-C4-1x", "supervised, ImageNet", 38.2, 33.3, MOCO),
     _coco("COCO-C4-1x", "MoCo v1, 200 epochs", 38.5, 33.6, MOCO),
     _coco("COCO-C4-1x", "MoCo v2, 200 epochs", 38.9, 34.2, INFOMIN),
+    _coco("COCO-C4-1x", "PixPro, 100 epochs", 40.0, 34.8, PIXPRO),
+    _coco("COCO-C4-1x", "PixPro, 400 epochs", 40.5, 35.3, PIXPRO),
     _coco("COCO-C4-2x", "supervised, ImageNet", 40.0, 34.7, MOCO),
     _coco("COCO-C4-2x", "MoCo v1, 200 epochs", 40.7, 35.4, MOCO),
     _coco("COCO-C4-2x", "MoCo v2, 200 epochs", 41.0, 35.6, INFOMIN),
@@ -74,6 +88,15 @@ TABLE = (
     _coco("COCO-FPN-1x", "supervised, ImageNet", 38.9, 35.4, MOCO),
     _coco("COCO-FPN-1x", "MoCo v1, 200 epochs", 38.5, 35.1, MOCO),
     _coco("COCO-FPN-1x", "MoCo v2, 200 epochs", 38.9, 35.5, INFOMIN),
+    # Protocol of these projects: four convolutions and a norm in the heads.
+    _coco("COCO-FPN-1x-4conv1fc", "random", 32.8, 29.9, PIXPRO),
+    _coco("COCO-FPN-1x-4conv1fc", "supervised, ImageNet", 39.7, 35.9, PIXPRO),
+    _coco("COCO-FPN-1x-4conv1fc", "MoCo v1, 200 epochs", 39.4, 35.6, PIXPRO),
+    _coco("COCO-FPN-1x-4conv1fc", "MoCo v2, 800 epochs", 40.4, 36.4, PIXPRO),
+    _coco("COCO-FPN-1x-4conv1fc", "PixPro, 100 epochs", 40.8, 36.8, PIXPRO),
+    _coco("COCO-FPN-1x-4conv1fc", "PixPro, 400 epochs, instance branch", 41.4, 37.4, PIXPRO),
+    _coco("COCO-FPN-1x-4conv1fc", "SlotCon, 200 epochs", 41.8, 37.8, SLOTCON),
+    _coco("COCO-FPN-1x-4conv1fc", "SlotCon, 800 epochs of COCO", 41.0, 37.0, SLOTCON),
     _coco("COCO-FPN-2x", "random", 36.7, 33.7, MOCO),
     _coco("COCO-FPN-2x", "supervised, ImageNet", 40.6, 36.8, MOCO),
     _coco("COCO-FPN-2x", "MoCo v1, 200 epochs", 40.8, 36.9, MOCO),

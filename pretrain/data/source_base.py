@@ -21,6 +21,8 @@ OTHER_EXTENSIONS = frozenset(
     {".txt", ".json", ".jsonl", ".xml", ".csv", ".tsv", ".yaml", ".yml", ".md", ".html", ".py",
      ".cls", ".npy", ".npz", ".pth", ".pt", ".mat", ".zip", ".tar", ".gz", ".mp4", ".avi", ".mov"}
 )  # fmt: skip
+# Names of folders that are parts of a data set, not classes.
+SPLITS = frozenset({"train", "test", "val", "valid", "validation"})
 
 
 class PassedOver:

@@ -36,7 +36,8 @@ class RecentEmbeddings:
     """The last embeddings that an encoder has computed in training, for `rank_me`.
 
     Args:
-        encoder: its output is (N, C). It is only observed: the run stays the same bit for bit.
+        encoder: its output is (N, C), or a tuple that begins with embeddings, (N, C), or with a map
+            of them, (N, C, h, w), which is averaged. It is only observed: the run stays the same bit for bit.
         most: number of embeddings that are kept.
     """
 
@@ -45,8 +46,10 @@ class RecentEmbeddings:
         self._batches: deque[Tensor] = deque()
         encoder.register_forward_hook(self._keep)
 
-    def _keep(self, encoder: nn.Module, inputs: Any, output: Tensor) -> None:
+    def _keep(self, encoder: nn.Module, inputs: Any, outputs: Tensor | tuple[Tensor, ...]) -> None:
         if encoder.training:
+            output = outputs if isinstance(outputs, Tensor) else outputs[0]
+            output = output.flatten(2).mean(2) if output.dim() > 2 else output
             self._batches.append(output.detach())
             while len(self._batches) * len(output) >= self._most + len(output):
                 self._batches.popleft()

@@ -45,7 +45,7 @@ from pretrain.engine.resume import (
     shared,
 )
 from pretrain.engine.train_step import TrainStep
-from pretrain.methods import build_method
+from pretrain.methods import build_method, method_class
 from pretrain.methods.automatic import AUTO, QUEUE_SIZE, queue_size, resolve
 from pretrain.methods.base import Method
 from pretrain.probe.online import build_online_knn
@@ -80,6 +80,7 @@ def train(cfg: CfgNode, resume: bool = False, quiet: bool = False, profile: int 
     asked = cfg
     recorded = recorded_values(folder) if resume else {}
     cfg = resolve(cfg, len(source), comm.world_size(), recorded)
+    method_class(cfg.METHOD).complete(cfg, source)
     config = run_config(cfg).dump()
     total = total_steps(
         len(source),
@@ -95,7 +96,7 @@ def train(cfg: CfgNode, resume: bool = False, quiet: bool = False, profile: int 
     )
     torch.manual_seed(cfg.SEED)
     device = comm.device()
-    method = build_method(cfg, num_images=len(source), total_steps=total)
+    method = build_method(cfg, num_images=len(source), total_steps=total, labels=source.labels)
     method = method.to(device).to(memory_format=torch.channels_last)
     take_step = TrainStep(
         method,
@@ -344,6 +345,8 @@ def _line(scalars: dict[str, float], chance_loss: float | None) -> str:
         parts[-1] += f" (chance {chance_loss:.3f})"
     if "accuracy" in scalars:
         parts.append(f"accuracy {scalars['accuracy']:6.1%}")
+    if "top1" in scalars:
+        parts.append(f"top-1 {scalars['top1']:6.1%}")
     parts.append(f"spread {scalars['spread']:.2f}")
     if "rank_me" in scalars:
         parts.append(f"rank {scalars['rank_me']:.1f}")

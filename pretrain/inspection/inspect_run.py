@@ -258,9 +258,8 @@ def _images(
 @torch.no_grad()
 def _sample_geometry(method: Method, features: Features, seen: Findings) -> None:
     """Measure the backbone's features and the head's projections of them."""
-    encoder = method.encoder_q
-    head = encoder.get_submodule("fc").cpu()
-    projections = torch.cat([head(part.float()) for part in features.values.split(4096)])
+    parts = features.values.split(4096)
+    projections = torch.cat([method.project(part.float()) for part in parts])
     seen.add_geometry("features", measure(features.values))
     seen.add_geometry("projections", measure(projections))
     state, sentence = judge(seen.geometries["projections"], "projections")

@@ -18,6 +18,7 @@ from moco_common.errors import UserError
 from moco_common.text import counted
 
 if TYPE_CHECKING:
+    import numpy as np
     from fvcore.common.config import CfgNode
 
     from pretrain.methods.base import Method
@@ -29,6 +30,10 @@ METHODS = {  # name -> module and class
     "simclr": "pretrain.methods.simclr:SimCLR",
     "byol": "pretrain.methods.byol:BYOL",
     "swav": "pretrain.methods.swav:SwAV",
+    "dense-cl": "pretrain.methods.dense_cl:DenseCL",
+    "pixpro": "pretrain.methods.pixpro:PixPro",
+    "slot-con": "pretrain.methods.slot_con:SlotCon",
+    "supervised": "pretrain.methods.supervised:Supervised",
 }
 
 
@@ -91,8 +96,16 @@ def method_class(name: str) -> type[Method]:
     return found
 
 
-def build_method(cfg: CfgNode, *, num_images: int, total_steps: int) -> Method:
-    """Build the method that ``METHOD`` names, for this rank's share of the batch."""
+def build_method(
+    cfg: CfgNode, *, num_images: int, total_steps: int, labels: np.ndarray | None = None
+) -> Method:
+    """Build the method that ``METHOD`` names, for this rank's share of the batch.
+
+    Args:
+        labels: (num_images,) class of each image, if known.
+    """
+    import torch
+
     from moco_common import comm
     from moco_common.sync_batch_norm import synchronise_batch_norm
     from pretrain.methods.automatic import resolve
@@ -110,7 +123,8 @@ def build_method(cfg: CfgNode, *, num_images: int, total_steps: int) -> Method:
     world = comm.world_size()
     cfg = resolve(cfg, num_images, world)
     groups = bn_groups_per_rank(cfg.MODEL.BN_GROUPS, cfg.SOLVER.BATCH_SIZE // world, world)
-    run = Run(num_images, total_steps, 1 if cfg.MODEL.SYNC_BN else groups)
+    classes = None if labels is None else torch.from_numpy(labels).long()
+    run = Run(num_images, total_steps, 1 if cfg.MODEL.SYNC_BN else groups, classes)
     method = chosen.from_config(cfg, run)
     if cfg.MODEL.SYNC_BN:
         synchronise_batch_norm(method)

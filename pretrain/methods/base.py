@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
+from pretrain.data.source_base import Source
+
 # What helps against each problem that the monitor detects, with any method.
 REMEDIES = {
     "collapse": "Lower SOLVER.BASE_LR or raise SOLVER.WARMUP_ITERS.",
@@ -35,11 +37,13 @@ class Run:
         num_images: number of images in the source; every `index` of a batch is below it.
         total_steps: length of the run, and of every schedule.
         bn_groups: groups into which each rank splits its batch for BN, see `SplitBatchNorm2d`.
+        labels: (num_images,) int64, class of each image; None if not known.
     """
 
     num_images: int
     total_steps: int
     bn_groups: int
+    labels: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,15 @@ class Method(nn.Module):
         raise NotImplementedError
 
     @classmethod
+    def complete(cls, cfg: CfgNode, source: Source) -> None:
+        """Set keys whose values depend on the images, such as the number of classes; called before
+        a run records its configuration.
+
+        Raises:
+            UserError: the method cannot be trained on these images.
+        """
+
+    @classmethod
     def fewest_images(cls, cfg: CfgNode) -> int:
         """The smallest number of images that a run with this configuration can have."""
         return 1
@@ -124,6 +137,14 @@ class Method(nn.Module):
             be logged.
         """
         raise NotImplementedError
+
+    def project(self, features: Tensor) -> Tensor:
+        """Embed the backbone's averaged features by the projection head, for the inspector.
+
+        Shape: (N, F) -> (N, C).
+        """
+        embeddings: Tensor = self.encoder_q.get_submodule("fc")(features)
+        return embeddings
 
     def before_update(self, step: int) -> None:
         """Change gradients, if needed: called between backward pass and optimiser step."""

@@ -47,6 +47,11 @@ def unit(x: Tensor) -> Tensor:
     return F.normalize(x, dim=1)
 
 
+def cells(x: Tensor) -> Tensor:
+    """Return the cells of maps as rows. Shape: (N, C, ...) -> (N * P, C)."""
+    return x.flatten(2).transpose(1, 2).flatten(0, 1)
+
+
 def embedding_spread(embeddings: Tensor) -> Tensor:
     """Root mean square distance of unit vectors from their mean, in [0, 1].
 
@@ -56,34 +61,54 @@ def embedding_spread(embeddings: Tensor) -> Tensor:
     return (1.0 - embeddings.mean(0).square().sum()).clamp_min(0.0).sqrt()
 
 
+def mean_of_valid(values: Tensor, valid: Tensor) -> Tensor:
+    """Return this rank's part of the mean over the valid entries of all ranks: the mean over the
+    ranks of the result is that mean. It is 0 without a valid entry. Shape: (N,), (N,) -> ()."""
+    count = distributed.all_reduce_sum(valid.sum()).clamp(min=1)
+    return torch.where(valid, values, 0.0).sum() * comm.world_size() / count
+
+
 def shared_generator(seed: int, step: int) -> torch.Generator:
     """Generator for random choices of a step that must be the same on all ranks."""
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 
 def encode_keys(encoder: nn.Module, images: Tensor, permutations: torch.Generator | None) -> Tensor:
-    """Encode this rank's images to unit vectors, in batches mixed with images of other ranks.
+    """Encode this rank's images to unit vectors by `encode_shuffled`.
+
+    Shape: (N, 3, H, W) -> (N, C).
+    """
+    (k,) = encode_shuffled(lambda batch: (unit(encoder(batch)),), images, permutations)
+    return k
+
+
+def encode_shuffled(
+    encode: Callable[[Tensor], tuple[Tensor, ...]],
+    images: Tensor,
+    permutations: torch.Generator | None,
+) -> tuple[Tensor, ...]:
+    """Encode this rank's images in batches mixed with images of other ranks.
 
     The batch of all ranks (and BN groups) is permuted before the encoder and permuted back after
     it, so that BN statistics do not leak which key belongs to a query (He et al. 2020, Section 3.3,
     "Shuffling BN"). Gradients are permuted back too.
 
     Args:
+        encode: (N, 3, H, W) -> tensors of N rows.
         permutations: draws the permutation, the same on every rank; None for no permutation.
-
-    Shape: (N, 3, H, W) -> (N, C).
     """
     if permutations is None:
         with stage("encoders: forward k"):
-            return unit(encoder(images))
+            return encode(images)
     total = len(images) * comm.world_size()
     permutation = torch.randperm(total, generator=permutations)
     with stage("communication: shuffle"):
         shuffled = distributed.permute_batch(images, permutation)
     with stage("encoders: forward k"):
-        k = unit(encoder(shuffled))  # NxC
+        outputs = encode(shuffled)
     with stage("communication: unshuffle"):
-        return distributed.permute_batch(k, permutation.argsort())
+        back = permutation.argsort()
+        return tuple(distributed.permute_batch(output, back) for output in outputs)
 
 
 def encode_together(encoder: nn.Module, views: Sequence[Tensor], bn_groups: int) -> list[Tensor]:

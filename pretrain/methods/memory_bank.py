@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from moco_common import comm
 from moco_common.errors import UserError
 from pretrain import distributed
-from pretrain.losses import log_sum_exp
+from pretrain.losses import log_sum_exp, noise_rejected
 from pretrain.methods.base import Memory, Method, Run
 from pretrain.methods.components import (
     contrastive_head,
@@ -36,6 +36,11 @@ KEYS = {
         0.5,
         "Momentum of a stored key, m: an updated key is m old + (1 - m) new, normalised.",
     ),
+    "BANK.LOSS": (
+        "softmax",
+        "Loss: softmax (InfoNCE over the key and its negatives), or nce (Wu et al. 2018: a binary "
+        "decision for each, with a constant that the first step estimates).",
+    ),
 }
 
 
@@ -55,10 +60,12 @@ class MemoryBank(Method):
         momentum: m of ``key <- normalise(m key + (1 - m) q)``, which acts on the representation of
             a sample and not on the encoder.
         temperature: T of the softmax.
+        loss: ``softmax``, or ``nce`` for noise-contrastive estimation.
         seed: of the initial bank and of the negatives.
     """
 
     view_names = ("query view",)  # the keys come from earlier epochs
+    log_mean: Tensor
 
     def __init__(
         self,
@@ -69,13 +76,19 @@ class MemoryBank(Method):
         negatives: int = 65536,
         momentum: float = 0.5,
         temperature: float = 0.07,
+        loss: str = "softmax",
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.settling_images = num_images  # during the first epoch the bank is still noise
         if not 0.0 <= momentum < 1.0:
             raise UserError(f"BANK.MOMENTUM is {momentum}: it must lie in [0, 1).")
+        if loss not in ("softmax", "nce"):
+            raise UserError(f"BANK.LOSS is '{loss}': choose softmax or nce.")
         self.temperature = positive_temperature("MOCO.TEMPERATURE", temperature)
+        self.nce = loss == "nce"
+        if self.nce:  # log of the mean exponential of the first step; nan before it
+            self.register_buffer("log_mean", torch.full((), torch.nan))
         self.negatives, self.momentum, self.seed = negatives, momentum, seed
         self.encoder_q = encoder
         self.bank = ShardedBank(num_images, dim, seed)
@@ -100,6 +113,7 @@ class MemoryBank(Method):
             negatives=cfg.BANK.NEGATIVES,
             momentum=cfg.BANK.MOMENTUM,
             temperature=cfg.MOCO.TEMPERATURE,
+            loss=cfg.BANK.LOSS,
             seed=cfg.SEED,
         )
 
@@ -110,8 +124,9 @@ class MemoryBank(Method):
 
     @property
     def chance_loss(self) -> float:
-        """log(K+1): all keys look alike."""
-        return math.log(self.negatives + 1)
+        """All keys look alike: log(K+1), or the cost of K + 1 binary decisions."""
+        k = self.negatives
+        return math.log(k + 1) + (k * math.log1p(1 / k) if self.nce else 0.0)
 
     def forward(self, views: Sequence[Tensor], step: int, index: Tensor) -> dict[str, Tensor]:
         """Compare queries from the first view with keys from the bank."""
@@ -123,11 +138,18 @@ class MemoryBank(Method):
         old = self.bank.rows(images)  # BxC
         # Each rank compares all queries with the negatives that it holds and contributes one sum
         # per query: no key leaves its rank.
-        part = log_sum_exp(queries, self.bank.own_rows(self.draw(images, step)), self.temperature)
-        parts = comm.all_gather(torch.stack(part)[None])[..., own]  # Wx2xN
-        log_sum, hardest = parts[:, 0].logsumexp(0), parts[:, 1].amax(0)  # N, N
+        keys = self.bank.own_rows(self.draw(images, step))
+        part = log_sum_exp(queries, keys, self.temperature)
+        parts = comm.all_gather(torch.stack(part)[None])  # Wx2xB
+        log_sums, hardest = parts[:, 0].logsumexp(0), parts[:, 1, own].amax(0)  # B, N
         positive = (q * old[own]).sum(1) / self.temperature  # N
-        loss = F.softplus(log_sum - positive).mean()  # -log( e^p / (e^p + sum of the others) )
+        if self.nce:
+            self.estimate(log_sums.detach())
+            rejected = noise_rejected(queries, keys, self.temperature, self.offset)  # B
+            rejected = comm.all_gather(rejected[None])[:, own].sum(0)  # N
+            loss = (F.softplus(self.offset - positive) + rejected).mean()
+        else:  # -log( e^p / (e^p + sum of the others) )
+            loss = F.softplus(log_sums[own] - positive).mean()
         new = self.momentum * old + (1.0 - self.momentum) * queries.detach()  # BxC
         self.bank.write(images, unit(new))
         seen = (step + 1) * len(images)
@@ -137,6 +159,22 @@ class MemoryBank(Method):
             "spread": embedding_spread(q.detach()),
             "queue_fill": torch.tensor(min(1.0, seen / self.bank.size)),
         }
+
+    def estimate(self, log_sums: Tensor) -> None:
+        """Estimate the normalising constant, Z = n times the mean exponential, in the first step,
+        and keep it from then on (Wu et al. 2018, Section 3.2).
+
+        Args:
+            log_sums: (B,) log of the sum over the negatives of each query of all ranks.
+        """
+        mean = log_sums.logsumexp(0) - math.log(self.negatives * len(log_sums))
+        self.log_mean.copy_(torch.where(self.log_mean.isnan(), mean, self.log_mean))
+
+    @property
+    def offset(self) -> Tensor:
+        """The logit at which an image is as likely as noise: with P = exp(logit) / Z, and noise
+        uniform over the n images, log(P n / K) = logit - log(Z / n) - log(K)."""
+        return self.log_mean + math.log(self.negatives)
 
     def draw(self, images: Tensor, step: int) -> Tensor:
         """Draw K images that are not among ``images``, the same on every rank: (K,) int64."""

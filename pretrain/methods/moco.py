@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
@@ -92,15 +93,19 @@ class MoCo(Method):
     @classmethod
     def from_config(cls, cfg: CfgNode, run: Run) -> MoCo:
         """Build MoCo v1 or v2 from ``MOCO``."""
-        return cls(
-            encoder_builder(cfg, run, contrastive_head(cfg, run)),
-            dim=cfg.MOCO.DIM,
-            queue_size=cfg.MOCO.QUEUE_SIZE,
-            momentum=cfg.MOCO.MOMENTUM,
-            temperature=cfg.MOCO.TEMPERATURE,
-            shuffle=cfg.MOCO.SHUFFLE_BN,
-            seed=cfg.SEED,
-        )
+        return cls(encoder_builder(cfg, run, contrastive_head(cfg, run)), **cls.settings(cfg))
+
+    @classmethod
+    def settings(cls, cfg: CfgNode) -> dict[str, Any]:
+        """Return the arguments of the constructor, but for the encoder."""
+        return {
+            "dim": cfg.MOCO.DIM,
+            "queue_size": cfg.MOCO.QUEUE_SIZE,
+            "momentum": cfg.MOCO.MOMENTUM,
+            "temperature": cfg.MOCO.TEMPERATURE,
+            "shuffle": cfg.MOCO.SHUFFLE_BN,
+            "seed": cfg.SEED,
+        }
 
     def __init__(
         self,
@@ -124,8 +129,7 @@ class MoCo(Method):
         self.encoder_k = build_encoder()
         self.encoder_k.load_state_dict(self.encoder_q.state_dict())
         self.encoder_k.requires_grad_(False)
-        noise = torch.randn(queue_size, dim, generator=torch.Generator().manual_seed(seed))
-        self.register_buffer("queue", unit(noise))  # KxC
+        self.register_buffer("queue", noise(queue_size, dim, seed))  # KxC
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
         self.settling_images = queue_size
 
@@ -183,12 +187,16 @@ class MoCo(Method):
         """Replace the oldest keys by those of all ranks. The queue is a ring buffer: a batch that
         reaches its end continues at its start, and a batch longer than the queue leaves its last K
         keys."""
-        size = len(self.queue)
+        self.write(self.queue, keys)
+        self.queue_ptr.add_(len(keys)).remainder_(len(self.queue))
+
+    def write(self, queue: Tensor, keys: Tensor) -> None:
+        """Write keys to a queue from the pointer on, which stays."""
+        size = len(queue)
         kept = keys[-size:]
-        places = torch.arange(len(keys) - len(kept), len(keys), device=self.queue.device)
+        places = torch.arange(len(keys) - len(kept), len(keys), device=queue.device)
         # The pointer stays on the device: reading it here would wait for the GPU at every step.
-        self.queue[(self.queue_ptr + places) % size] = kept.to(self.queue.dtype)
-        self.queue_ptr.add_(len(keys)).remainder_(size)
+        queue[(self.queue_ptr + places) % size] = kept.to(queue.dtype)
 
     def memory(self, step: int, batch_size: int) -> Memory:
         """The queue, which is filled from its start."""
@@ -210,3 +218,8 @@ class MoCo(Method):
             stale="raise MOCO.MOMENTUM or lower MOCO.QUEUE_SIZE",
             notes=tuple(notes),
         )
+
+
+def noise(size: int, dim: int, seed: int) -> Tensor:
+    """Return random unit vectors, (size, dim), for a queue that holds no keys yet."""
+    return unit(torch.randn(size, dim, generator=torch.Generator().manual_seed(seed)))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from moco_common.backbone.resnet import BLOCKS_PER_STAGE, has_bottlenecks
 from moco_common.errors import UserError
 from pretrain.modeling.batch_norm import SplitBatchNorm2d
+from pretrain.modeling.heads import MapHead
 
 # Mean and standard deviation of ImageNet's RGB channels, on the scale of uint8 pixels.
 PIXEL_MEAN = (123.675, 116.28, 103.53)
@@ -121,7 +122,7 @@ class ResNet(nn.Module):
         head: builds the projection head, given the number of backbone features; None for no head.
 
     Shape: images (N, 3, H, W), uint8 RGB or already normalised float -> (N, C), where C is the
-    output size of the head, or ``num_features`` without one.
+    output size of the head, or ``num_features`` without one; with a `MapHead`, what it returns.
     """
 
     layer1: nn.Sequential
@@ -166,20 +167,24 @@ class ResNet(nn.Module):
             setattr(self, f"layer{stage}", nn.Sequential(*blocks))
         self.num_features = channels
         self.fc: nn.Module = nn.Identity() if head is None else head(channels)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Conv2d) and not name.startswith("fc."):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward_features(self, images: Tensor) -> Tensor:
-        """Return the global average of the last stage's output: (N, num_features)."""
+    def forward_map(self, images: Tensor) -> Tensor:
+        """Return the last stage's output: (N, num_features, H / 32, W / 32), rounded up."""
         x = normalize(images) if images.dtype == torch.uint8 else images
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = stage(x)
-        return x.mean(dim=(2, 3))  # NxC
+        return x
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Return the global average of the last stage's output: (N, num_features)."""
+        return self.forward_map(images).mean(dim=(2, 3))
+
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Return the head's output, or the features without a head.
 
         With ``autocast_dtype`` set, the network runs in that dtype, but the output is still
@@ -188,8 +193,13 @@ class ResNet(nn.Module):
         if self.autocast_dtype is None:
             return self._embed(images)
         with torch.autocast(images.device.type, dtype=self.autocast_dtype):
-            return self._embed(images).float()
+            outputs = self._embed(images)
+            if isinstance(outputs, Tensor):
+                return outputs.float()
+            return tuple(output.float() for output in outputs)
 
-    def _embed(self, images: Tensor) -> Tensor:
-        embeddings: Tensor = self.fc(self.forward_features(images))
+    def _embed(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
+        dense = isinstance(self.fc, MapHead)
+        x = self.forward_map(images) if dense else self.forward_features(images)
+        embeddings: Tensor | tuple[Tensor, ...] = self.fc(x)
         return embeddings

@@ -18,10 +18,8 @@ from moco_common.errors import UserError
 from moco_common.images import DecodeError
 from moco_common.text import counted
 from pretrain.data.decoding import decode
-from pretrain.data.source_base import Source
+from pretrain.data.source_base import SPLITS, Source
 from pretrain.data.sources import open_source
-
-SPLITS = {"train", "test", "val", "valid", "validation"}
 
 
 class LabelledImages(Source):

@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from moco_common import comm
@@ -14,7 +15,12 @@ from pretrain.engine.train_step import TrainStep
 from pretrain.methods import METHODS, build_method
 from pretrain.solver.optimizers import build_optimizer
 
-BATCH, IMAGES, STEPS = 16, 40, 3
+BATCH, IMAGES, STEPS, CLASSES = 16, 40, 3, 5
+DENSE = ("dense-cl", "pixpro", "slot-con")  # methods that need feature maps of several cells
+
+
+# Scalars that are means over the batch.
+AVERAGED = ("loss", "accuracy", "dense_accuracy", "overlap", "slots", "top1")
 
 
 def config(method, *overrides):
@@ -22,9 +28,11 @@ def config(method, *overrides):
     cfg = get_defaults()
     cfg.METHOD = method
     cfg.MODEL.DEPTH, cfg.MODEL.WIDTH, cfg.MODEL.BN_GROUPS = 18, 1 / 16, 1
-    cfg.MOCO.DIM, cfg.MOCO.TEMPERATURE, cfg.MOCO.QUEUE_SIZE = 8, 0.2, 65536
+    cfg.MOCO.DIM, cfg.MOCO.TEMPERATURE, cfg.MOCO.QUEUE_SIZE = 8, 0.2, 21
     cfg.BANK.NEGATIVES = 20
-    cfg.SIMCLR.DIM = 8
+    cfg.SLOTCON.HIDDEN, cfg.SLOTCON.DIM, cfg.SLOTCON.SLOTS = 16, 8, 6
+    cfg.SIMCLR.DIM, cfg.SUPERVISED.CLASSES = 8, CLASSES
+    cfg.PIXPRO.HIDDEN, cfg.PIXPRO.DIM, cfg.PIXPRO.INSTANCE_WEIGHT = 16, 8, 0.5
     cfg.BYOL.HIDDEN, cfg.BYOL.DIM, cfg.BYOL.MOMENTUM = 16, 8, 0.9
     cfg.SWAV.HIDDEN, cfg.SWAV.DIM, cfg.SWAV.PROTOTYPES = 16, 8, 12
     cfg.SWAV.FREEZE_ITERS, cfg.SWAV.QUEUE_SIZE = 1, 21
@@ -36,11 +44,21 @@ def config(method, *overrides):
 def views(method, step):
     """Views of a global batch, normalised floats (the encoder takes both); small ones for SwAV."""
     generator = torch.Generator().manual_seed(100 + step)
-    sizes = (32, 32, 16, 16) if method == "swav" else (32, 32)
+    sizes = {"swav": (32, 32, 16, 16)}.get(method, (64, 64) if method in DENSE else (32, 32))
     return [
         torch.randn(BATCH, 3, size, size, generator=generator, dtype=torch.float64)
         for size in sizes
     ]
+
+
+def places(method, step):
+    """Where each of these views lies in its image, some of them flipped."""
+    generator = torch.Generator().manual_seed(200 + step)
+    corner, extent, flip = torch.rand(
+        3, len(views(method, step)), BATCH, 2, generator=generator, dtype=torch.float64
+    )
+    top_left = 0.3 * corner
+    return torch.cat([top_left, top_left + 0.4 + 0.3 * extent, flip[..., :1].round()], 2)
 
 
 def index(step):
@@ -53,7 +71,8 @@ def index(step):
 def build(method, *overrides):
     torch.manual_seed(3)
     cfg = config(method, *overrides)
-    built = build_method(cfg, num_images=IMAGES, total_steps=STEPS).double()
+    labels = np.arange(IMAGES, dtype=np.int32) % CLASSES
+    built = build_method(cfg, num_images=IMAGES, total_steps=STEPS, labels=labels).double()
     return built.train(), cfg
 
 
@@ -66,8 +85,9 @@ def steps(method, *overrides):
     scalars = []
     for step in range(STEPS):
         rows = [view[mine] for view in views(method, step)]
-        outputs = take(rows, index(step)[mine], step, cfg.SOLVER.BASE_LR)
-        scalars += [outputs[name].double() for name in ("loss", "accuracy") if name in outputs]
+        where = places(method, step)[:, mine]
+        outputs = take(rows, index(step)[mine], step, cfg.SOLVER.BASE_LR, where)
+        scalars += [outputs[name].double() for name in sorted(outputs) if name in AVERAGED]
     distributed.all_reduce_mean(scalars)
     distributed.average_batch_norm(built)
     built.before_save()
@@ -83,8 +103,11 @@ def settings(world):
     apart, together = ("MODEL.BN_GROUPS", world), ("MODEL.SYNC_BN", True)
     if world == 4:
         return [("memory-bank", *apart), ("swav", *together)]
-    synchronised = [(method, *together) for method in ("simclr", "byol", "swav")]
-    return [*((method, *apart) for method in METHODS if method != "moco"), *synchronised]
+    nce = ("memory-bank", "BANK.LOSS", "nce", *apart)
+    synchronised = [
+        (method, *together) for method in ("simclr", "byol", "swav", "pixpro", "slot-con")
+    ]
+    return [*((method, *apart) for method in METHODS if method != "moco"), nce, *synchronised]
 
 
 def steps_of_all(world):
@@ -98,10 +121,13 @@ def recipe(method, photographs, out, *overrides):
         "MODEL.DEPTH 18 MODEL.WIDTH 0.0625 MODEL.BN_GROUPS 2 INPUT.CROP_SIZE 32 "
         "INPUT.SMALL_CROP_SIZE 16 MOCO.DIM 8 BANK.NEGATIVES 5 BYOL.HIDDEN 16 BYOL.DIM 8 "
         "SWAV.HIDDEN 16 SWAV.DIM 8 SWAV.PROTOTYPES 12 SWAV.FREEZE_ITERS 2 SWAV.QUEUE_SIZE 20 "
+        "MOCO.QUEUE_SIZE 20 PIXPRO.HIDDEN 16 PIXPRO.DIM 8 "
+        "SLOTCON.HIDDEN 16 SLOTCON.DIM 8 SLOTCON.SLOTS 6 "
         "SOLVER.WARMUP_ITERS 2 SOLVER.BATCH_SIZE 8 SOLVER.BASE_LR 0.2 SOLVER.MAX_ITER 6 "
         "CHECKPOINT.PERIOD 3 CHECKPOINT.KEEP 9 LOG.PERIOD 1 DATALOADER.NUM_WORKERS 0"
     )
-    cfg = load_config(method, [*small.split(), *overrides])
+    crop = ["INPUT.CROP_SIZE", "64"] if method in DENSE else []
+    cfg = load_config(method, [*small.split(), *crop, *overrides])
     cfg.DATA, cfg.OUTPUT_DIR = [str(photographs)], str(out)
     return cfg
 

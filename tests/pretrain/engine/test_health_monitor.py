@@ -53,6 +53,7 @@ def test_a_healthy_run_hears_nothing():
 def recipe(method):
     narrow = "MODEL.DEPTH 18 MODEL.WIDTH 0.0625 SOLVER.BATCH_SIZE 8 MOCO.QUEUE_SIZE 40"
     few = "BANK.NEGATIVES 20 SWAV.PROTOTYPES 12 MODEL.BN_GROUPS 1 MODEL.SYNC_BN False"
+    few += " SUPERVISED.CLASSES 3"
     return load_config("moco-v2" if method == "moco" else method, f"{narrow} {few}".split())
 
 

@@ -84,10 +84,15 @@ def test_every_method_can_be_looked_into(runs, method, tmp_path, capsys):
     assert neighbours["same_class_by_chance"] == pytest.approx(1 / 3)
     assert 0 <= neighbours["same_class"] <= 1
     dictionary = seen["dictionary"]
-    kinds = {"moco": "queue", "memory-bank": "memory bank", "swav": "queue of embeddings"}
+    kinds = {
+        "moco": "queue",
+        "dense-cl": "queue",
+        "memory-bank": "memory bank",
+        "swav": "queue of embeddings",
+    }
     assert (dictionary or {}).get("kind") == kinds.get(method)
-    assert ("prototypes" in seen) == (method == "swav")
-    assert ("encoder_k" in seen["filters"]) == (method in ("moco", "end-to-end"))
+    assert ("prototypes" in seen) == (method in ("swav", "slot-con"))
+    assert ("encoder_k" in seen["filters"]) == (method in ("moco", "end-to-end", "dense-cl"))
 
 
 def test_the_figures_of_the_queue_are_those_of_its_keys(runs, tmp_path):

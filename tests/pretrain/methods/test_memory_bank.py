@@ -36,6 +36,52 @@ def test_three_steps_are_those_of_a_dictionary_of_keys():
         torch.testing.assert_close(method.bank.shard, torch.stack(list(bank.values())))
 
 
+def test_three_steps_of_nce_are_those_of_its_binary_decisions():
+    """Wu et al. 2018, Eq. 3 to 7, with Z from the first step's negatives."""
+    method, _ = tiny.build("memory-bank", "BANK.LOSS", "nce")
+    encoder = copy.deepcopy(method.encoder_q)
+    bank = dict(enumerate(method.bank.shard.double().clone()))
+    z, n, m = None, tiny.IMAGES, 20
+    for step in range(3):
+        views, index = tiny.views("memory-bank", step), tiny.index(step)
+        negatives = method.draw(index, step).tolist()
+        outputs = method(views, step, index)
+        q = F.normalize(encoder(views[0]), dim=1)
+        if z is None:
+            exponentials = [torch.exp(v @ bank[j] / 0.2).item() for v in q for j in negatives]
+            z = n * sum(exponentials) / len(exponentials)
+
+        expected = 0.0
+        for v, image in zip(q, index.tolist(), strict=True):
+            for j in (image, *negatives):
+                p = torch.exp(v @ bank[j] / 0.2) / z
+                h = p / (p + m / n)
+                expected = expected - torch.log(h if j == image else 1 - h) / tiny.BATCH
+        torch.testing.assert_close(outputs["loss"], expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(outputs["loss"], list(method.encoder_q.parameters())),
+            torch.autograd.grad(expected, list(encoder.parameters())),
+            rtol=1e-6,
+            atol=1e-9,
+        )
+        old = dict(bank)
+        for i, image in enumerate(index.tolist()):
+            bank[image] = F.normalize(0.5 * old[image] + 0.5 * q[i].detach(), dim=0)
+    assert method.log_mean.item() == pytest.approx(math.log(z / n))
+
+
+def test_the_chance_loss_of_nce_is_that_of_keys_that_look_alike():
+    method, _ = tiny.build("memory-bank", "BANK.LOSS", "nce", "MOCO.TEMPERATURE", 1e4)
+    loss = method(tiny.views("memory-bank", 0), 0, tiny.index(0))["loss"]
+    assert method.chance_loss == pytest.approx(math.log(21) + 20 * math.log(21 / 20))
+    assert loss.item() == pytest.approx(method.chance_loss, rel=1e-3)
+
+
+def test_another_loss_is_refused():
+    with pytest.raises(UserError, match="BANK.LOSS is 'hinge': choose softmax or nce"):
+        tiny.build("memory-bank", "BANK.LOSS", "hinge")
+
+
 def test_negatives_are_never_of_the_batch_never_twice_and_all_equally_likely():
     method, _ = tiny.build("memory-bank", "BANK.NEGATIVES", 10)
     index = tiny.index(0)

@@ -45,7 +45,8 @@ def photographs(tmp_path_factory):
     rng = np.random.default_rng(0)
     for i in range(13):  # not a multiple of the batch
         coarse = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)
-        cv2.imwrite(str(folder / f"{i}.jpg"), cv2.resize(coarse, (60, 48)))
+        (folder / f"class {i % 3}").mkdir(exist_ok=True)
+        cv2.imwrite(str(folder / f"class {i % 3}/{i}.jpg"), cv2.resize(coarse, (60, 48)))
     return folder
 
 
@@ -79,7 +80,15 @@ def test_runs_of_two_ranks_resume_bit_for_bit_and_save_the_bank_whole(photograph
 
 
 @pytest.mark.parametrize(
-    ("method", "follower"), [("moco", "encoder_k"), ("end-to-end", "encoder_k"), ("byol", "target")]
+    ("method", "follower"),
+    [
+        ("moco", "encoder_k"),
+        ("end-to-end", "encoder_k"),
+        ("byol", "target"),
+        ("dense-cl", "encoder_k"),
+        ("pixpro", "target"),
+        ("slot-con", "target"),
+    ],
 )
 def test_the_second_encoder_starts_as_a_copy_of_the_query_encoder(method, follower):
     built, _ = tiny.build(method)
@@ -118,6 +127,10 @@ CHANCE = {
     "simclr": math.log(2 * 8 - 1),
     "byol": None,
     "swav": math.log(12),
+    "dense-cl": math.log(20 + 1),
+    "pixpro": None,
+    "supervised": math.log(3),
+    "slot-con": None,
 }
 
 
@@ -225,6 +238,45 @@ PAPERS = {
         "SOLVER": {"OPTIMIZER": "lars", "BATCH_SIZE": 4096, "BASE_LR": 4.8, "WEIGHT_DECAY": 1e-6},
         "length": {"EPOCHS": 800, "SCHEDULE": "cosine"},
     },
+    "dense-cl": {
+        "INPUT": {"AUGMENTATION": "moco-v2", "MIN_SCALE": 0.2, "SMALL_CROPS": 0},
+        "MODEL": {"SYNC_BN": False, "BN_GROUPS": 8},
+        "MOCO": {
+            **{"DIM": 128, "QUEUE_SIZE": 65536, "MOMENTUM": 0.999, "TEMPERATURE": 0.2},
+            **{"MLP": True, "MLP_BN": False, "SHUFFLE_BN": True},
+        },
+        "DENSECL": {"WEIGHT": 0.5},
+        "SOLVER": {"OPTIMIZER": "sgd", "BATCH_SIZE": 256, "BASE_LR": 0.03, "WEIGHT_DECAY": 1e-4},
+        "length": {"EPOCHS": 200, "SCHEDULE": "cosine"},
+    },
+    "supervised": {
+        "INPUT": {"AUGMENTATION": "moco-v1", "MIN_SCALE": 0.08, "SMALL_CROPS": 0},
+        "MODEL": {"SYNC_BN": False, "BN_GROUPS": 8},
+        "SUPERVISED": {"CLASSES": 0},
+        "SOLVER": {"OPTIMIZER": "sgd", "BATCH_SIZE": 256, "BASE_LR": 0.1, "WEIGHT_DECAY": 1e-4},
+        "length": {"EPOCHS": 90, "SCHEDULE": "step", "GAMMA": 0.1},
+    },
+    "slot-con": {
+        "INPUT": {"AUGMENTATION": "byol", "MIN_SCALE": 0.08, "SMALL_CROPS": 0},
+        "MODEL": {"SYNC_BN": True},
+        "SLOTCON": {
+            **{"HIDDEN": 4096, "DIM": 256, "SLOTS": 256, "GROUP_WEIGHT": 0.5, "MOMENTUM": 0.99},
+            **{"STUDENT_TEMPERATURE": 0.1, "TEACHER_TEMPERATURE": 0.07},
+            **{"SLOT_TEMPERATURE": 0.2, "CENTRE_MOMENTUM": 0.9},
+        },
+        "SOLVER": {"OPTIMIZER": "lars", "BATCH_SIZE": 512, "BASE_LR": 2.0, "WEIGHT_DECAY": 1e-5},
+        "length": {"EPOCHS": 800, "SCHEDULE": "cosine", "WARMUP_EPOCHS": 5},
+    },
+    "pixpro": {
+        "INPUT": {"AUGMENTATION": "byol", "MIN_SCALE": 0.08, "SMALL_CROPS": 0},
+        "MODEL": {"SYNC_BN": True},
+        "PIXPRO": {
+            **{"HIDDEN": 4096, "DIM": 256, "THRESHOLD": 0.7, "SHARPNESS": 2.0},
+            **{"INSTANCE_WEIGHT": 0.0, "MOMENTUM": 0.99},
+        },
+        "SOLVER": {"OPTIMIZER": "lars", "BATCH_SIZE": 1024, "BASE_LR": 4.0, "WEIGHT_DECAY": 1e-5},
+        "length": {"EPOCHS": 400, "SCHEDULE": "cosine", "WARMUP_EPOCHS": 5},
+    },
 }
 
 
@@ -244,7 +296,8 @@ def test_a_recipe_is_its_papers(name):
         iterations=solver.WARMUP_ITERS,
         epochs=solver.WARMUP_EPOCHS,
     )
-    assert warmup == (3128 if solver.OPTIMIZER == "lars" else 0)  # ten epochs of ImageNet-1M
+    epochs = PAPERS[name]["length"].get("WARMUP_EPOCHS", 10 if solver.OPTIMIZER == "lars" else 0)
+    assert warmup == round(epochs * 1_281_167 / solver.BATCH_SIZE)
 
 
 def test_a_runs_learning_rates_are_the_recipes_schedule(photographs, tmp_path):

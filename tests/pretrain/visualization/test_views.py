@@ -73,6 +73,10 @@ def inked(strip):
         ("simclr", ["view 1, 48 px", "view 2, 48 px"]),
         ("byol", ["view 1 (T), 48 px", "view 2 (T'), 48 px"]),
         ("swav", ["view 1, 48 px", "view 2, 48 px"]),
+        ("dense-cl", ["query view, 48 px", "key view, 48 px"]),
+        ("supervised", ["view, 48 px"]),
+        ("slot-con", ["view 1 (T), 48 px", "view 2 (T'), 48 px"]),
+        ("pixpro", ["view 1 (T), 48 px", "view 2 (T'), 48 px"]),
         ("", ["view 1, 48 px", "view 2, 48 px"]),
     ],
 )
