@@ -17,6 +17,7 @@ Records = Sequence[Mapping[str, float]]
 PANELS: dict[str, tuple[str, float]] = {
     "loss": ("loss", 1),
     "accuracy": ("contrastive accuracy (%)", 100),
+    "top1": ("top-1 accuracy (%)", 100),
     "spread": ("spread of the embeddings", 1),
     "rank_me": ("RankMe of the embeddings", 1),
     "knn_top1": ("kNN accuracy (%)", 1),

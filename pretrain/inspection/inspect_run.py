@@ -15,10 +15,12 @@ from moco_common.backbone.resnet import growth_warning
 from moco_common.errors import UserError
 from moco_common.files import make_folder, protecting
 from moco_common.text import counted
+from pretrain.data.loader import build_batches
 from pretrain.data.source_base import Source
 from pretrain.data.sources import open_source
 from pretrain.data.transforms.recipes import build_recipes
 from pretrain.engine.health_monitor import patience
+from pretrain.inspection.cells import draw_matches, draw_slots, match_views
 from pretrain.inspection.curves import draw_curves, draw_spectra, last_words
 from pretrain.inspection.dictionary import dictionary_of, judge_prototypes, prototype_use
 from pretrain.inspection.filters import GROWTH_REMEDY, draw_filters, growth, measure_filters
@@ -116,6 +118,7 @@ def _inspect(
             ),
         )
         if run.state is not None:
+            _cells(run, method, source, seen)
             _images(run, method, source, settings, seen, say)
     if seen.geometries:
         seen.draw(
@@ -201,6 +204,28 @@ def _dictionary(run: InspectedRun, method: Method, seen: Findings) -> None:
     if found.geometry:
         seen.add_geometry("keys", found.geometry)
     seen.sentences += found.findings()
+
+
+@torch.no_grad()
+def _cells(run: InspectedRun, method: Method, source: Source, seen: Findings) -> None:
+    """Matched cells and slots of the images whose views are shown, if the method has any."""
+    recipes = build_recipes(run.cfg)[: method.num_views]
+    n, seed = min(VIEWS, len(source)), run.cfg.SEED
+    (batch,) = build_batches(
+        source, recipes, batch_size=n, seed=seed, stop_step=1, max_bad_share=1.0
+    )
+    views = batch.to("cpu")
+    matches, slots = match_views(method, batch), method.slots(views[0])
+    if matches is not None:
+        seen.lines["correspondences"] = matches.line()
+        seen.numbers["correspondences"] = matches.as_dict()
+        seen.draw(
+            "The most similar cells of two views: green if they show the same place",
+            "correspondences.png",
+            png(draw_matches(views, matches)),
+        )
+    if slots is not None:
+        seen.draw("Slots: cells of one colour", "slots.png", png(draw_slots(views[0], slots)))
 
 
 def _images(

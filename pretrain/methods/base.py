@@ -160,6 +160,15 @@ class Method(nn.Module):
         """Embeddings that the method keeps after ``step`` steps; None if it keeps none."""
         return None
 
+    def match(self, views: Sequence[Tensor]) -> Tensor | None:
+        """For each cell of the first view's feature map, the cell of the second's that the method
+        finds most similar, (N, h, w) int64, row by row; None if it compares no cells."""
+        return None
+
+    def slots(self, view: Tensor) -> Tensor | None:
+        """The most similar slot of each cell of a view, (N, h, w) int64; None without slots."""
+        return None
+
     def cluster_centres(self) -> Tensor | None:
         """(P, C) prototypes to which embeddings are assigned; None if there are none."""
         return None

@@ -70,6 +70,12 @@ class DenseCL(MoCo):
         self.weight = weight
         self.register_buffer("dense_queue", noise(queue_size, dim, seed + 1))  # KxC
 
+    def match(self, views: Sequence[Tensor]) -> Tensor:
+        """By the backbones' features, as in training."""
+        _, _, map_q = self.encoder_q(views[0])
+        _, _, map_k = self.encoder_k(views[1])
+        return most_similar(map_q.flatten(2), map_k.flatten(2)).view(-1, *map_q.shape[2:])
+
     def project(self, features: Tensor) -> Tensor:
         """The instance head's embeddings."""
         embeddings: Tensor = self.encoder_q.get_submodule("fc.instance")(features)

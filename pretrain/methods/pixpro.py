@@ -15,7 +15,7 @@ from pretrain.losses import cosine_regression, pixel_consistency, propagate
 from pretrain.methods.base import REMEDIES, Method, Run
 from pretrain.methods.byol import target_momentum
 from pretrain.methods.components import cells, embedding_spread, encoder_builder, follow, unit
-from pretrain.methods.correspondence import nearby
+from pretrain.methods.correspondence import most_similar, nearby
 from pretrain.modeling.heads import InstanceAndDense, mlp, per_cell
 from pretrain.modeling.resnet import ResNet
 
@@ -145,6 +145,12 @@ class PixPro(Method):
     def propagated(self, x: Tensor) -> Tensor:
         """The propagation module. Shape: (N, C, h, w) -> (N, C, P)."""
         return propagate(x.flatten(2), self.transform(x).flatten(2), self.sharpness)
+
+    def match(self, views: Sequence[Tensor]) -> Tensor:
+        """By the propagated predictions and the target's projections."""
+        (_, online, _), (_, target, _) = self.encoder_q(views[0]), self.target(views[1])
+        found = most_similar(self.propagated(online), target.flatten(2))
+        return found.view(-1, *online.shape[2:])
 
     def project(self, features: Tensor) -> Tensor:
         """The dense projector's embeddings, as of a map of one cell."""

@@ -206,6 +206,11 @@ class SlotCon(Method):
         """Update the teacher, its slots included."""
         follow(self.target, self.encoder_q, target_momentum(self.momentum, step, total_steps))
 
+    def slots(self, view: Tensor) -> Tensor:
+        """By the teacher, whose assignments the student learns."""
+        nearest: Tensor = self.target(view)[1].argmax(1)
+        return nearest
+
     def project(self, features: Tensor) -> Tensor:
         """The projector's embeddings, as of a map of one cell."""
         z, _ = self.encoder_q.get_submodule("fc")(features[:, :, None, None])

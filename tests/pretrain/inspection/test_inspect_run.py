@@ -21,6 +21,11 @@ from tools.inspect_run import main
 
 RECIPE = {"moco": "moco-v2"}
 STEPS, BATCH = 6, 8
+OWN_PICTURES = {
+    "dense-cl": ["correspondences.png"],
+    "pixpro": ["correspondences.png"],
+    "slot-con": ["slots.png"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -67,14 +72,15 @@ def test_every_method_can_be_looked_into(runs, method, tmp_path, capsys):
     seen = json.loads((tmp_path / "seen/summary.json").read_text())
     assert (seen["method"], seen["step"]) == (method, STEPS)
     assert set(seen["pictures"].values()) == {
-        *("curves.png", "filters.png", "neighbours.png", "spectrum.png", "views.png")
+        *("curves.png", "filters.png", "neighbours.png", "spectrum.png", "views.png"),
+        *OWN_PICTURES.get(method, []),
     }
     for name in seen["pictures"].values():
         assert min(cv2.imread(str(tmp_path / "seen" / name)).shape[:2]) > 30
     assert said.startswith((tmp_path / "seen/summary.txt").read_text())
     assert all(finding in said for finding in seen["findings"])
     page = (tmp_path / "seen/index.html").read_text()
-    assert page.count("data:image/png;base64,") == 5
+    assert page.count("data:image/png;base64,") == 5 + len(OWN_PICTURES.get(method, []))
     assert not re.search(r"(src|href)=\"(?!data:)", page)
     # The sample is the fifteen images, through the query encoder and its head.
     assert {"features", "projections"} <= set(seen["geometry"])
