@@ -36,8 +36,9 @@ class RecentEmbeddings:
     """The last embeddings that an encoder has computed in training, for `rank_me`.
 
     Args:
-        encoder: its output is (N, C), or a tuple that begins with embeddings, (N, C), or with a map
-            of them, (N, C, h, w), which is averaged. It is only observed: the run stays the same bit for bit.
+        encoder: its output is (N, C), or a tuple that begins with (N, C) embeddings or a map of
+            them, (N, C, h, w), which is averaged. It is only observed: the run stays the same bit
+            for bit.
         most: number of embeddings that are kept.
     """
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
@@ -46,10 +45,8 @@ class DenseCL(MoCo):
 
     Args:
         build_encoder: makes the encoder, with `InstanceAndDense` as its head.
-        dim: length of a key of either kind.
-        queue_size: K of either queue.
+        dim, queue_size, momentum, temperature, shuffle, seed: as of `MoCo`, for either contrast.
         weight: lambda of the paper, Eq. 3.
-        settings: the other settings of `MoCo`.
     """
 
     dense_queue: Tensor
@@ -60,11 +57,21 @@ class DenseCL(MoCo):
         *,
         dim: int = 128,
         queue_size: int = 65536,
+        momentum: float = 0.999,
+        temperature: float = 0.07,
+        shuffle: bool = True,
         seed: int = 0,
         weight: float = 0.5,
-        **settings: Any,
     ) -> None:
-        super().__init__(build_encoder, dim=dim, queue_size=queue_size, seed=seed, **settings)
+        super().__init__(
+            build_encoder,
+            dim=dim,
+            queue_size=queue_size,
+            momentum=momentum,
+            temperature=temperature,
+            shuffle=shuffle,
+            seed=seed,
+        )
         if not 0.0 <= weight <= 1.0:
             raise UserError(f"DENSECL.WEIGHT is {weight}: it must lie in [0, 1].")
         self.weight = weight
