@@ -243,7 +243,7 @@ PAPERS = {
         "INPUT": {"AUGMENTATION": "moco-v2", "MIN_SCALE": 0.2, "SMALL_CROPS": 0},
         "MODEL": {"SYNC_BN": False, "BN_GROUPS": 8},
         "MOCO": {
-            **{"DIM": 128, "QUEUE_SIZE": 65536, "MOMENTUM": 0.999, "TEMPERATURE": 0.2},
+            **{"DIM": 128, "QUEUE_SIZE": "auto", "MOMENTUM": 0.999, "TEMPERATURE": 0.2},
             **{"MLP": True, "MLP_BN": False, "SHUFFLE_BN": True},
         },
         "DENSECL": {"WEIGHT": 0.5},

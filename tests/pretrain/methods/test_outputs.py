@@ -11,7 +11,16 @@ from moco_common.errors import UserError
 from pretrain.methods import METHODS, method_class
 from pretrain.methods.base import REMEDIES, Run
 from pretrain.methods.components import positive_temperature
+from pretrain.methods.pixpro import PixPro
 from tests.pretrain import tiny
+
+WITH_ACCURACY = ("moco", "end-to-end", "memory-bank", "simclr", "swav", "dense-cl")
+OWN_OUTPUTS = {
+    "dense-cl": {"dense_accuracy"},
+    "pixpro": {"overlap"},
+    "slot-con": {"overlap", "slots"},
+    "supervised": {"top1"},
+}
 
 
 def first_embeddings(method, views):
@@ -20,22 +29,34 @@ def first_embeddings(method, views):
         return method.encode(views)[0]
     if "bn_groups" in vars(method):
         return F.normalize(method.encoder_q(torch.cat(views)), dim=1)
-    return F.normalize(method.encoder_q(views[0]), dim=1)
+    outputs = method.encoder_q(views[0])
+    if isinstance(method, PixPro):
+        outputs = outputs[1]  # the dense projections
+    elif isinstance(outputs, tuple):
+        outputs = outputs[0]
+    rows = outputs.permute(0, 2, 3, 1).flatten(0, 2) if outputs.dim() == 4 else outputs
+    return F.normalize(rows, dim=1)
+
+
+def take(method, name, step):
+    """The outputs of a step on its views."""
+    where = (tiny.places(name, step),) if method.uses_places else ()
+    return method(tiny.views(name, step), step, tiny.index(step), *where)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_spread_is_the_distance_of_the_embeddings_from_their_mean(name):
     method, _ = tiny.build(name)
     before = copy.deepcopy(method)
-    views = tiny.views(name, 0)
-    outputs = method(views, 0, tiny.index(0))
-    z = first_embeddings(before, views).detach()
+    outputs = take(method, name, 0)
+    z = first_embeddings(before, tiny.views(name, 0)).detach()
     squares = [(row - z.mean(0)).square().sum() for row in z]
     torch.testing.assert_close(outputs["spread"], torch.stack(squares).mean().sqrt())
     assert 0 < outputs["spread"] < 1
     assert outputs["loss"].requires_grad
     assert not any(value.requires_grad for key, value in outputs.items() if key != "loss")
-    assert {*outputs} <= {"loss", "spread", "accuracy", "queue_fill"}
+    own = OWN_OUTPUTS.get(name, set())
+    assert own <= {*outputs} <= {"loss", "spread", "accuracy", "queue_fill"} | own
 
 
 def nearest(scores, positive):
@@ -51,6 +72,10 @@ def scores_of(name, method, views, index):
         return torch.cat([q @ method.queue.T, (q * k).sum(1, keepdim=True)], 1), rows * 0 + len(
             method.queue
         )
+    if name == "dense-cl":
+        q, k = first_embeddings(method, views), F.normalize(method.encoder_k(views[1])[0], dim=1)
+        scores = torch.cat([q @ method.queue.T, (q * k).sum(1, keepdim=True)], 1)
+        return scores, rows * 0 + len(method.queue)
     if name == "end-to-end":
         q = first_embeddings(method, views)
         return q @ F.normalize(method.encoder_k(views[1]), dim=1).T, rows
@@ -68,7 +93,7 @@ def scores_of(name, method, views, index):
         return scores[0], method.codes(z[:2], scores[:2], 1)[1].argmax(1)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "byol"])
+@pytest.mark.parametrize("name", WITH_ACCURACY)
 def test_accuracy_is_the_share_of_queries_that_find_their_key(name):
     override = ("MOCO.SHUFFLE_BN", False, "MOCO.MOMENTUM", 1.0, "MOCO.QUEUE_SIZE", 3)
     method, _ = tiny.build(name, *override)
@@ -135,11 +160,13 @@ def test_a_method_says_how_many_views_and_images_it_needs_and_what_helps(name):
     method, cfg = tiny.build(name)
     needed = {"memory-bank": 20 + tiny.BATCH}.get(name, 1)
     assert method_class(name).fewest_images(cfg) == needed
-    assert method.num_views == {"memory-bank": 1, "swav": None}.get(name, 2)
+    assert method.num_views == {"memory-bank": 1, "supervised": 1, "swav": None}.get(name, 2)
     assert method.remedies.keys() == REMEDIES.keys()
-    assert (method.memory(0, 16) is None) == (name in ("end-to-end", "simclr", "byol"))
-    assert (method.cluster_centres() is None) == (name != "swav")
-    settling = {"moco": cfg.MOCO.QUEUE_SIZE, "memory-bank": tiny.IMAGES}
+    with_memory = ("moco", "dense-cl", "memory-bank", "swav")
+    assert (method.memory(0, 16) is not None) == (name in with_memory)
+    assert (method.cluster_centres() is None) == (name not in ("swav", "slot-con"))
+    queue = cfg.MOCO.QUEUE_SIZE
+    settling = {"moco": queue, "dense-cl": queue, "memory-bank": tiny.IMAGES}
     assert method.settling_images == settling.get(name, 0)
 
 
