@@ -44,6 +44,7 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 # Numbers of TIFF tags (TIFF 6.0), and the number of colours of each photometric interpretation.
+_WIDTH, _LENGTH = 256, 257
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLES_PER_PIXEL, _EXTRA_SAMPLES = 258, 262, 277, 338
 _COLOURS = {2: 3, 5: 4, 6: 3, 8: 3}
 _TRANSPARENCY = ((1,), (2,))  # the kinds of extra samples that are transparency
@@ -172,6 +173,19 @@ def _is_contact_sheet(path: Path) -> bool:
     except (OSError, DecodeError):
         return False
     return _SHEET in notes or _SHEET.encode() in notes
+
+
+def stored_size(image: Image.Image) -> tuple[int, int]:
+    """Return (width, height) of the pixels as they lie in the file, not turned.
+
+    ``image.size`` of a TIFF is, in recent versions of Pillow, that of the turned image.
+    """
+    if image.format == "TIFF":
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        width, height = tags.get(_WIDTH), tags.get(_LENGTH)
+        if isinstance(width, int) and isinstance(height, int):
+            return width, height
+    return image.size
 
 
 def orientation(image: Image.Image) -> int:

@@ -1,6 +1,8 @@
 """Mappers from records of a data set to inputs of the model."""
 
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -8,9 +10,10 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, detection_utils
 from detectron2.data import transforms as T
+from PIL import Image
 
 from moco_common.dependencies import require
-from moco_common.images import check_picture, read_picture
+from moco_common.images import check_picture, open_picture, orientation, read_picture
 from moco_det.config.defaults import is_semantic_model
 from moco_det.data.datasets.label_files import read_labels
 
@@ -109,8 +112,27 @@ class CheckedMapper(DatasetMapper):
         """Check the picture of a record and map it; see ``DatasetMapper``."""
         check_picture(record["file_name"])
         record = {key: value for key, value in record.items() if key != "sem_seg_file_name"}
-        example: dict[str, Any] = super().__call__(record)
-        return example
+        with _turned_once(record["file_name"]) as path:
+            example: dict[str, Any] = super().__call__({**record, "file_name": path})
+        return {**example, "file_name": record["file_name"]}
+
+
+@contextmanager
+def _turned_once(path: str) -> Iterator[str]:
+    """Yield the path of a picture that Detectron2's ``read_image`` turns as its EXIF tag says.
+
+    Pillow turns a TIFF when it is loaded, and ``read_image`` would turn it again: such a picture
+    is read here and handed over in another format.
+    """
+    with open_picture(path) as image:
+        twice = image.format == "TIFF" and orientation(image) != 1
+    if not twice:
+        yield path
+        return
+    with tempfile.NamedTemporaryFile(suffix=".ppm") as file:
+        Image.fromarray(read_picture(path)).save(file, format="PPM")
+        file.flush()
+        yield file.name
 
 
 def build_train_mapper(cfg: CfgNode) -> Callable[[dict[str, Any]], Any]:

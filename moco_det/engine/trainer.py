@@ -5,6 +5,7 @@
 
 import logging
 import weakref
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader
+from detectron2.data import DatasetCatalog, build_detection_test_loader
 from detectron2.engine import HookBase, TrainerBase, create_ddp_model, hooks
 from detectron2.evaluation import inference_on_dataset
 from detectron2.solver import build_lr_scheduler
@@ -26,16 +27,14 @@ from moco_common.hardware import cpu_count
 from moco_common.progress import Loop
 from moco_common.stopping import Stopped, StopRequest
 from moco_det.checkpoint.run_checkpointer import RunCheckpointer
-from moco_det.config.defaults import flatten
+from moco_det.config.defaults import flatten, is_semantic_model
 from moco_det.config.key_descriptions import explanation
 from moco_det.data.dataset_mapper import build_test_mapper, build_train_mapper
 from moco_det.data.samplers import (
     PRECISE_BN,
     TRAINING,
-    Readable,
     TrainingSet,
     load_training_set,
-    map_or_explain,
     numbers,
     share,
 )
@@ -50,6 +49,11 @@ from moco_det.engine.trackers import build_trackers
 from moco_det.engine.train_step import TrainStep, precision
 from moco_det.evaluation.build import build_evaluator, evaluated_tasks
 from moco_det.evaluation.results import headline, results_folder, with_classes_apart, write_results
+from moco_det.evaluation.unreadable_images import (
+    LeavingOutUnreadable,
+    left_out,
+    map_or_leave_out,
+)
 from moco_det.modeling.batch_norm import norm_notes, replace_sync_bn
 from moco_det.modeling.detector import assert_all_trained
 
@@ -354,9 +358,9 @@ def evaluate(
     """
     (name,) = cfg.DATASETS.TEST
     folder = results_folder(cfg.OUTPUT_DIR, name)
-    results = _scores(cfg, model, name, folder / "inference")
+    results, unreadable = _scores(cfg, model, name, folder / "inference")
     if average is not None:
-        scores = _scores(cfg, average, name, folder / "inference-ema")
+        scores, _ = _scores(cfg, average, name, folder / "inference-ema")
         results |= {f"{task}{AVERAGE}": of_task for task, of_task in scores.items()}
     best = None
     if selection is not None and iteration is not None:
@@ -365,14 +369,20 @@ def evaluate(
         return {}
     for task, scores in results.items():
         log.info("%-10s %s", task, headline(scores))
-    write_results(cfg, results, name, iteration, explanation(cfg), folder, best)
+    if unreadable:
+        log.warning("warning: %s", unreadable)
+    sentences = [*explanation(cfg), *([unreadable] if unreadable else [])]
+    write_results(cfg, results, name, iteration, sentences, folder, best)
     if folder != Path(cfg.OUTPUT_DIR):
         log.info("results    written to %s: this is not the run's own test set", folder)
     return results
 
 
-def _scores(cfg: CfgNode, model: nn.Module, name: str, predictions: Path) -> dict[str, Any]:
-    """Return the scores by task on the first rank, an empty dict on the others."""
+def _scores(
+    cfg: CfgNode, model: nn.Module, name: str, predictions: Path
+) -> tuple[dict[str, Any], str]:
+    """Return the scores by task on the first rank, an empty dict on the others; and a sentence on
+    the images that cannot be read, if any."""
     evaluator = build_evaluator(
         name,
         tasks=evaluated_tasks(cfg, name),
@@ -382,14 +392,15 @@ def _scores(cfg: CfgNode, model: nn.Module, name: str, predictions: Path) -> dic
     loader = build_detection_test_loader(
         cfg,
         name,
-        mapper=partial(map_or_explain, build_test_mapper(cfg)),
+        mapper=partial(map_or_leave_out, build_test_mapper(cfg)),
         num_workers=min(cfg.DATALOADER.NUM_WORKERS, cpu_count()),
     )
+    tolerant = LeavingOutUnreadable(model, semantic=is_semantic_model(cfg))
     loop = Loop("evaluating", len(loader), say=log.info, period=10.0)
     with printing_to_log(), lost_worker_explained():  # pycocotools prints
-        results = inference_on_dataset(
-            model, Readable(loader), evaluator, {"after_inference": loop.tick}
-        )
+        results = inference_on_dataset(tolerant, loader, evaluator, {"after_inference": loop.tick})
+    reasons = dict(ChainMap(*comm.all_gather(tolerant.reasons)))
+    unreadable = left_out(reasons, len(DatasetCatalog.get(name))) if reasons else ""
     if not comm.is_main_process():
-        return {}
-    return {task: with_classes_apart(scores) for task, scores in results.items()}
+        return {}, unreadable
+    return {task: with_classes_apart(scores) for task, scores in results.items()}, unreadable

@@ -20,7 +20,12 @@ from moco_common.errors import UserError
 from moco_common.files import read_json, write_json_atomically
 from moco_common.text import counted
 from moco_det.evaluation.coco_metrics import TASKS, coco_metrics
-from moco_det.evaluation.gather import PREDICTIONS_FILE, images_once, shares_of_ranks
+from moco_det.evaluation.gather import (
+    PREDICTIONS_FILE,
+    images_once,
+    report_absent,
+    shares_of_ranks,
+)
 
 logger = logging.getLogger(__name__)
 PREDICTED = {"bbox": "pred_boxes", "segm": "pred_masks", "keypoints": "pred_keypoints"}
@@ -148,7 +153,14 @@ class InstanceEvaluator(DatasetEvaluator):
             by_class = values.per_category()
             for name, key in zip(self._classes, class_ids, strict=True):
                 scores[task][f"AP-{name}"] = by_class[categories.index(key)]
+        report_absent(self._name, self._classes, self._absent(class_ids))
         return scores
+
+    def _absent(self, class_ids: Sequence[int]) -> list[int]:
+        """The indices of the classes that the ground truth has nothing to find of."""
+        assert self._truth is not None
+        present = {a["category_id"] for a in self._truth["annotations"] if not a.get("iscrowd")}
+        return [index for index, key in enumerate(class_ids) if key not in present]
 
 
 def coco_ground_truth(dataset_name: str) -> dict[str, Any]:
@@ -214,6 +226,15 @@ def _ground_truth(dataset_name: str) -> dict[str, Any]:
     json_file = MetadataCatalog.get(dataset_name).get("json_file")
     if json_file is None:
         return coco_ground_truth(dataset_name)
+    return read_ground_truth(dataset_name, json_file)
+
+
+def read_ground_truth(dataset_name: str, json_file: str) -> dict[str, Any]:
+    """Read the annotation file of one of Detectron2's data sets.
+
+    Raises:
+        UserError: it is not a readable COCO file.
+    """
     try:
         content = read_json(json_file)
         return {**content, "images": content["images"], "categories": content["categories"]}

@@ -100,7 +100,7 @@ def coco_metrics(
     found: dict[str, CocoMetrics] = {}
     # pycocotools reports its steps; and there are many dicts here, none of them garbage.
     with contextlib.redirect_stdout(io.StringIO()), collector_paused():
-        numbers = _Numbers(truth)
+        numbers = Numbers(truth)
         content = numbers.truth(truth)
         dataset = _dataset(dataset_class, content)
         for task in tasks:
@@ -149,7 +149,7 @@ def _dataset(dataset_class: Any, content: Json) -> Any:
     return dataset
 
 
-class _Numbers:
+class Numbers:
     """Numbers from 1 in place of the ids of images and categories, in the order of the ids: it
     decides among equal scores.
 
@@ -185,7 +185,7 @@ class _Numbers:
         return {"image_id": self.images[item["image_id"]], "category_id": category}
 
 
-def _for_task(results: Sequence[Json], task: str, numbers: _Numbers) -> Any:
+def _for_task(results: Sequence[Json], task: str, numbers: Numbers) -> Any:
     """The part of the results that one task needs, as both libraries take it.
 
     A box's area would decide between small, medium and large: masks therefore go without. With

@@ -1,4 +1,4 @@
-"""Gathering of the predictions of all ranks, each image once."""
+"""What evaluators share: gathering from all ranks, each image once, and a warning."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from moco_common.errors import UserError
 
 logger = logging.getLogger(__name__)
 Share = TypeVar("Share")  # what an evaluator keeps on one rank
+NAMED = 20  # classes in a warning
 PREDICTIONS_FILE = "coco_instances_results.json"  # Detectron2's name for COCO's result format
 
 
@@ -26,6 +27,16 @@ def shares_of_ranks(share: Share, distributed: bool) -> list[Share] | None:
         return [share]
     shares = comm.gather(share, dst=0)
     return shares if comm.is_main_process() else None
+
+
+def report_absent(dataset_name: str, classes: Sequence[str], absent: Sequence[int]) -> None:
+    """Warn of the classes of a test set, by index, that have no object to be found."""
+    if absent:
+        shown = ", ".join(classes[index] for index in absent[:NAMED])
+        more = f" and {len(absent) - NAMED} other classes" if len(absent) > NAMED else ""
+        logger.warning(
+            f"warning: {dataset_name} has no object of {shown}{more}: not in the mean AP"
+        )
 
 
 def images_once(

@@ -22,7 +22,8 @@ from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 
 from moco_common.errors import UserError
 from moco_common.files import write_json_atomically
-from moco_det.evaluation.coco_metrics import mean_of_defined, percent
+from moco_det.evaluation.coco_evaluation import read_ground_truth
+from moco_det.evaluation.coco_metrics import Numbers, mean_of_defined, percent
 from moco_det.evaluation.gather import PREDICTIONS_FILE, images_once, shares_of_ranks
 
 MAX_DETECTIONS = 300  # an image, over all classes
@@ -86,9 +87,12 @@ class LVISEvaluator(DatasetEvaluator):
             return {}
         from hotcoco import LVIS
 
-        truth = LVIS(self.metadata.json_file)
+        content = read_ground_truth(self.dataset_name, self.metadata.json_file)
+        numbers = Numbers(content)
+        truth = LVIS(_numbered(content, numbers))
         found = [image for share in shares for image in share]
-        chosen = images_once(self.dataset_name, [image for image, _ in found], truth.get_img_ids())
+        expected = [image["id"] for image in content["images"]]
+        chosen = images_once(self.dataset_name, [image for image, _ in found], expected)
         ids = self.metadata.get("thing_dataset_id_to_contiguous_id")
         category = {index: key for key, index in ids.items()} if ids else None
         results = [
@@ -98,8 +102,19 @@ class LVISEvaluator(DatasetEvaluator):
             for r in found[index][1]
         ]
         write_json_atomically(self.output_dir / PREDICTIONS_FILE, results)
+        numbered = [{**result, **numbers.of(result)} for result in results]
         classes = self.metadata.thing_classes
-        return {task: lvis_metrics(truth, results, task, classes) for task in self.tasks}
+        return {task: lvis_metrics(truth, numbered, task, classes) for task in self.tasks}
+
+
+def _numbered(content: dict[str, Any], numbers: Numbers) -> Mapping[str, Any]:
+    """The ground truth with numbers for ids, also in the classes that were judged in an image."""
+    truth = numbers.truth(content)
+    for image in truth["images"]:
+        for key in ("neg_category_ids", "not_exhaustive_category_ids"):
+            judged = [numbers.categories.get(category) for category in image.get(key, ())]
+            image[key] = [number for number in judged if number is not None]
+    return truth
 
 
 def lvis_metrics(
@@ -108,7 +123,7 @@ def lvis_metrics(
     """LVIS's metrics of one task, in percent.
 
     Args:
-        truth: a ``hotcoco.LVIS``.
+        truth: a ``hotcoco.LVIS``, with ids below 2^53.
         results: COCO's list of results.
         task: "bbox" or "segm".
         classes: names in the order of the category ids; each gets an ``AP-<name>`` where the

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import xml.etree.ElementTree as ET
 from collections import OrderedDict
@@ -15,7 +14,12 @@ from detectron2.evaluation import DatasetEvaluator
 
 from moco_common.errors import UserError
 from moco_common.files import write_json_atomically
-from moco_det.evaluation.gather import PREDICTIONS_FILE, images_once, shares_of_ranks
+from moco_det.evaluation.gather import (
+    PREDICTIONS_FILE,
+    images_once,
+    report_absent,
+    shares_of_ranks,
+)
 from moco_det.evaluation.pascal_voc_ap import (
     METRICS,
     THRESHOLDS,
@@ -25,8 +29,6 @@ from moco_det.evaluation.pascal_voc_ap import (
     average_precisions,
     to_voc_corners,
 )
-
-logger = logging.getLogger(__name__)
 
 
 class _Share(NamedTuple):
@@ -123,11 +125,7 @@ class VOCEvaluator(DatasetEvaluator):
         if not self._as_upstream:
             used = np.bincount(truth.label[~truth.difficult], minlength=len(used)) > 0
             precisions[:, ~used] = np.nan
-            if not used.all():
-                absent = ", ".join(np.array(self._classes)[~used])
-                logger.warning(
-                    f"warning: {self._name} has no object of {absent}: not in the mean AP"
-                )
+            report_absent(self._name, self._classes, np.flatnonzero(~used).tolist())
         # Row by row, and then over the rows: the order in which upstream adds up.
         means = [float(np.mean(row[used])) if used.any() else float("nan") for row in precisions]
         results: OrderedDict[str, float] = OrderedDict(

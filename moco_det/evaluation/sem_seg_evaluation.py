@@ -49,15 +49,19 @@ class SemanticEvaluator(DatasetEvaluator):
 
         Args:
             inputs: each with ``file_name``.
-            outputs: each with ``sem_seg``, (classes, H, W) logits at the image's own size.
+            outputs: each with ``sem_seg``, (classes, H, W) logits at the image's own size, or None
+                for an image that could not be read: none of its pixels is right.
 
         Raises:
             UserError: labels of another size, or outside the data set's classes.
         """
         for example, output in zip(inputs, outputs, strict=True):
             path = self.label_files[example["file_name"]]
-            predicted = output["sem_seg"].argmax(dim=0).cpu().numpy()
-            labels = read_labels(path)
+            labels, logits = read_labels(path), output["sem_seg"]
+            if logits is None:
+                predicted = np.full(labels.shape, len(self.classes))
+            else:
+                predicted = logits.argmax(dim=0).cpu().numpy()
             counts = confusion(labels, predicted, len(self.classes), self.ignore_label, path)
             filled = np.flatnonzero(counts)
             self.counted.append((example["file_name"], filled, counts.flat[filled]))
@@ -74,7 +78,8 @@ class SemanticEvaluator(DatasetEvaluator):
         if shares is None:
             return {}
         counted = [image for share in shares for image in share]
-        total = np.zeros((len(self.classes),) * 2, dtype=np.int64)  # annotated x predicted
+        # Annotated x predicted.
+        total = np.zeros((len(self.classes), len(self.classes) + 1), dtype=np.int64)
         for index in images_once(self.dataset_name, [c[0] for c in counted], self.label_files):
             _, filled, counts = counted[index]
             total.flat[filled] += counts
@@ -84,11 +89,11 @@ class SemanticEvaluator(DatasetEvaluator):
 def confusion(
     labels: np.ndarray, predicted: np.ndarray, num_classes: int, ignore_label: int, name: str = ""
 ) -> np.ndarray:
-    """(num_classes, num_classes) int64 counts of pixels, annotated by predicted class.
+    """(num_classes, num_classes + 1) int64 counts of pixels, annotated by predicted class.
 
     Args:
         labels: (H, W) int, in [0, num_classes) or ``ignore_label``, which is not counted.
-        predicted: (H, W) int in [0, num_classes).
+        predicted: (H, W) int in [0, num_classes], the last where nothing was predicted.
         name: the file of the labels, for errors.
 
     Raises:
@@ -107,15 +112,16 @@ def confusion(
             f"{name} has the label {wrong}, but the classes are {num_classes}, counted from 0, "
             f"and {ignore_label} for what is not counted."
         )
-    pairs = labels.astype(np.int64) * num_classes + predicted
-    return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
+    shape = num_classes, num_classes + 1
+    pairs = np.ravel_multi_index((labels.astype(np.int64), predicted), shape)
+    return np.bincount(pairs, minlength=shape[0] * shape[1]).reshape(shape)
 
 
 def scores(counts: np.ndarray, classes: Sequence[str]) -> dict[str, float]:
-    """Metrics in percent of a confusion matrix (annotated x predicted); see ``evaluate``."""
+    """Metrics in percent of a confusion matrix (see `confusion`); see ``evaluate``."""
     right = counts.diagonal().astype(np.float64)
     annotated = counts.sum(axis=1).astype(np.float64)
-    union = annotated + counts.sum(axis=0) - right
+    union = annotated + counts.sum(axis=0)[: len(right)] - right
     with np.errstate(invalid="ignore"):  # 0 / 0: NaN, there was nothing to find
         iou = 100 * right / union
         accuracy = 100 * right / annotated

@@ -1,6 +1,6 @@
 """Trained models for single images: detectors and semantic segmentation models."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from moco_common.errors import UserError
 from moco_common.images import DecodeError, read_picture
+from moco_common.progress import silent
+from moco_common.text import counted
 from moco_det.checkpoint.detector_weights import load_detector, read_detector
 from moco_det.checkpoint.run_checkpointer import newest_checkpoints
 from moco_det.config.defaults import is_semantic_model
@@ -179,10 +181,13 @@ def class_names(cfg: CfgNode) -> list[str]:
     return [f"class {index}" for index in range(count)]
 
 
-def find_images(paths: Sequence[str | Path]) -> list[tuple[Path, Path]]:
+def find_images(
+    paths: Sequence[str | Path], say: Callable[[str], None] = silent
+) -> list[tuple[Path, Path]]:
     """List (file, name of its picture) for image and video files, and for all those below folders.
 
-    Names are unique and relative to the given folder. What earlier predictions drew is left out.
+    Names are unique and relative to the given folder. What earlier predictions drew is left out,
+    which `say` reports.
     Files passed by name are listed whatever their suffix, so that a wrong one is reported.
 
     Raises:
@@ -205,6 +210,9 @@ def find_images(paths: Sequence[str | Path]) -> list[tuple[Path, Path]]:
         less = "; drawings of earlier predictions do not count" if found else ""
         where = ", ".join(map(str, paths))
         raise UserError(f"no image or video in {where} (looked for {kinds}{less})")
+    if len(photos) < len({file for file, _ in found}):
+        drawn = counted(len({file for file, _ in found}) - len(photos), "file")
+        say(f"{drawn} left out, drawn by earlier predictions")
     taken: set[Path] = set()
     named = []
     for file, name in photos.items():

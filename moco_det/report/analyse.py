@@ -12,7 +12,7 @@ import numpy as np
 from moco_common.files import protecting
 from moco_det.report.curves import precision_recall_curves
 from moco_det.report.error_analysis import RunAnalysis, analyse_run, choose_images
-from moco_det.report.example_images import classes_of_runs, draw_images
+from moco_det.report.example_images import any_masks, classes_of_runs, draw_images
 from moco_det.report.groups import Group
 from moco_det.report.predictions_io import OpenDataset, has_predictions, open_dataset
 from moco_det.report.runs import Run
@@ -90,8 +90,8 @@ def analyse_groups(
     runs = {label: kept for label, kept in runs.items() if kept}
     if not runs:
         return None
-    classes = classes_of_runs([run.path for kept in runs.values() for run in kept])
-    dataset = open_dataset(groups[0].table[1], classes)
+    paths = [run.path for kept in runs.values() for run in kept]
+    dataset = open_dataset(groups[0].table[1], classes_of_runs(paths), masks=any_masks(paths))
     analyses = {
         label: [analyse_run(run.path, dataset) for run in kept] for label, kept in runs.items()
     }

@@ -109,7 +109,8 @@ def compare_runs(
     Raises:
         UserError: a run has no predictions, or no image of the data set has annotations.
     """
-    opened = open_dataset(dataset, class_names or classes_of_runs(runs.values()))
+    names = class_names or classes_of_runs(runs.values())
+    opened = open_dataset(dataset, names, masks=any_masks(runs.values()))
     records = opened.records
     annotated = [record for record in records if record.get("annotations")]
     if not annotated:
@@ -164,6 +165,11 @@ def classes_of_runs(runs: Iterable[str | Path]) -> list[str] | None:
     """The classes in the config of the first run whose config names them."""
     named = (read_run(run).config.get("DATASETS.CLASSES") for run in runs)
     return next((list(names) for names in named if names), None)
+
+
+def any_masks(runs: Iterable[str | Path]) -> bool:
+    """Return True if a run predicts masks, or does not tell."""
+    return any(read_run(run).config.get("MODEL.MASK_ON", True) for run in runs)
 
 
 def _cell(

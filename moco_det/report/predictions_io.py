@@ -91,18 +91,21 @@ class OpenDataset:
 
 
 def open_dataset(
-    dataset: str | Sequence[Mapping[str, Any]], class_names: Sequence[str] | None = None
+    dataset: str | Sequence[Mapping[str, Any]],
+    class_names: Sequence[str] | None = None,
+    masks: bool = True,
 ) -> OpenDataset:
     """Open a registered name, a `voc:` or `coco:` text, or Detectron2's dataset dicts.
 
     Args:
         class_names: in the order of the classifier; default: those of the data set.
+        masks: whether masks are wanted; without, no object is left out for its mask.
 
     Raises:
         UserError: the data set cannot be read.
     """
     if isinstance(dataset, str):
-        name = register(dataset, class_names)
+        name = register(dataset, class_names, masks=masks)
         metadata = MetadataCatalog.get(name)
         ids = metadata.get("thing_dataset_id_to_contiguous_id")
         names = metadata.get("thing_classes", class_names)

@@ -10,7 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moco_common.images import DecodeError, RefusedImageError, open_picture, orientation
+from moco_common.images import (
+    DecodeError,
+    RefusedImageError,
+    open_picture,
+    orientation,
+    stored_size,
+)
 from moco_det.data.datasets.findings import DatasetReport
 
 PNG_EXIF_KEYS = ("exif", "Raw profile type exif", "XML:com.adobe.xmp")
@@ -42,7 +48,8 @@ def read_header(path: str | os.PathLike[str]) -> ImageHeader | str:
             # On a PNG without these keys getexif() would decode the whole image to look for a chunk
             # after the pixels.
             tagged = image.format != "PNG" or any(key in image.info for key in PNG_EXIF_KEYS)
-            return ImageHeader(image.width, image.height, orientation(image) if tagged else 1)
+            turn = orientation(image) if tagged else 1
+            return ImageHeader(*stored_size(image), turn)
     except FileNotFoundError:
         return "image missing"
     except RefusedImageError as error:

@@ -151,6 +151,18 @@ def test_ids_beyond_float64_change_neither_the_results_nor_the_report(tmp_path, 
     assert json.dumps(first.sizes) == json.dumps(second.sizes)
 
 
+def test_a_class_without_objects_is_named_and_not_in_the_mean(tmp_path, caplog):
+    spec = write_coco(tmp_path)
+    trained = ["absent", *MetadataCatalog.get(register(spec)).thing_classes]
+    records = DatasetCatalog.get(register(spec, classes=trained))
+    pairs = [predict(record) for record in records]
+    results = run(build_evaluator(spec, output_dir=tmp_path / "out", tasks=["bbox"]), pairs)
+    assert f"warning: {spec} has no object of absent, unseen: not in the mean AP" in caplog.messages
+    assert np.isnan(results["bbox"]["AP-absent"])
+    there = [results["bbox"][f"AP-{name}"] for name in trained[1:]]
+    assert results["bbox"]["AP"] == pytest.approx(np.nanmean(there))
+
+
 def test_data_without_masks_are_evaluated_for_boxes_whatever_the_model_predicts(tmp_path):
     name = register(write_coco(tmp_path, masks=False))
     assert not MetadataCatalog.get(name).has_masks

@@ -253,6 +253,34 @@ def test_lvis_metrics_are_those_of_the_lvis_package(task, tmp_path, catalog, mon
     assert 0 < ours["AP"] < 100
 
 
+def test_lvis_ids_of_any_size_change_nothing(tmp_path, catalog):
+    pytest.importorskip("hotcoco")
+    content, found = lvis_problem(np.random.default_rng(1))
+    datasets, metadata = catalog
+    results = []
+    for name, offset in (("small", 0), ("large", 2**63)):
+        images = [{**image, "id": image["id"] + offset} for image in content["images"]]
+        objects = [{**a, "image_id": a["image_id"] + offset} for a in content["annotations"]]
+        file = tmp_path / f"{name}.json"
+        file.write_text(json.dumps({**content, "images": images, "annotations": objects}))
+        datasets.register(f"lvis_{name}", lambda: None)
+        names = [category["name"] for category in content["categories"]]
+        metadata.get(f"lvis_{name}").set(
+            json_file=str(file), thing_classes=names, evaluator_type="lvis"
+        )
+        evaluator = build_evaluator(f"lvis_{name}", tasks=["bbox"], output_dir=tmp_path / name)
+        for image in images:
+            mine = [f for f in found if f[0] + offset == image["id"]]
+            boxes = torch.as_tensor(np.array([f[2] for f in mine]))
+            boxes[:, 2:] += boxes[:, :2]
+            masks = np.zeros((len(mine), *SHAPE), bool)
+            output = instances(masks, [f[1] - 1 for f in mine], [f[3] for f in mine], boxes)
+            evaluator.process([{"image_id": image["id"]}], [output])
+        results.append(evaluator.evaluate()["bbox"])
+    assert 0 < results[0]["AP"] < 100
+    np.testing.assert_equal(results[1], results[0])
+
+
 def test_without_hotcoco_lvis_is_refused_with_the_extra(monkeypatch, catalog):
     datasets, metadata = catalog
     datasets.register("lvis_there", list)

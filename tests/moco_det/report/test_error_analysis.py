@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import yaml
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -20,6 +21,7 @@ from moco_det.report.error_analysis import (
     count_confusions,
     match,
 )
+from moco_det.report.example_images import any_masks
 from moco_det.report.predictions_io import annotated_objects, open_dataset
 from moco_det.report.runs import read_runs
 from moco_det.report.sections import details, deviations
@@ -108,6 +110,25 @@ def test_curves_and_sizes_are_those_of_pycocotools(tmp_path):
     expected = [100 * value if value >= 0 else np.nan for value in evaluation.stats[3:6]]
     np.testing.assert_array_equal(list(found.sizes.values()), expected)
     assert found.confusion[:2].sum() == sum(not a["iscrowd"] for a in truth.dataset["annotations"])
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_an_object_whose_mask_is_odd_counts_in_the_report_on_boxes_alone(tmp_path, masks):
+    spec = write_coco(tmp_path / "data")
+    run = write_run(tmp_path / "run", dataset=spec)
+    file = tmp_path / "data" / "own.json"
+    content = json.loads(file.read_text())
+    for item in content["annotations"]:
+        item["segmentation"] = [[1, 1, 9, 1, 9, 9]]
+    content["annotations"][0]["segmentation"] = "odd"
+    file.write_text(json.dumps(content))
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["MODEL"]["MASK_ON"] = masks
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    assert any_masks([run]) == masks
+    dataset = open_dataset(spec, masks=any_masks([run]))
+    found = sum(len(record["annotations"]) for record in dataset.records)
+    assert found == len(content["annotations"]) - masks
 
 
 def test_f1_of_an_image_is_the_one_of_its_shown_detections(tmp_path):
