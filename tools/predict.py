@@ -42,7 +42,7 @@ def work(args: argparse.Namespace) -> int:
     check_request(args.config, ())
     from tqdm import tqdm
 
-    from moco_common.progress import follow
+    from moco_common.progress import follow, silent
     from moco_det.engine.console_log import silence_detectron2
     from moco_det.inference import predictor
     from moco_det.inference.predict_folder import predict
@@ -50,7 +50,7 @@ def work(args: argparse.Namespace) -> int:
 
     silence_detectron2()
     failures = objects = pictures = 0
-    images = predictor.find_images(args.images)
+    images = predictor.find_images(args.images, silent if args.quiet else print)
     if args.run is not None:
         model = predictor.predictor_of_run(args.run, args.threshold)
     else:

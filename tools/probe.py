@@ -19,12 +19,12 @@ EPILOG = """examples:
   probe.py runs/moco-v2/checkpoint_last.pth --train imagenet/train --test imagenet/val --linear
   probe.py runs/own/checkpoint_last.pth --train photos --holdout 0.2 --quick
   probe.py random --config runs/own/config.yaml --train photos     # the baseline
-  probe.py other.pth --train photos --linear --lr 0.3 1 3 10 30    # a sweep, in one pass
+  probe.py other.pth --train photos --linear --lr 30    # the paper's rate, on all images
 """
 
 
 def parser() -> argparse.ArgumentParser:
-    from pretrain.probe.defaults import RATES, TEMPERATURE, K
+    from pretrain.probe.defaults import SWEEP, TEMPERATURE, K
 
     result = argparse.ArgumentParser("moco-probe", description=__doc__, epilog=EPILOG)
     result.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     add("--holdout", type=float, default=0.2, metavar="SHARE", help="held-out share (default: 0.2)")
     add("--quick", action="store_true", help="fit a logistic regression on stored features")
     add("--linear", action="store_true", help="train the paper's linear classifier, 100 epochs")
-    add("--lr", nargs="+", type=float, default=RATES, help="learning rates to try (default: 30)")
+    add("--lr", nargs="+", type=float, default=SWEEP, help="rates to try (default: 0.1 to 30)")
     add("--epochs", type=float, default=100, help="length of --linear (default: 100)")
     add("-k", type=int, default=K, help=f"number of neighbours (default: {K})")
     what = f"temperature of the neighbours' votes (default: {TEMPERATURE})"

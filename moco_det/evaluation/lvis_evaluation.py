@@ -107,9 +107,9 @@ class LVISEvaluator(DatasetEvaluator):
         return {task: lvis_metrics(truth, numbered, task, classes) for task in self.tasks}
 
 
-def _numbered(content: dict[str, Any], numbers: Numbers) -> Mapping[str, Any]:
+def _numbered(content: dict[str, Any], numbers: Numbers) -> dict[str, Any]:
     """The ground truth with numbers for ids, also in the classes that were judged in an image."""
-    truth = numbers.truth(content)
+    truth = dict(numbers.truth(content))
     for image in truth["images"]:
         for key in ("neg_category_ids", "not_exhaustive_category_ids"):
             judged = [numbers.categories.get(category) for category in image.get(key, ())]

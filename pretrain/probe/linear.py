@@ -137,13 +137,15 @@ def train_linear(
                     epoch = (step + 1) * protocol.batch_size / len(images)
                     text = " ".join(f"{loss.item():.3f}" for loss in losses)
                     loop.tell(f"epoch {epoch:.1f}/{protocol.epochs:g}  loss {text}")
-    for rate, loss in zip(protocol.rates, means.tolist(), strict=True):
-        if not loss <= chance:  # nan too
-            say(
-                f"warning: the loss at learning rate {rate:g} ended at {loss:.3g}, above that of "
-                f"chance ({chance:.3g}): it diverged, and its accuracy says little about the "
-                f"features; pass lower rates, such as --lr 0.1 0.3 1 3 10"
-            )
+    ends = dict(zip(protocol.rates, means.tolist(), strict=True))
+    diverged = {rate: loss for rate, loss in ends.items() if not loss <= chance}  # nan too
+    if diverged:
+        which = ", ".join(f"{rate:g} (loss {loss:.3g})" for rate, loss in diverged.items())
+        advice = "" if len(diverged) < len(ends) else "; pass lower rates with --lr"
+        say(
+            f"warning: the training diverged at the learning rate {which}, above the loss of "
+            f"chance ({chance:.3g}), and its accuracy says little about the features{advice}"
+        )
     return heads
 
 

@@ -33,6 +33,17 @@ from moco_det.data.datasets.units import check_corners, refuse_normalised
 from moco_det.data.datasets.values import are_numbers, is_whole, read_flag, read_id, whole_number
 
 Json = dict[str, Any]
+# The keys by which files of annotation tools are known, of the file or of the first of its entries.
+FOREIGN = (
+    ("Labelbox", {"data_row"}),
+    ("Labelbox", {"Labeled Data"}),
+    ("LabelMe", {"shapes", "imagePath"}),
+    ("VIA", {"_via_img_metadata"}),
+    ("Label Studio", {"data", "annotations"}),
+    ("Label Studio", {"data", "completions"}),
+    ("Create ML", {"image", "annotations"}),
+    ("Supervisely", {"objects", "size", "tags"}),
+)
 NAME_KEYS = ("file_name", "filename")  # the format's, and what some tools write
 
 
@@ -91,10 +102,21 @@ def _load(json_file: Path) -> Json:
     except OSError as error:
         raise UserError(f"cannot read {json_file}: {error.strerror or error}") from None
     except json.JSONDecodeError as error:
+        if error.msg == "Extra data":  # a second value, as in files of one JSON object a line
+            raise UserError(
+                f"{json_file} holds several JSON values, one a line (NDJSON), which is not read: "
+                "export the data in COCO's format"
+            ) from None
         where = f"line {error.lineno}, column {error.colno}"
         raise UserError(f"{json_file} is not JSON: {error.msg} at {where}") from None
     except ValueError:  # not UTF-8, a number of 5,000 digits, endless nesting
         raise UserError(f"{json_file} is not JSON that can be read") from None
+    tool = _foreign_format(content)
+    if tool:
+        raise UserError(
+            f"{json_file} is in {tool}'s own format, which is not read: export it from there in "
+            "COCO's format"
+        )
     for key in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise UserError(
@@ -102,6 +124,17 @@ def _load(json_file: Path) -> Json:
                 "images, annotations and categories"
             )
     return content
+
+
+def _foreign_format(content: Any) -> str:
+    """The annotation tool whose own format a JSON file is in; "" for COCO's and unknown ones."""
+    first = content[0] if isinstance(content, list) and content else content
+    if isinstance(content, dict) and "images" not in content:
+        values = [value for value in content.values() if isinstance(value, dict)]
+        if values and all("regions" in value and "filename" in value for value in values):
+            return "VIA"
+    keys = set(first) if isinstance(first, dict) else set()
+    return next((tool for tool, marks in FOREIGN if keys.issuperset(marks)), "")
 
 
 def _read_categories(

@@ -28,6 +28,7 @@ from moco_det.data.datasets.values import read_id, read_number
 
 SPLIT_KEYS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 NAME_FILES = ("classes.txt", "labels/classes.txt", "obj.names", "data/obj.names")
+ENOUGH = 8  # lines whose keypoints without visibility can be told from outlines
 TOLERANCE = 0.01  # by which rounding may move a share out of 0 to 1
 
 
@@ -65,14 +66,20 @@ def read_yolo(
         )
     texts = [_read_lines(path) for path in labels]
     values = [row for lines in texts if isinstance(lines, list) for _, row in lines if row]
-    _refuse_pixels([row[1:5] if description.points else row[1:] for row in values], report.spec)
+    points = description.points or _points_of_poses(values)
+    _refuse_pixels([row[1:5] if points else row[1:] for row in values], report.spec)
+    _refuse_confidences(values, report.spec)
     names = description.names or _listed_names(folder)
     if names is None:
         most = max((int(row[0]) for row in values if row[0] >= 0), default=-1)
         names = {number: f"class {number}" for number in range(min(most + 1, 10_000))}
         report.notes.append("no file names the classes (data.yaml, classes.txt): numbered")
-    if description.points:
+    if points:
         report.notes.append("keypoints are not read: convert them to COCO's format")
+    elif values and all(len(row) == 9 for row in values):
+        report.notes.append(
+            "all outlines have four corners: oriented boxes count as the upright boxes around them"
+        )
     classes = list(dict.fromkeys(names[number] for number in sorted(names)))
     ids = {names[number]: number for number in sorted(names, reverse=True)}
 
@@ -88,7 +95,7 @@ def read_yolo(
         if lines is None:
             report.add("label file missing", file, action="taken as without objects")
         where = os.path.relpath(label, folder)
-        record = _record(path, file, header, lines or [], where, names, description.points, report)
+        record = _record(path, file, header, lines or [], where, names, points, report)
         records.append(record)
     _name_unused_labels(folder, images, labels, report)
     return records, classes, {"category_ids": ids}
@@ -218,6 +225,43 @@ def _refuse_pixels(rows: Sequence[list[float]], spec: str) -> None:
             f"{spec}: {beyond:,} of {counted(len(rows), 'object', ',')} have coordinates outside 0 "
             "to 1, so they are pixels: YOLO's are shares of the image; divide x and width by the "
             "width of the image, y and height by its height"
+        )
+
+
+def _points_of_poses(rows: Sequence[list[float]]) -> int:
+    """The keypoints of an object where all lines are ``class cx cy w h`` and keypoints inside that
+    box, which a description without ``kpt_shape`` does not tell; 0 for outlines."""
+    lengths = {len(row) for row in rows}
+    if len(lengths) != 1:
+        return 0
+    (length,) = lengths
+    array = np.array(rows, dtype=np.float64)
+    for numbers, least in ((3, 1), (2, ENOUGH)):  # x, y and visibility; x and y
+        if length <= 5 or (length - 5) % numbers or len(rows) < least:
+            continue
+        points = array[:, 5:].reshape(len(rows), -1, numbers)
+        labelled = points[..., 2] > 0 if numbers == 3 else (points > 0).any(axis=2)
+        if numbers == 3 and not np.isin(points[..., 2], (0, 1, 2)).all():
+            continue
+        center, sides = array[:, None, 1:3], array[:, None, 3:5]
+        inside = (np.abs(points[..., :2] - center) <= sides / 2 + TOLERANCE).all(axis=2)
+        if (sides > 0).all() and (inside | ~labelled).all():
+            return points.shape[1]
+    return 0
+
+
+def _refuse_confidences(rows: Sequence[list[float]], spec: str) -> None:
+    """Refuse a data set whose lines are ``class cx cy w h confidence``, as predictions are saved.
+
+    Raises:
+        UserError: most lines are of this form.
+    """
+    beyond = sum(len(row) == 6 for row in rows)
+    if 2 * beyond > len(rows):
+        raise UserError(
+            f"{spec}: {beyond:,} of {counted(len(rows), 'line', ',')} have six numbers, as saved "
+            "predictions with a confidence have: remove the last number of each, and check that "
+            "these are meant as annotations"
         )
 
 

@@ -234,6 +234,9 @@ def test_drawings_are_not_predicted_on_and_may_be_drawn_again(box_run, tmp_path,
         assert [Path(i["file_name"]).name for i in content["images"]] == ["a.jpg"]
     cv2.imwrite("b.jpg", np.zeros((64, 96, 3), np.uint8))
     assert main([*arguments, "b.jpg"]) is None
+    said = []
+    assert len(find_images(["."], said.append)) == 2
+    assert said == ["3 files left out, drawn by earlier predictions"]
     assert main([*arguments, "."]) is None  # also replaces what the run before the last drew
     content = json.loads(Path(out, "predictions.json").read_text())
     assert len(content["images"]) == 2

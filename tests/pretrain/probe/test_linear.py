@@ -165,5 +165,6 @@ def test_a_classifier_that_diverges_is_reported_by_its_learning_rate(tmp_path):
     protocol = LinearProtocol(rates=(0.5, 1e5), epochs=4, batch_size=6)
     train_linear(tiny_backbone(), images, protocol, crop_size=32, seed=3, say=said.append)
     (warning,) = [text for text in said if "warning" in text]
-    assert "learning rate 100000 ended at" in warning
-    assert "above that of chance (1.1)" in warning
+    assert "diverged at the learning rate 100000 (loss " in warning
+    assert "above the loss of chance (1.1)" in warning
+    assert "0.5" not in warning

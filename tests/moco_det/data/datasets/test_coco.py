@@ -307,6 +307,32 @@ def test_a_file_alone_finds_the_images_beside_it(file, place):
     assert dataset_report(f"coco:{path}").findings == []
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([{"data_row": {"id": "x"}, "projects": {}}], "in Labelbox's own format"),
+        ([{"ID": "x", "Labeled Data": "a.jpg", "Label": {}}], "in Labelbox's own format"),
+        ({"version": "5", "shapes": [], "imagePath": "a.jpg"}, "in LabelMe's own format"),
+        ({"_via_settings": {}, "_via_img_metadata": {}}, "in VIA's own format"),
+        ({"a.jpg123": {"filename": "a.jpg", "size": 1, "regions": []}}, "in VIA's own format"),
+        ([{"id": 1, "data": {}, "annotations": []}], "in Label Studio's own format"),
+        ([{"image": "a.jpg", "annotations": []}], "in Create ML's own format"),
+    ],
+)
+def test_the_own_format_of_a_tool_is_named(tmp_path, content, message):
+    path = tmp_path / "export.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message):
+        register(f"coco:{path}:{tmp_path}")
+
+
+def test_one_json_object_a_line_is_named(tmp_path):
+    path = tmp_path / "export.json"
+    path.write_text('{"data_row": {}}\n{"data_row": {}}\n')
+    with pytest.raises(UserError, match="several JSON values, one a line"):
+        register(f"coco:{path}:{tmp_path}")
+
+
 def person(file, names=("nose", "left_eye", "right_eye"), **more):
     file.content["categories"] = [{"id": 3, "name": "person", "keypoints": list(names), **more}]
     return file

@@ -207,3 +207,43 @@ def test_mistakes_are_one_clear_sentence(tmp_path):
         register(f"yolo:{tmp_path}/absent:all")
     with pytest.raises(UserError, match="write voc:DIR:SPLIT"):
         register("yolo:train")
+
+
+POSE = "0 0.5 0.5 0.4 0.4 0.4 0.4 2 0.6 0.6 1 0.5 0.5 0 0.45 0.6 2"
+
+
+@pytest.mark.parametrize("count", [1, 12])
+def test_poses_without_a_description_are_boxes_not_outlines(tmp_path, count):
+    """x, y and visibility of 4 keypoints after the box: 16 numbers, as many as 8 corners have."""
+    for number in range(count):
+        add(tmp_path, f"{number}.png", f"{number}.txt", POSE)
+    records, report, metadata = read(f"yolo:{tmp_path}:all")
+    expected = [0.3 * WIDTH, 0.3 * HEIGHT, 0.7 * WIDTH, 0.7 * HEIGHT]
+    np.testing.assert_allclose(records["0"]["annotations"][0]["bbox"], expected)
+    assert not metadata.has_masks
+    assert any("keypoints are not read" in note for note in report.notes)
+
+
+def test_poses_without_visibility_are_told_from_outlines_over_many_lines(tmp_path):
+    rng = np.random.default_rng(0)
+    for number in range(10):
+        points = " ".join(f"{v:.3f}" for v in rng.uniform(0.41, 0.59, 10))
+        add(tmp_path, f"{number}.png", f"{number}.txt", f"0 0.5 0.5 0.2 0.2 {points}")
+    records, _, metadata = read(f"yolo:{tmp_path}:all")
+    expected = [0.4 * WIDTH, 0.4 * HEIGHT, 0.6 * WIDTH, 0.6 * HEIGHT]
+    np.testing.assert_allclose(records["3"]["annotations"][0]["bbox"], expected)
+    assert not metadata.has_masks
+
+
+def test_oriented_boxes_are_the_upright_boxes_around_them(tmp_path):
+    add(tmp_path, "a.png", "a.txt", "0 0.5 0.2 0.8 0.5 0.5 0.8 0.2 0.5")
+    records, report, _ = read(f"yolo:{tmp_path}:all", masks=False)
+    expected = [0.2 * WIDTH, 0.2 * HEIGHT, 0.8 * WIDTH, 0.8 * HEIGHT]
+    np.testing.assert_allclose(records["a"]["annotations"][0]["bbox"], expected)
+    assert any("oriented boxes count as the upright boxes" in note for note in report.notes)
+
+
+def test_saved_predictions_are_not_taken_for_annotations(tmp_path):
+    add(tmp_path, "a.png", "a.txt", f"{LINE} 0.91", f"{LINE} 0.4")
+    with pytest.raises(UserError, match="2 of 2 lines have six numbers, as saved predictions"):
+        register(f"yolo:{tmp_path}:all")
