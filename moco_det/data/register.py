@@ -108,6 +108,7 @@ class OwnData:
         report.images = len(self.records)
         if not report.classes:
             raise UserError(f"{self.spec} names no class: it has no object with a class name")
+        self._note_names_in_two_cases(report.classes)
         if is_semantic(self.spec):
             self._check_labels(report.classes)
             self.metadata["stuff_classes"] = report.classes
@@ -120,6 +121,16 @@ class OwnData:
         if strict and report.findings:
             raise UserError(f"{counted(len(report.findings), 'fault')} in {report.summary()}")
         add_to_catalogs(self.spec, self.records, {**self.metadata, "report": report})
+
+    def _note_names_in_two_cases(self, classes: list[str]) -> None:
+        by_name: dict[str, list[str]] = {}
+        for name in classes:
+            by_name.setdefault(name.casefold(), []).append(name)
+        for names in by_name.values():
+            if len(names) > 1:
+                self.report.notes.append(
+                    f"the classes {' and '.join(names)} differ in case alone: they stay two classes"
+                )
 
     def _check_labels(self, classes: list[str]) -> None:
         allowed = min(len(classes), IGNORE_LABEL)

@@ -149,6 +149,7 @@ def _read_categories(
     for number, entry in enumerate(content["categories"], start=1):
         entry = entry if isinstance(entry, dict) else {}
         key, name = read_id(entry.get("id")), entry.get("name")
+        name = name if isinstance(name, str) else read_id(name)  # classes named 1, 2, ...
         if key is None or not isinstance(name, str) or not name.strip():
             report.add(
                 "category unreadable", json_file.name, f"category {number}", action="skipped"

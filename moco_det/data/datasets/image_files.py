@@ -29,15 +29,33 @@ def is_image(path: str | os.PathLike[str]) -> bool:
 def files_below(folder: Path) -> Iterator[tuple[str, str]]:
     """(path below ``folder``, path) of all files, folder by folder, sorted.
 
-    Hidden files and folders are left out, such as the ``._1.xml`` that macOS leaves behind.
+    Links to folders are followed, except back to a folder above. Hidden files and folders are left
+    out, such as the ``._1.xml`` that macOS leaves behind.
     """
     start = len(os.path.join(folder, ""))
-    for root, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    for root, folders, files in os.walk(folder, followlinks=True):
+        shown = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = [
+            name for name in shown if not _leads_back(os.path.join(root, name), os.fspath(folder))
+        ]
         for file in sorted(files):
             if not file.startswith("."):
                 path = os.path.join(root, file)
                 yield path[start:], path
+
+
+def _leads_back(folder: str, start: str) -> bool:
+    """True for a link to a folder that holds it: one on the way from ``start``, or above that."""
+    if not os.path.islink(folder):
+        return False
+    real, above = os.path.realpath(folder), os.path.dirname(folder)
+    if os.path.join(os.path.realpath(start), "").startswith(os.path.join(real, "")):
+        return True
+    while len(above) > len(start):
+        if os.path.realpath(above) == real:
+            return True
+        above = os.path.dirname(above)
+    return False
 
 
 def folded(name: str) -> str:

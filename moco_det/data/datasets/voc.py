@@ -340,14 +340,19 @@ def _read_annotation(path: str, file: str) -> _Annotation | str:
     if root.tag.startswith("{"):  # a namespace
         for node in root.iter():
             node.tag = node.tag.rpartition("}")[2]
+    if root.find("object") is None:  # tags in capitals, or objects in a list of their own
+        for node in root.iter():
+            node.tag = node.tag.lower() if isinstance(node.tag, str) else node.tag
     if root.tag.lower() != "annotation" and root.find("object") is None:
-        return f"annotation unreadable (its root is <{root.tag[:40]}>, not <annotation>)"
+        tool = ", as in CVAT's own format" if root.tag == "annotations" else ""
+        return f"annotation unreadable (its root is <{root.tag[:40]}>, not <annotation>{tool})"
     annotation = _Annotation(file, filename=(root.findtext("filename") or "").strip())
     width = read_number(root.findtext("size/width"))
     height = read_number(root.findtext("size/height"))
     if width and height and round(width) > 0 and round(height) > 0:
         annotation.size = (round(width), round(height))
-    annotation.objects = [_read_object(obj) for obj in root.findall("object")]
+    objects = root.findall("object") or root.findall(".//object")
+    annotation.objects = [_read_object(obj) for obj in objects]
     return annotation
 
 
@@ -366,7 +371,10 @@ def _read_object(obj: ET.Element) -> _Object:
 
 
 def _corners(bndbox: ET.Element | None) -> tuple[float, ...] | None:
-    box = {child.tag: child.text for child in reversed(bndbox if bndbox is not None else ())}
+    if bndbox is None:
+        return None
+    box: dict[str, str | None] = {**bndbox.attrib}
+    box |= {child.tag: child.text for child in reversed(bndbox)}
     read = [read_number(box.get(corner)) for corner in CORNERS]
     found = tuple(value for value in read if value is not None)
     return found if len(found) == 4 else None

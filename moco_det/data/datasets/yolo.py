@@ -189,10 +189,11 @@ def _images_of(place: Path, root: Path) -> Iterator[str]:
 
 
 def _label_file(image: str) -> str:
-    """``.../labels/NAME.txt`` for ``.../images/NAME.jpg``; else beside the image."""
-    head, separator, tail = image.rpartition("/images/")
-    moved = f"{head}/labels/{tail}" if separator else image
-    labels = [f"{os.path.splitext(path)[0]}.txt" for path in (moved, image)]
+    """``.../labels/NAME.txt`` for ``.../images/NAME.jpg``, in any case; else beside the image."""
+    at = image.lower().rfind("/images/")
+    head, tail = image[: at + 1], image[at + len("/images/") :]
+    moved = [f"{head}{name}/{tail}" for name in ("labels", "Labels", "LABELS") if at >= 0]
+    labels = [f"{os.path.splitext(path)[0]}.txt" for path in (*moved, image)]
     return next(filter(os.path.isfile, labels), labels[0])
 
 

@@ -326,6 +326,13 @@ def test_the_own_format_of_a_tool_is_named(tmp_path, content, message):
         register(f"coco:{path}:{tmp_path}")
 
 
+def test_a_class_may_be_named_by_a_number(file):
+    file.content["categories"] = [{"id": 3, "name": 7}, {"id": 12, "name": "8"}]
+    file.add(1, {"bbox": [10, 20, 20, 20]})
+    _, report, metadata = file.read()
+    assert (metadata.thing_classes, report.findings) == (["7", "8"], [])
+
+
 def test_one_json_object_a_line_is_named(tmp_path):
     path = tmp_path / "export.json"
     path.write_text('{"data_row": {}}\n{"data_row": {}}\n')

@@ -454,3 +454,43 @@ def test_a_share_and_its_rest_are_a_stratified_split(folder):
     for share in ("0%", "100%"):
         with pytest.raises(UserError, match="a share is above 0 % and below 100 %"):
             register(f"voc:{folder.root}:{share}")
+
+
+@pytest.mark.parametrize(
+    "xml",
+    [
+        "<annotation>{size}<Object><Name>cat</Name><BndBox>{box}</BndBox></Object></annotation>",
+        "<annotation>{size}<objects><object><name>cat</name><bndbox>{box}</bndbox></object>"
+        "</objects></annotation>",
+        "<annotation>{size}<object><name>cat</name>"
+        '<bndbox xmin="2" ymin="3" xmax="20" ymax="30"/></object></annotation>',
+    ],
+    ids=["capitals", "a list of objects", "attributes"],
+)
+def test_objects_written_in_another_way_are_read(folder, xml):
+    folder.add("1", box_xml())
+    expected = boxes(folder.read()[0]["1"])
+    box = "<xmin>2</xmin><ymin>3</ymin><xmax>20</xmax><ymax>30</ymax>"
+    text = xml.format(size=size_xml(64, 48), box=box)
+    (folder.root / "Annotations/1.xml").write_text(text)
+    assert boxes(folder.read()[0]["1"]) == expected
+
+
+def test_linked_folders_are_searched_and_a_link_back_is_not(folder, tmp_path):
+    folder.add("1", box_xml())
+    flat, other = tmp_path / "flat", tmp_path / "other"
+    flat.mkdir()
+    other.mkdir()
+    (folder.root / "Annotations/1.xml").rename(flat / "1.xml")
+    (folder.root / "JPEGImages/1.jpg").rename(flat / "1.jpg")
+    for place, target in ((other / "train", flat), (flat / "back", flat), (flat / "up", other)):
+        place.symlink_to(target)
+    (record,) = DatasetCatalog.get(register(f"voc:{other}:train"))
+    assert boxes(record) == [[1.0, 2.0, 20.0, 30.0]]
+
+
+def test_classes_that_differ_in_case_alone_are_noted(folder):
+    folder.add("1", box_xml("cat"), box_xml("Cat", (30, 5, 40, 9)))
+    _, report = folder.read()
+    assert report.classes == ["Cat", "cat"]
+    assert report.notes == ["the classes Cat and cat differ in case alone: they stay two classes"]

@@ -247,3 +247,10 @@ def test_saved_predictions_are_not_taken_for_annotations(tmp_path):
     add(tmp_path, "a.png", "a.txt", f"{LINE} 0.91", f"{LINE} 0.4")
     with pytest.raises(UserError, match="2 of 2 lines have six numbers, as saved predictions"):
         register(f"yolo:{tmp_path}:all")
+
+
+def test_folders_in_capitals_are_found(tmp_path):
+    add(tmp_path, "Images/a.png", "Labels/a.txt", LINE)
+    records, report, _ = read(f"yolo:{tmp_path}:all")
+    assert len(records["Images/a"]["annotations"]) == 1
+    assert report.findings == []
