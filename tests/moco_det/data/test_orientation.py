@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from detectron2.config import get_cfg
 from PIL import Image
 
 from moco_common.images import read_picture
+from moco_det.config.defaults import default_config
 from moco_det.data.dataset_mapper import CheckedMapper
 from moco_det.data.datasets.image_frame import read_header
 from pretrain.data.decoding import decode
@@ -37,7 +37,7 @@ def test_a_picture_is_turned_exactly_once_everywhere(tmp_path, suffix, tag):
     header = read_header(path)
     assert header.stored == (64, 40)
     assert header.shown == (shown.shape[1], shown.shape[0])
-    mapper = CheckedMapper(get_cfg(), False)
+    mapper = CheckedMapper(default_config(), False)
     mapper.augmentations.augs.clear()
     facts = {"width": shown.shape[1], "height": shown.shape[0], "image_id": 1}
     example = mapper({"file_name": str(path), **facts})
