@@ -79,14 +79,19 @@ def read_coco(
     images, aliases = _read_images(content["images"], json_file, image_folders, report)
     listed = {read_id(entry.get("id")) for entry in content["images"] if isinstance(entry, dict)}
     objects = _objects_by_image(
-        content["annotations"], images, aliases, listed, names, file, report
+        content["annotations"],
+        aliases=aliases,
+        listed=listed,
+        names=names,
+        file=file,
+        report=report,
     )
     skeleton = read_skeleton(content["categories"], content["annotations"], file, report)
     headers = read_headers([image["path"] for image in images.values()])
-    _check_units(images, headers, objects, file, report)
+    _check_units(images, headers, objects, file=file, report=report)
     records = []
     for (key, image), header in zip(images.items(), headers, strict=True):
-        record = _read_record(image, header, objects[key], skeleton, report)
+        record = _read_record(image, header, objects[key], skeleton=skeleton, report=report)
         if record is not None:
             records.append(record)
     classes = list(dict.fromkeys(names.values()))
@@ -278,14 +283,20 @@ def _fullest(folders: Sequence[Path], names: list[str], json_file: Path) -> Path
 
 def _objects_by_image(
     entries: list[Any],
-    images: dict[str, Json],
+    *,
     aliases: dict[str, str],
     listed: set[str | None],
     names: dict[str, str],
     file: str,
     report: DatasetReport,
 ) -> dict[str, list[_Object]]:
-    """Image id -> its annotations."""
+    """Image id -> its annotations.
+
+    Args:
+        aliases: image id -> id of the image that its objects belong to.
+        listed: all ids in the file's list of images, usable or not.
+        names: category id -> class name.
+    """
     objects: dict[str, list[_Object]] = defaultdict(list)
     for number, entry in enumerate(entries, start=1):
         entry = entry if isinstance(entry, dict) else {}
@@ -329,6 +340,7 @@ def _check_units(
     images: dict[str, Json],
     headers: Sequence[ImageHeader | str],
     objects: dict[str, list[_Object]],
+    *,
     file: str,
     report: DatasetReport,
 ) -> None:
@@ -357,6 +369,7 @@ def _read_record(
     image: Json,
     header: ImageHeader | str,
     objects: list[_Object],
+    *,
     skeleton: Skeleton | None,
     report: DatasetReport,
 ) -> Json | None:
@@ -366,11 +379,11 @@ def _read_record(
         return None
     boxes = [o.entry["bbox"] for o in objects if are_numbers(o.entry.get("bbox"), 4)]
     corners = [(x, y, x + w, y + h) for x, y, w, h in boxes]
-    frame = find_frame(header, _size(image), corners, report, file)
+    frame = find_frame(header, _size(image), corners, report=report, file=file)
     if frame is None:
         return None
     annotations = [
-        _read_object(found, frame, skeleton, report, file)
+        _read_object(found, frame, skeleton=skeleton, report=report, file=file)
         for found in _each_once(objects, file, report)
     ]
     return {
@@ -385,6 +398,7 @@ def _read_record(
 def _read_object(
     found: _Object,
     frame: Frame,
+    *,
     skeleton: Skeleton | None,
     report: DatasetReport,
     file: str,
@@ -408,11 +422,11 @@ def _read_object(
                 fault = Finding(kind, file, obj, "left out of the object's mask")
     if are_numbers(entry.get("bbox"), 4):
         x, y, w, h = entry["bbox"]
-        stated = ordered_corners([x, y, x + w, y + h], report, file, obj)
-        box = stated and mend_box(frame.box(stated), frame, report, file, obj)
+        stated = ordered_corners([x, y, x + w, y + h], report=report, file=file, obj=obj)
+        box = stated and mend_box(frame.box(stated), frame, report=report, file=file, obj=obj)
     elif mask is not None and not entry.get("bbox"):
         report.add("box missing", file, obj, action="taken from its mask")
-        box = mend_box(mask_box(mask, frame), frame, report, file, obj)
+        box = mend_box(mask_box(mask, frame), frame, report=report, file=file, obj=obj)
     else:
         report.add("box unreadable", file, obj, action="object skipped")
         return None
@@ -436,7 +450,9 @@ def _read_object(
         annotation["segmentation"] = mask
     if skeleton is not None:
         count = len(skeleton.names)
-        annotation["keypoints"] = read_keypoints(entry, count, frame, report, file, obj)
+        annotation["keypoints"] = read_keypoints(
+            entry, count, frame, report=report, file=file, obj=obj
+        )
     # The file's own area decides between small, medium and large, unless the object was scaled.
     if frame.matrix is None and are_numbers([entry.get("area")], 1) and entry["area"] > 0:
         annotation["area"] = float(entry["area"])

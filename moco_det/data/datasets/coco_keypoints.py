@@ -73,6 +73,7 @@ def read_keypoints(
     entry: dict[str, Any],
     count: int,
     frame: Frame,
+    *,
     report: DatasetReport,
     file: str,
     obj: str,

@@ -115,6 +115,7 @@ def find_frame(
     header: ImageHeader,
     size: tuple[int, int] | None,
     boxes: Sequence[Sequence[float]],
+    *,
     report: DatasetReport,
     file: str,
 ) -> Frame | None:
@@ -158,7 +159,7 @@ def find_frame(
 
 
 def mend_box(
-    box: Sequence[float], frame: Frame, report: DatasetReport, file: str, obj: str
+    box: Sequence[float], frame: Frame, *, report: DatasetReport, file: str, obj: str
 ) -> list[float] | None:
     """Clip a box (x0, y0, x1, y1) to its image; None if nothing of it remains."""
     x0, y0, x1, y1 = box
@@ -183,7 +184,7 @@ def mend_box(
 
 
 def ordered_corners(
-    corners: Sequence[float], report: DatasetReport, file: str, obj: str
+    corners: Sequence[float], *, report: DatasetReport, file: str, obj: str
 ) -> list[float] | None:
     """A box (x0, y0, x1, y1), as an annotation states it, with its corners in order.
 

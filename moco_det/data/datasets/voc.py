@@ -250,7 +250,7 @@ class VOCFolder:
             return None
         file = annotation.file
         corners_read = [o.corners for o in annotation.objects if o.corners]
-        frame = find_frame(header, annotation.size, corners_read, report, file)
+        frame = find_frame(header, annotation.size, corners_read, report=report, file=file)
         if frame is None:
             return None
         objects = []
@@ -265,7 +265,7 @@ class VOCFolder:
                 continue
             seen.add(item)
             box = _counted_from_zero(item.corners, report, file, obj)
-            mended = box and mend_box(frame.box(box), frame, report, file, obj)
+            mended = box and mend_box(frame.box(box), frame, report=report, file=file, obj=obj)
             if not mended:
                 continue
             if item.fault:
@@ -328,7 +328,7 @@ def _counted_from_zero(
     if corners is None:
         report.add("box unreadable", file, obj, action="object skipped")
         return None
-    box = ordered_corners(corners, report, file, obj)
+    box = ordered_corners(corners, report=report, file=file, obj=obj)
     return box and [box[0] - 1.0, box[1] - 1.0, box[2], box[3]]
 
 

@@ -95,7 +95,16 @@ def read_yolo(
         if lines is None:
             report.add("label file missing", file, action="taken as without objects")
         where = os.path.relpath(label, folder)
-        record = _record(path, file, header, lines or [], where, names, points, report)
+        record = _record(
+            path,
+            file,
+            header,
+            lines or [],
+            label=where,
+            names=names,
+            points=points,
+            report=report,
+        )
         records.append(record)
     _name_unused_labels(folder, images, labels, report)
     return records, classes, {"category_ids": ids}
@@ -287,6 +296,7 @@ def _record(
     file: str,
     header: ImageHeader,
     lines: list[tuple[int, list[float]]],
+    *,
     label: str,
     names: dict[int, str],
     points: int,
@@ -305,7 +315,9 @@ def _record(
             continue
         if row:
             seen.add(tuple(row))
-        annotation = _object(row, frame, names, points, report, label, obj)
+        annotation = _object(
+            row, frame, names=names, points=points, report=report, file=label, obj=obj
+        )
         if annotation is not None:
             annotations.append(annotation)
     return {
@@ -320,6 +332,7 @@ def _record(
 def _object(
     row: list[float],
     frame: Frame,
+    *,
     names: dict[int, str],
     points: int,
     report: DatasetReport,
@@ -353,7 +366,7 @@ def _object(
         outline = np.array(values).reshape(-1, 2) * (width, height)
         corners = [*outline.min(axis=0).tolist(), *outline.max(axis=0).tolist()]
         mask = [outline.reshape(-1).tolist()]
-    box = mend_box(corners, frame, report, file, obj)
+    box = mend_box(corners, frame, report=report, file=file, obj=obj)
     if box is None:
         return None
     area = mask_area(mask) if mask else 0.0
