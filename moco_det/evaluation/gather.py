@@ -1,4 +1,4 @@
-"""What evaluators share: gathering from all ranks, each image once, and a warning."""
+"""Parts that evaluators share: gathering from all ranks, each image once, and a warning."""
 
 from __future__ import annotations
 
