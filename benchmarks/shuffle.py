@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moco_common.launch import launch
 from pretrain.distributed import permute_batch
-from pretrain.modeling.resnet import normalize
+from pretrain.modeling.resnet import Normalize
 
 WORLDS, TIMED = (2, 4, 8), (2, 4)
 PERMUTATIONS = 5  # averaged over, as the number of images that change ranks varies
@@ -76,12 +76,12 @@ def work(folder: str, batch: int, size: int, repeats: int) -> None:
     generator = torch.Generator().manual_seed(rank)
     shape = (batch, 3, size, size)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-    floats = normalize(images)
+    floats = Normalize()(images)
     order = torch.Generator().manual_seed(0)  # the same on every rank
     permutations = [torch.randperm(world * batch, generator=order) for _ in range(PERMUTATIONS)]
     ours: Callable[[Tensor], Tensor] = lambda p: permute_batch(images, p)  # noqa: E731
     theirs: Callable[[Tensor], Tensor] = lambda p: gather_and_pick(floats, p)  # noqa: E731
-    assert torch.equal(normalize(ours(permutations[0])), theirs(permutations[0]))
+    assert torch.equal(Normalize()(ours(permutations[0])), theirs(permutations[0]))
 
     found: dict[str, Any] = {}
     for name, shuffle in {"ours": ours, "all-gather": theirs}.items():

@@ -39,7 +39,7 @@ class SyncBatchNorm(nn.BatchNorm2d):
             var = mean = x.sum(dims)  # zeros, with a path for the gradient
         # One row a rank, pooled by Chan et al. 1979 ("Updating formulae ..."): no difference of
         # large numbers, as in E[x^2] - E[x]^2.
-        row = torch.cat([mean, var, mean.new_tensor([count])])
+        row = torch.cat([mean, var, mean.new_full((1,), count)])
         rows = comm.all_gather(row[None])  # Wx(2C+1)
         means, variances, counts = rows.split([len(mean), len(mean), 1], dim=1)  # WxC, WxC, Wx1
         total = counts.sum()

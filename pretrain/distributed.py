@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moco_common.comm import all_gather, device, rank, world_size
+from moco_common.comm import all_gather, device, rank, to_device, world_size
 
 
 @torch.no_grad()
@@ -59,12 +59,13 @@ def permute_batch(x: Tensor, permutation: Tensor) -> Tensor:
 
     Args:
         x: (n, ...), with the same shape and dtype on every rank; any dtype. uint8 is sent as uint8.
-        permutation: (W*n,) int64 permutation of range(W*n), equal on every rank.
+        permutation: (W*n,) int64 permutation of range(W*n) on the CPU, equal on every rank: the
+            sizes of the exchange are computed from it without asking the device.
 
     Shape: (n, ...) -> (n, ...), contiguous in the memory format of ``x``.
     """
     if world_size() == 1:
-        return x[permutation.to(x.device)]
+        return x[to_device(permutation, x.device)]
     permuted: Tensor = _Permute.apply(x, permutation)
     return permuted
 
@@ -90,11 +91,11 @@ def _exchange(x: Tensor, permutation: Tensor) -> Tensor:
     # Rows are sent in their memory order, so that a channels-last batch is not transposed.
     channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
     rows = x.permute(0, 2, 3, 1) if channels_last else x
-    payload = rows[torch.cat(outgoing).to(x.device)].contiguous()
+    payload = rows[to_device(torch.cat(outgoing), x.device)].contiguous()
     buffer = torch.empty_like(payload)
     dist.all_to_all_single(buffer, payload, received, [len(part) for part in outgoing])
     result = torch.empty_like(buffer)
-    result[order.to(x.device)] = buffer
+    result[to_device(order, x.device)] = buffer
     return result.permute(0, 3, 1, 2) if channels_last else result
 
 

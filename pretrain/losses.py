@@ -122,7 +122,7 @@ def nt_xent(z: Tensor, everyone: Tensor, first: int, temperature: float) -> tupl
     own = torch.arange(len(z), device=z.device)
     positive = first + own.roll(len(z) // 2)  # row i and row i + N show the same image
     logits = z @ everyone.T / temperature  # 2NxM
-    logits = logits.index_put((own, first + own), logits.new_tensor(-torch.inf))
+    logits = logits.index_put((own, first + own), logits.new_full((), -torch.inf))
     return F.cross_entropy(logits, positive), logits.argmax(1) == positive
 
 
@@ -189,25 +189,42 @@ def slot_means(x: Tensor, scores: Tensor, temperature: float) -> Tensor:
     return attention @ x.flatten(2).transpose(1, 2)
 
 
-def log_sum_exp(q: Tensor, negatives: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def log_sum_exp(
+    q: Tensor, negatives: Tensor, temperature: float, counted: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Logarithm of the contribution of some negatives to the denominator of InfoNCE, and the
     largest logit.
 
-    Shape: (N, C), (K, C) -> (N,) with gradient, (N,) without; both are -inf for K = 0.
+    Args:
+        counted: (K,) bool, False for the negatives to leave out; None for all of them.
+
+    Shape: (N, C), (K, C) -> (N,) with gradient, (N,) without; both are -inf without negatives.
     """
     logits = q @ negatives.T / temperature  # NxK
+    if counted is not None:
+        logits = logits.masked_fill_(~counted, -torch.inf)
     floor = logits.new_full((len(q), 1), -torch.inf)
     return logits.logsumexp(1), torch.cat([floor, logits.detach()], 1).amax(1)
 
 
-def noise_rejected(q: Tensor, negatives: Tensor, temperature: float, offset: Tensor) -> Tensor:
+def noise_rejected(
+    q: Tensor,
+    negatives: Tensor,
+    temperature: float,
+    offset: Tensor,
+    counted: Tensor | None = None,
+) -> Tensor:
     """Contribution of some negatives to the loss of noise-contrastive estimation (Wu et al. 2018,
     Eq. 7): the sum of ``-log(1 - h)``, where ``h = sigmoid(q.n/T - offset)`` is the probability
     that a negative is taken for the query's own image.
 
-    Shape: (N, C), (K, C), () -> (N,); 0 for K = 0.
+    Args:
+        counted: (K,) bool, False for the negatives to leave out; None for all of them.
+
+    Shape: (N, C), (K, C), () -> (N,); 0 without negatives.
     """
-    return F.softplus(q @ negatives.T / temperature - offset).sum(1)
+    terms = F.softplus(q @ negatives.T / temperature - offset)  # NxK
+    return (terms if counted is None else torch.where(counted, terms, 0)).sum(1)
 
 
 def identity(x: Tensor) -> Tensor:
@@ -260,5 +277,7 @@ def swapped_prediction(scores: Tensor, codes: Tensor, temperature: float) -> Ten
     """
     log_p = F.log_softmax(scores / temperature, dim=2)  # VxNxP
     cross = -torch.einsum("anp,vnp->av", codes, log_p) / scores.shape[1]  # AxV
-    other = ~torch.eye(*cross.shape, dtype=torch.bool, device=cross.device)
-    return cross[other].mean()
+    coded = torch.arange(len(codes), device=cross.device)[:, None]  # Ax1
+    others = torch.arange(len(scores) - 1, device=cross.device)  # V-1
+    # All columns but the diagonal, by index: a mask would wait for the device to count them.
+    return cross.gather(1, others + (others >= coded)).mean()

@@ -29,24 +29,31 @@ class Scalars:
         self._fresh: list[Tensor] = []  # a row of scalars for each step since `settle`
         self._settled: list[Tensor] = []  # (steps, scalars), means over the ranks
 
-    def add(self, outputs: dict[str, Tensor]) -> None:
-        """Add the scalars of one step; the names must be the same in every step."""
-        self._names = list(outputs)
-        device = comm.device()
-        self._fresh.append(torch.stack([value.float().to(device) for value in outputs.values()]))
+    def add(self, outputs: dict[str, Tensor], skipped: int = 0) -> None:
+        """Add the scalars of one step; the names must be the same in every step.
 
-    def settle(self, step: int, saved: int = 0) -> None:
+        Args:
+            skipped: number of images that this rank could not read.
+        """
+        self._names = list(outputs)
+        row = torch.stack([value.float() for value in outputs.values()])
+        self._fresh.append(torch.cat([row, row.new_full((1,), skipped)]))
+
+    def settle(self, step: int, saved: int = 0) -> bool:
         """Average over the ranks after ``step`` steps. All ranks must call this.
 
         Args:
             saved: the step of the last checkpoint, see `way_on`.
+
+        Returns:
+            Whether any rank has skipped images in these steps, the same on every rank.
 
         Raises:
             UserError: on every rank, if the loss of any rank is not finite; the message names the
                 step.
         """
         if not self._fresh:
-            return
+            return False
         rows = torch.stack(self._fresh)
         distributed.all_reduce_mean([rows])
         rows, self._fresh = rows.cpu(), []
@@ -56,7 +63,8 @@ class Scalars:
                     f"The loss is {loss} at iteration {step - len(rows) + i + 1}: lower "
                     f"SOLVER.BASE_LR, and {way_on(saved)}."
                 )
-        self._settled.append(rows)
+        self._settled.append(rows[:, :-1])
+        return bool(rows[:, -1].sum() > 0)
 
     def take(self) -> dict[str, float]:
         """Return the means by name over the settled steps since the last call."""

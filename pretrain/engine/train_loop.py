@@ -170,7 +170,8 @@ def train(cfg: CfgNode, resume: bool = False, quiet: bool = False, profile: int 
         ):
             for batch in request.waiting(profiler.watch_data(batches) if profiler else batches):
                 lr = _learning_rate(cfg, step, total, warmup)
-                scalars.add(run_step(batch.to(device), batch.index, step, lr, batch.places))
+                outputs = run_step(batch.to(device), batch.index, step, lr, batch.places)
+                scalars.add(outputs, skipped=len(batch.skipped))
                 skipped.add(batch.skipped)
                 step += 1
                 if progress:
@@ -183,8 +184,7 @@ def train(cfg: CfgNode, resume: bool = False, quiet: bool = False, profile: int 
                 if knn and knn.due(step):
                     with progress.pause() if progress else nullcontext():
                         found = knn.evaluate(method)
-                if logs or saves:
-                    scalars.settle(step, saved)
+                if (logs or saves) and scalars.settle(step, saved):
                     skipped.settle()
                 if logs:
                     means = scalars.take() | found

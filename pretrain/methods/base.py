@@ -132,9 +132,9 @@ class Method(nn.Module):
             index: (N,) int64, the image of the source that each row shows.
 
         Returns:
-            ``loss``, a scalar with gradient, and scalars without gradient: ``spread``, and
-            optionally ``accuracy`` (both for the monitor), ``queue_fill`` and any other scalar to
-            be logged.
+            On the device of the views, so that no step waits for it: ``loss``, a scalar with
+            gradient, and scalars without gradient: ``spread``, and optionally ``accuracy`` (both
+            for the monitor), ``queue_fill`` and any other scalar to be logged.
         """
         raise NotImplementedError
 

@@ -130,5 +130,5 @@ class DenseCL(MoCo):
             "accuracy": correct.float().mean(),
             "dense_accuracy": dense_correct.float().mean(),
             "spread": embedding_spread(q.detach()),
-            "queue_fill": torch.tensor(min(1.0, seen / len(self.queue))),
+            "queue_fill": loss.new_full((), min(1.0, seen / len(self.queue))),
         }

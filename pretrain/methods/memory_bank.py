@@ -4,7 +4,7 @@ per image, updated when the image is seen. Head and temperature are those of ``M
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -131,21 +131,23 @@ class MemoryBank(Method):
     def forward(self, views: Sequence[Tensor], step: int, index: Tensor) -> dict[str, Tensor]:
         """Compare queries from the first view with keys from the bank."""
         q = unit(self.encoder_q(views[0]))  # NxC
-        self.bank.follow(q)
         queries = comm.all_gather(q)  # BxC
-        images = comm.all_gather(index.to(q.device))  # B
+        images = comm.all_gather(comm.to_device(index, q.device))  # B
         own = slice(comm.rank() * len(q), (comm.rank() + 1) * len(q))
         old = self.bank.rows(images)  # BxC
         # Each rank compares all queries with the negatives that it holds and contributes one sum
         # per query: no key leaves its rank.
-        keys = self.bank.own_rows(self.draw(images, step))
-        part = log_sum_exp(queries, keys, self.temperature)
+        candidates, chosen = self.draw(images, step)
+        held = self.bank.held(candidates)
+        places, held = (comm.to_device(x, q.device) for x in (candidates[held], held))
+        keys, counted = self.bank.own_rows(places), chosen[held]
+        part = log_sum_exp(queries, keys, self.temperature, counted)
         parts = comm.all_gather(torch.stack(part)[None])  # Wx2xB
         log_sums, hardest = parts[:, 0].logsumexp(0), parts[:, 1, own].amax(0)  # B, N
         positive = (q * old[own]).sum(1) / self.temperature  # N
         if self.nce:
             self.estimate(log_sums.detach())
-            rejected = noise_rejected(queries, keys, self.temperature, self.offset)  # B
+            rejected = noise_rejected(queries, keys, self.temperature, self.offset, counted)  # B
             rejected = comm.all_gather(rejected[None])[:, own].sum(0)  # N
             loss = (F.softplus(self.offset - positive) + rejected).mean()
         else:  # -log( e^p / (e^p + sum of the others) )
@@ -157,7 +159,7 @@ class MemoryBank(Method):
             "loss": loss,
             "accuracy": (positive > hardest).float().mean(),
             "spread": embedding_spread(q.detach()),
-            "queue_fill": torch.tensor(min(1.0, seen / self.bank.size)),
+            "queue_fill": loss.new_full((), min(1.0, seen / self.bank.size)),
         }
 
     def estimate(self, log_sums: Tensor) -> None:
@@ -176,14 +178,23 @@ class MemoryBank(Method):
         uniform over the n images, log(P n / K) = logit - log(Z / n) - log(K)."""
         return self.log_mean + math.log(self.negatives)
 
-    def draw(self, images: Tensor, step: int) -> Tensor:
-        """Draw K images that are not among ``images``, the same on every rank: (K,) int64."""
-        taken = images.unique().cpu()  # sorted
-        generator = shared_generator(self.seed, step)
-        chosen = torch.randperm(self.bank.size - len(taken), generator=generator)[: self.negatives]
-        # The j-th free image is j plus the number of taken images up to it.
-        chosen += torch.searchsorted(taken - torch.arange(len(taken)), chosen, right=True)
-        return chosen.to(images.device)
+    def draw(self, images: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Draw K images that are not among the B ``images``, the same on every rank.
+
+        K + B images in random order contain at least K that are not in the batch. The order is
+        drawn on the CPU; which images are in the batch, only the device knows, and its answer is a
+        mask, for which nobody has to wait.
+
+        Returns:
+            candidates: (K+B,) int64, on the CPU.
+            chosen: (K+B,) bool, on the device of ``images``: the first K that are free.
+        """
+        order = torch.randperm(self.bank.size, generator=shared_generator(self.seed, step))
+        candidates = order[: self.negatives + len(images)]
+        taken, drawn = images.sort().values, comm.to_device(candidates, images.device)
+        nearest = taken[torch.searchsorted(taken, drawn).clamp_(max=len(taken) - 1)]
+        free = nearest != drawn
+        return candidates, free & (free.cumsum(0) <= self.negatives)
 
     def before_save(self) -> None:
         """Gather the bank on rank 0, whose checkpoint holds all of it."""
@@ -218,29 +229,40 @@ class ShardedBank(nn.Module):
         for first in range(0, size, _CHUNK):  # the same noise for any number of ranks
             noise = torch.randn(min(_CHUNK, size - first), dim, generator=generator)
             kept.append(noise[max(0, self.start - first) : max(0, self.stop - first)])
-        self.shard = torch.zeros(block, dim)  # block x C
+        # The last row takes what is written to rows of other ranks: writing to all places alike is
+        # the only way that does not wait for the device.
+        self._rows = torch.zeros(block + 1, dim)
         self.shard[: self.stop - self.start] = F.normalize(torch.cat(kept), dim=1)
         self._whole: Tensor | None = None
 
-    def follow(self, x: Tensor) -> None:
-        """Move to the device and dtype of ``x``."""
-        self.shard = self.shard.to(x)
+    @property
+    def shard(self) -> Tensor:
+        """The rows of this rank: (block, C)."""
+        return self._rows[:-1]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ShardedBank:
+        super()._apply(fn, recurse)  # as ``to`` does for parameters and buffers
+        self._rows = fn(self._rows)
+        return self
+
+    def held(self, index: Tensor) -> Tensor:
+        """Return the positions in ``index``, on the CPU, of the rows that this rank holds."""
+        return self._holds(index).nonzero().flatten()
 
     def own_rows(self, index: Tensor) -> Tensor:
-        """Return a copy of those rows that this rank holds: (number of them, C)."""
-        return self.shard[index[self._holds(index)] - self.start]
+        """Return a copy of rows that this rank holds: (n, C); others give any of its rows."""
+        return self.shard[(index - self.start).clamp(0, len(self.shard) - 1)]
 
     def rows(self, index: Tensor) -> Tensor:
         """Return rows from all ranks, on all ranks. Shape: (n,), equal on every rank -> (n, C)."""
-        result = self.shard.new_zeros(len(index), self.shard.shape[1])
-        result[self._holds(index)] = self.own_rows(index)
-        return distributed.all_reduce_sum(result)
+        rows = torch.where(self._holds(index)[:, None], self.own_rows(index), 0)
+        return distributed.all_reduce_sum(rows)
 
     def write(self, index: Tensor, rows: Tensor) -> None:
         """Write (n, C) rows to (n,) places; the last of several rows for one place wins."""
         later = (index[:, None] == index[None, :]).triu(1).any(1)  # a later row has the same place
         mine = self._holds(index) & ~later
-        self.shard[index[mine] - self.start] = rows[mine]
+        self._rows[torch.where(mine, index - self.start, len(self.shard))] = rows
         self._whole = None
 
     def _holds(self, index: Tensor) -> Tensor:
@@ -251,10 +273,13 @@ class ShardedBank(nn.Module):
         call."""
         if comm.world_size() == 1:
             return
-        parts = [comm.all_gather(part[None]) for part in self.shard.split(_CHUNK)]
-        if comm.rank() == 0:
-            whole = torch.cat([part.cpu() for part in parts], 1)  # W x block x C
-            self._whole = whole.flatten(0, 1)[: self.size]
+        parts = []
+        for part in self.shard.split(_CHUNK):
+            everyone = comm.all_gather(part[None])  # W x chunk x C
+            if comm.rank() == 0:
+                parts.append(everyone.cpu())
+        if parts:
+            self._whole = torch.cat(parts, 1).flatten(0, 1)[: self.size]
 
     def get_extra_state(self) -> Tensor:
         """(size, C): the whole bank, for the state dict."""

@@ -162,7 +162,7 @@ class MoCo(Method):
             "loss": loss,
             "accuracy": correct.float().mean(),
             "spread": embedding_spread(q.detach()),
-            "queue_fill": torch.tensor(min(1.0, seen / len(self.queue))),
+            "queue_fill": loss.new_full((), min(1.0, seen / len(self.queue))),
         }
 
     @property

@@ -26,18 +26,24 @@ PIXEL_STD = (58.395, 57.12, 57.375)
 Norm = Callable[[int], nn.Module]
 
 
-def normalize(images: Tensor) -> Tensor:
+class Normalize(nn.Module):
     """Scale pixels from [0, 255] to zero mean and unit variance per channel (ImageNet statistics).
 
-    Args:
-        images: (N, 3, H, W), uint8, RGB, any memory format, which is preserved.
-
-    Returns:
-        float32 tensor of the same shape, on the same device.
+    Shape: (N, 3, H, W), uint8, RGB, any memory format, which is preserved -> the same in float32.
     """
-    mean = torch.tensor(PIXEL_MEAN, device=images.device).view(1, 3, 1, 1)
-    scale = torch.tensor(PIXEL_STD, device=images.device).reciprocal_().view(1, 3, 1, 1)
-    return images.to(torch.float32).sub_(mean).mul_(scale)
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        mean, std = (torch.tensor(row).view(1, 3, 1, 1) for row in (PIXEL_MEAN, PIXEL_STD))
+        # On the device once and for all; not in checkpoints.
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("scale", std.reciprocal_(), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.to(torch.float32).sub_(self.mean).mul_(self.scale)
 
 
 def conv(
@@ -152,6 +158,7 @@ class ResNet(nn.Module):
             )
         if not 1 / 16 <= width <= 8:
             raise UserError(f"MODEL.WIDTH is {width}: choose a multiplier from 0.0625 to 8.")
+        self.normalize = Normalize()
         norm: Norm = partial(SplitBatchNorm2d, groups=bn_groups)
         channels = round(64 * width)
         self.conv1 = conv(3, channels, 7, 2)
@@ -173,7 +180,7 @@ class ResNet(nn.Module):
 
     def forward_map(self, images: Tensor) -> Tensor:
         """Return the last stage's output: (N, num_features, H / 32, W / 32), rounded up."""
-        x = normalize(images) if images.dtype == torch.uint8 else images
+        x = self.normalize(images) if images.dtype == torch.uint8 else images
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):

@@ -2,7 +2,7 @@
 
 The CPU then only decodes, crops and resizes. Each view has its own parameters: an operation is
 applied to all views at once, with one row of coefficients per view, or to a subset whose indices
-the CPU computes. Nothing is read back from the device.
+the CPU computes. Nothing is read back from the device, and nothing waits for it.
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from moco_common.comm import to_device
 from pretrain.data.transforms.cpu_ops import LUMA, blur_kernel
 from pretrain.data.transforms.recipes import ViewParameters
 
@@ -78,8 +79,8 @@ def finish(views: torch.Tensor, pending: PendingViews) -> torch.Tensor:
 
 def _on(x: torch.Tensor, values: np.ndarray) -> torch.Tensor:
     """Move values to the device of x, and floating-point ones to its dtype."""
-    dtype = x.dtype if values.dtype.kind == "f" else None
-    return torch.from_numpy(values).to(x.device, dtype, non_blocking=True)
+    tensor = torch.from_numpy(values)
+    return to_device(tensor.to(x.dtype) if values.dtype.kind == "f" else tensor, x.device)
 
 
 def _blend(x: torch.Tensor, kinds: np.ndarray, factors: np.ndarray) -> torch.Tensor:
@@ -117,7 +118,9 @@ def _shift_hue(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
     )
     hue = hue + (6 * (turns * 255).trunc() / 255)[:, None, None]  # in sixths of a turn
     # Closed form of HSV to RGB: each channel is value - chroma * trapezium(hue).
-    sixths = (hue[:, None] + x.new_tensor([5.0, 3.0, 1.0])[:, None, None]).remainder(6)
+    sixths = (
+        hue[:, None] + torch.arange(5.0, 0.0, -2.0, device=x.device, dtype=x.dtype)[:, None, None]
+    ).remainder(6)
     return (value[:, None] - chroma[:, None] * sixths.minimum(4 - sixths).clamp(0, 1)).round_()
 
 

@@ -21,7 +21,8 @@ def test_three_steps_are_those_of_a_dictionary_of_keys():
     bank = dict(enumerate(method.bank.shard.double().clone()))
     for step in range(3):
         views, index = tiny.views("memory-bank", step), tiny.index(step)
-        negatives = method.draw(index, step).tolist()
+        candidates, chosen = method.draw(index, step)
+        negatives = candidates[chosen].tolist()
         loss = method(views, step, index)["loss"]
         q = F.normalize(encoder(views[0]), dim=1)
         expected = 0.0
@@ -88,14 +89,16 @@ def test_negatives_are_never_of_the_batch_never_twice_and_all_equally_likely():
     counts = torch.zeros(tiny.IMAGES)
     draws = 600
     for step in range(draws):
-        drawn = method.draw(index, step)
+        candidates, chosen = method.draw(index, step)
+        drawn = candidates[chosen]
         assert len(drawn) == len(drawn.unique()) == 10
         counts[drawn] += 1
     free = [i for i in range(tiny.IMAGES) if i not in index.tolist()]
     assert counts[index].sum() == 0
     expected = draws * 10 / len(free)
     assert (counts[free] - expected).abs().max() < 5 * math.sqrt(expected)
-    assert torch.equal(method.draw(index, 7), method.draw(index, 7))
+    for first, second in zip(method.draw(index, 7), method.draw(index, 7), strict=True):
+        assert torch.equal(first, second)
 
 
 def test_only_the_first_view_is_asked_for():
@@ -119,7 +122,7 @@ def shards():
     bank.gather()
     saved = bank.get_extra_state() if comm.rank() == 0 else torch.empty(0)
     asked = torch.tensor([5, 6, 5, 0])
-    own = distributed.all_reduce_sum(torch.tensor(len(bank.own_rows(asked))))
+    own = distributed.all_reduce_sum(torch.tensor(len(bank.held(asked))))
     return [noise, whole, bank.rows(asked), saved, torch.tensor([refused, len(bank.shard)]), own]
 
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from moco_common.errors import UserError
 from pretrain.modeling.batch_norm import SplitBatchNorm1d, SplitBatchNorm2d, bn_groups_per_rank
-from pretrain.modeling.resnet import ResNet, normalize
+from pretrain.modeling.resnet import Normalize, ResNet
 
 
 @pytest.mark.parametrize(
@@ -52,11 +52,11 @@ def test_uint8_images_are_normalised_as_torchvision_does():
     reference = torchvision.transforms.functional.normalize(
         images / 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     )
-    torch.testing.assert_close(normalize(images), reference, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(Normalize()(images), reference, rtol=1e-5, atol=1e-5)
     net = ResNet(18, width=0.125).eval()
     with torch.no_grad():
         torch.testing.assert_close(
-            net(images.repeat(1, 1, 4, 4)), net(normalize(images).repeat(1, 1, 4, 4))
+            net(images.repeat(1, 1, 4, 4)), net(net.normalize(images).repeat(1, 1, 4, 4))
         )
 
 

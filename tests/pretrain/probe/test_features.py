@@ -160,9 +160,10 @@ def test_fitted_bn_statistics_are_the_means_over_the_batches():
     batches = [torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8) for n in (4, 4, 8)]
     weights = backbone.conv1.weight.clone()
     fit_batch_norm(backbone, batches)
-    from pretrain.modeling.resnet import normalize
 
-    outputs = [backbone.conv1(normalize(batch)).transpose(0, 1).flatten(1) for batch in batches]
+    outputs = [
+        backbone.conv1(backbone.normalize(batch)).transpose(0, 1).flatten(1) for batch in batches
+    ]
     means = torch.stack([x.mean(1) for x in outputs]).mean(0)
     variances = torch.stack([x.var(1) for x in outputs]).mean(0)
     assert torch.allclose(backbone.bn1.running_mean, means, atol=1e-5)
