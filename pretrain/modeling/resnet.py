@@ -37,8 +37,10 @@ class Normalize(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        mean, std = (torch.tensor(row).view(1, 3, 1, 1) for row in (PIXEL_MEAN, PIXEL_STD))
-        # On the device once and for all; not in checkpoints.
+        # On the CPU even for a network that is built on "meta": no checkpoint fills them.
+        mean, std = (
+            torch.tensor(row, device="cpu").view(1, 3, 1, 1) for row in (PIXEL_MEAN, PIXEL_STD)
+        )
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("scale", std.reciprocal_(), persistent=False)
 
