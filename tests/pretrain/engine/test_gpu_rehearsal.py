@@ -27,7 +27,8 @@ def batch(recipes, step, on_device):
     drawn = [[draw(recipe, 40, 40, random) for random in numbers] for recipe in recipes]
     pending = [collect(parameters) if on_device else None for parameters in drawn]
     index = torch.arange(SHARE)
-    return Batch([view.permute(0, 3, 1, 2) for view in views], index, pending=pending)
+    views = [view.permute(0, 3, 1, 2) for view in views]
+    return Batch(views, index, torch.zeros(len(views), SHARE, 5), pending=pending)
 
 
 def walk(method, world, precision="float32", on_device=False, *overrides):
@@ -46,7 +47,8 @@ def walk(method, world, precision="float32", on_device=False, *overrides):
         gpu.collectives.clear()
         for step in range(STEPS):
             ready = batch(recipes, step, on_device).pin_memory()
-            scalars.add(take(ready.to(comm.device()), ready.index, step, 0.1))
+            views = ready.to(comm.device())
+            scalars.add(take(views, ready.index, step, 0.1, ready.places))
             request.agreed()
     return gpu
 
