@@ -8,7 +8,7 @@ DEMO ?= runs/demo
 SEED ?= 0
 MUTANTS ?= 20
 
-.PHONY: setup demo test coverage lint mutation soak evidence bench-pretrain bench-startup bench-eval docs clean
+.PHONY: setup demo test coverage lint mutation soak evidence gpu bench-pretrain bench-startup bench-eval docs clean
 
 setup: $(STAMP)
 
@@ -50,6 +50,11 @@ soak: $(STAMP)
 # make evidence DATA=FOLDER [TEST=FOLDER] [EVIDENCE='--detection voc:DIR:trainval voc:DIR:test']
 evidence: $(STAMP)
 	$(BIN)/python benchmarks/evidence/run.py --data $(DATA) $(if $(TEST),--test $(TEST)) $(EVIDENCE)
+
+# What never ran on a GPU, in MINUTES: correctness first, then speed. Writes runs/gpu/gpu.md.
+MINUTES ?= 8
+gpu: $(STAMP)
+	$(BIN)/python tools/doctor.py --gpu --minutes $(MINUTES) --output-dir runs/gpu
 
 bench-pretrain: $(STAMP)
 	$(BIN)/python benchmarks/views.py

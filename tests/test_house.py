@@ -17,6 +17,7 @@ ROOMS = {
     "pretrain": (
         *("losses", "distributed", "profiling", "modeling", "data", "solver", "checkpoint"),
         *("methods", "config", "probe", "visualization", "doctor", "engine", "inspection"),
+        "gpu_check",
         "api",
     ),
     "moco_det": (

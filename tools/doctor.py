@@ -10,7 +10,7 @@ if __name__ == "__main__":  # run as a file: import from the checkout, not from 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     import tools  # noqa: F401 (handles a Ctrl-C during the imports)
 
-from moco_common.errors import run_tool
+from moco_common.errors import UserError, run_tool
 
 
 def parser() -> argparse.ArgumentParser:
@@ -20,10 +20,29 @@ def parser() -> argparse.ArgumentParser:
     add("--output-dir", default=".", metavar="DIR", help=what)
     add("--report", action="store_true", help="print everything in Markdown, for a bug report")
     add("--quiet", action="store_true", help="print only what is not ok")
+    add("--gpu", action="store_true", help="run what needs a GPU; write gpu.md and gpu.json to DIR")
+    minutes = "time for --gpu, most important parts first (default: 8)"
+    add("--minutes", type=float, default=8.0, metavar="M", help=minutes)
+    add("--tiny", action="store_true", help="--gpu at the smallest size, which a CPU can run")
     return result
 
 
+def check_gpu(args: argparse.Namespace) -> int:
+    import torch
+
+    from pretrain.gpu_check.kit import check
+
+    if args.minutes <= 0:
+        raise UserError(f"--minutes {args.minutes:g} leaves no time: give a number above 0.")
+    if not torch.cuda.is_available() and not args.tiny:
+        raise UserError("torch sees no GPU here: add --tiny to try the check on the CPU.")
+    folder = Path(args.output_dir).resolve()
+    return 0 if check(folder, minutes=args.minutes, tiny=args.tiny) else 1
+
+
 def work(args: argparse.Namespace) -> int:
+    if args.gpu:
+        return check_gpu(args)
     from pretrain.doctor.machine import FAILURE, WARNING
     from pretrain.doctor.report import examine, report
 

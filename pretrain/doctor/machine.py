@@ -116,7 +116,7 @@ def disk(folder: Path, megabytes: int = 64) -> Iterable[Finding]:
 
 def decoding(count: int, seconds: float = 1.0) -> Finding:
     """Measure the images per second for which one core makes two MoCo v2 views."""
-    jpeg = _photograph()
+    jpeg = photograph()
     recipes = view_recipes("moco-v2", crop_size=224, min_scale=0.2)
     outs = [np.empty((r.crop_size, r.crop_size, 3), np.uint8) for r in recipes]
     random = np.random.default_rng(0).random
@@ -140,7 +140,7 @@ def decoding(count: int, seconds: float = 1.0) -> Finding:
     )
 
 
-def _photograph() -> bytes:
+def photograph() -> bytes:
     """Return a 500x375 JPEG of multi-scale noise, about as costly to decode as a photograph."""
     rng = np.random.default_rng(0)
     image = np.zeros((375, 500, 3), np.float32)
