@@ -24,11 +24,20 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+_leave_gpus = False  # set by the launcher where a run asks for CPUs
+
+
+def leave_gpus(value: bool) -> None:
+    """Make `device` the CPU, whatever this machine has."""
+    global _leave_gpus
+    _leave_gpus = value
+
+
 def device() -> torch.device:
     """Return the device of this rank: its own GPU where there are GPUs, else the CPU; with several
     ranks, the kind that their backend serves."""
-    on_cpu = dist.is_initialized() and dist.get_backend() == dist.Backend.GLOO
-    if torch.cuda.is_available() and not on_cpu:
+    on_cpu = _leave_gpus or (dist.is_initialized() and dist.get_backend() == dist.Backend.GLOO)
+    if not on_cpu and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
@@ -108,4 +117,5 @@ def start_maximum(value: int) -> Callable[[], int]:
 def barrier() -> None:
     """Wait until all ranks have called this."""
     if world_size() > 1:
-        dist.barrier()
+        here = device()  # without it, NCCL guesses a GPU by the rank's number
+        dist.barrier(device_ids=[here.index] if here.type == "cuda" else None)

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from moco_common import comm
 from moco_common.errors import UserError
 from moco_common.hardware import cpu_count, restarted, under_torchrun
 from moco_common.stopping import Stopped, signals_to_stop
@@ -33,6 +34,10 @@ START_METHOD = "spawn"  # a forked process could not use a GPU that this one has
 GRACE = 20.0  # seconds that the other ranks have to end once one is lost
 ORPHAN_GRACE = 300.0  # seconds that a rank has to save and end once its launcher is lost
 MEETING = timedelta(minutes=10)  # time that ranks wait for each other at the start
+# Time that a rank waits for the others in a collective. The defaults, 10 minutes of NCCL and 30 of
+# gloo, are shorter than what rank 0 may take to evaluate or to save while the others wait. The
+# launcher notices a lost rank at once.
+COLLECTIVE = timedelta(hours=3)
 QUIET = 10.0  # seconds before a line says that they wait
 _LOST = (-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT)  # exit codes
 _STOPPED = "stopped: run the same command again, with --resume if there is a checkpoint"
@@ -58,6 +63,7 @@ def launch(
             ``mp.ProcessRaisedException``, which holds the traceback of the failed rank.
     """
     check_processes(processes, on_gpu)
+    comm.leave_gpus(on_gpu is False)
     if under_torchrun():
         _as_rank(None, None, None, on_gpu, function, args, None)
     elif processes > 1:
@@ -213,15 +219,19 @@ def _as_rank(
     args: Any,
     endings: Any,
 ) -> None:
+    comm.leave_gpus(on_gpu is False)
     on_gpu = _uses_gpus(on_gpu)
     backend = "nccl" if on_gpu else "gloo"
+    if on_gpu:  # before NCCL makes a communicator, which belongs to the current GPU
+        torch.cuda.set_device(
+            int(os.environ.get("LOCAL_RANK", 0)) if local_rank is None else local_rank
+        )
     if processes is not None:
         threading.Thread(target=_end_with_launcher, name="launcher", daemon=True).start()
     try:
         if processes is None:
             with _used_port_explained(os.environ.get("MASTER_PORT", "")):
                 _join_torchrun(backend)
-            local_rank = int(os.environ.get("LOCAL_RANK", 0))
         else:
             assert local_rank is not None
             # Every rank has its share of the cores; more threads than cores only compete.
@@ -232,9 +242,8 @@ def _as_rank(
                     init_method=f"tcp://127.0.0.1:{port}",
                     rank=local_rank,
                     world_size=processes,
+                    timeout=COLLECTIVE,
                 )
-        if on_gpu:
-            torch.cuda.set_device(local_rank)
         function(*args)
     except UserError as error:
         _report(endings, str(error))
@@ -324,7 +333,9 @@ def _join_torchrun(backend: str) -> None:
             "every host",
             file=sys.stderr,
         )
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE
+    )
 
 
 def _free_port() -> int:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from moco_common.errors import UserError
 from moco_common.files import check_exists
-from moco_common.launch import launch
 from pretrain.config.defaults import load_config
 from pretrain.engine import train_loop
 
@@ -49,5 +48,5 @@ def train(
     for source in sources:
         check_exists(source)
     cfg.DATA, cfg.OUTPUT_DIR = [str(source) for source in sources], str(output_dir)
-    launch(train_loop.train, num_gpus, cfg, resume, quiet, 0)
+    train_loop.start(cfg, num_gpus, resume=resume, quiet=quiet)
     return Path(output_dir) / "checkpoint_last.pth"

@@ -77,7 +77,7 @@ class StageClock:
 
     def _settle(self) -> float:
         """Charge the time since the last call to the innermost stage; return the time."""
-        if torch.cuda.is_available():
+        if comm.device().type == "cuda":
             torch.cuda.synchronize()
         now = time.perf_counter()
         if self._open:

@@ -1,6 +1,7 @@
 """Tiny data in the layouts of PASCAL VOC and COCO, and weights of a narrow ResNet."""
 
 import json
+import os
 import pickle
 import signal
 from pathlib import Path
@@ -11,6 +12,20 @@ import pytest
 
 # Processes that tests start inherit it: under nohup, SIGHUP would be ignored by all of them.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the GPUs, on which the ranks of a test would crowd, unless asked for by ``-m gpu``."""
+    config.addinivalue_line("markers", "gpu: needs a GPU; run by pytest -m gpu only")
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if config.option.markexpr != "gpu" and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU: run pytest -m gpu"))
+
 
 # A ResNet-50 a sixteenth as wide, few proposals, small images: the protocols' own code in seconds.
 NARROW = [

@@ -74,10 +74,11 @@ def work(argv: Sequence[str] | None) -> int:
 
         print(submit(cfg, settings, resume=args.resume, quiet=args.quiet))
     else:
-        from moco_common.launch import launch, restarted
-        from pretrain.engine.train_loop import train
+        from moco_common.launch import restarted
+        from pretrain.engine.train_loop import start
 
-        launch(train, args.num_gpus, cfg, args.resume or restarted(), args.quiet, args.profile)
+        resume = args.resume or restarted()
+        start(cfg, args.num_gpus, resume=resume, quiet=args.quiet, profile=args.profile)
     return 0
 
 

@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
+import torch
+
 from moco_common.errors import UserError
 from moco_common.hardware import cpu_count
 from moco_det.demo.scene_dataset import write_scenes
@@ -92,8 +94,9 @@ class Demo:
                 logged = now
 
     def pretrain(self, images: Path, folder: Path) -> None:
-        """Pre-train with two processes if there are two cores: faster than one with two threads."""
-        processes = 2 if cpu_count() > 1 else 1
+        """Pre-train with a process on each of two GPUs; without GPUs, on each of two cores, which
+        is faster than one process with two threads."""
+        processes = min(2, torch.cuda.device_count() or cpu_count())
         resume = ["--resume"] if folder.is_dir() else []  # an earlier walk was here
         self.tools_side_by_side(
             {

@@ -29,7 +29,7 @@ from moco_det.data.samplers import (
     share,
 )
 from moco_det.engine.train_step import forward_backward, precision
-from moco_det.modeling.batch_norm import replace_sync_bn
+from moco_det.modeling.batch_norm import norms_apart
 
 HEADROOM = 0.95  # usable share of the memory: allocators and libraries round up
 
@@ -190,14 +190,13 @@ def preflight(
     images, batch = share(cfg, world_size), cfg.SOLVER.IMS_PER_BATCH
     training_set = training_set or load_training_set(cfg)
     memory = GPUMemory() if next(model.parameters()).is_cuda else CPUMemory()
-    if world_size > 1 and isinstance(memory, CPUMemory):
-        replace_sync_bn(model)
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
     later = parameters * (2 if world_size > 1 else 1)  # momentum, and DDP's copy of the gradients
     start = memory.peak()
     limit = agree(memory.limit(), dist.ReduceOp.MIN)
     measured: dict[int, float] = {}
-    with _untouched(model):
+    # Where one process runs out of memory, the others would wait for its statistics forever.
+    with _untouched(model), norms_apart(model):
         size, objects, item = _worst_image(cfg, training_set)
         for count in sorted({1, min(2, images), images}):
             if count > 2 and _line(measured, start)(count) + later > HEADROOM * limit:

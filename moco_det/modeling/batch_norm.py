@@ -13,7 +13,8 @@ SyncBN          its number of pixels       always; torch's own runs on GPUs only
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,6 +40,30 @@ def replace_sync_bn(model: nn.Module) -> int:
     if replaced:
         log.info("norms      SyncBN replaced by an equivalent that also runs on CPUs")
     return replaced
+
+
+@contextmanager
+def norms_apart(model: nn.Module) -> Iterator[None]:
+    """Within ``with``, every process normalises by its own batch: no norm waits for the others.
+
+    Parameters and buffers stay the same objects; norms that are not synchronised are not touched.
+    """
+    kinds = (NaiveSyncBatchNorm, nn.SyncBatchNorm, SyncBatchNorm)
+    synchronised = [
+        (parent, name, child)
+        for parent in list(model.modules())
+        for name, child in parent.named_children()
+        if isinstance(child, kinds)
+    ]
+    try:
+        for parent, name, child in synchronised:
+            alone = nn.BatchNorm2d(child.num_features, child.eps, child.momentum)
+            alone._parameters, alone._buffers = child._parameters, child._buffers
+            setattr(parent, name, alone.train(child.training))
+        yield
+    finally:
+        for parent, name, child in synchronised:
+            setattr(parent, name, child)
 
 
 def norm_notes(model: nn.Module, *, per_pass: int, passes: int, world_size: int) -> list[str]:

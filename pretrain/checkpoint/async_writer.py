@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moco_common import comm
 from pretrain.checkpoint import format as checkpoint
 
 
@@ -55,7 +56,7 @@ class Snapshots:
         """
         self.finish()
         self._buffers = _copy(state, self._buffers)
-        if torch.cuda.is_available():
+        if comm.device().type == "cuda":
             torch.cuda.synchronize()  # the copies from the device are asynchronous
         self._writer = threading.Thread(target=self._write, name="checkpoint")
         self._writer.start()

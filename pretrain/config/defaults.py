@@ -62,6 +62,7 @@ KEYS = {
         "Start with the projection head of MODEL.WEIGHTS too, which must then fit, as to train a "
         "finished run for longer.",
     ),
+    "MODEL.DEVICE": Key("auto", "Device of the run: auto (GPUs if there are any), cuda or cpu."),
     "INPUT.CROP_SIZE": Key(224, "Side of a view in pixels."),
     "INPUT.MIN_SCALE": Key(0.2, "Smallest area of a crop, as a fraction of the image."),
     "INPUT.AUGMENTATION": Key(

@@ -24,7 +24,7 @@ from pretrain.methods.base import Method
 
 # Keys, or prefixes of keys, that may change when a run is resumed. Changes of LOGGED are logged.
 LOGGED = ("DATA", "SOLVER")
-FREE = ("OUTPUT_DIR", "DATALOADER", "CHECKPOINT", "LOG", "PROBE")
+FREE = ("OUTPUT_DIR", "MODEL.DEVICE", "DATALOADER", "CHECKPOINT", "LOG", "PROBE")
 FIXED = ("SOLVER.BATCH_SIZE", "SOLVER.OPTIMIZER")  # exceptions: these must not change
 STATISTICS = ("running_mean", "running_var")  # BN statistics, which are each rank's own
 # Raised by torch for a state of another network, or one that is malformed.

@@ -15,11 +15,10 @@ from typing import Any
 from fvcore.common.config import CfgNode
 
 from moco_common.errors import UserError
-from moco_common.launch import launch
 from moco_common.stopping import Stopped
 from moco_common.text import counted
 from pretrain.checkpoint import format as checkpoint
-from pretrain.engine.train_loop import train
+from pretrain.engine.train_loop import start
 from pretrain.methods.automatic import AUTO
 
 # Settings that submitit accepts for every cluster type; all others are specific to one.
@@ -135,7 +134,7 @@ class Job:
 
         signal.signal(_PREEMPTED, stop)
         try:
-            launch(train, 1, CfgNode.load_cfg(self.config), True, self.quiet)
+            start(CfgNode.load_cfg(self.config), resume=True, quiet=self.quiet)
         except Stopped as stopped:
             if not self.preempted:
                 sys.exit(stopped.exit_status)

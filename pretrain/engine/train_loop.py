@@ -20,6 +20,7 @@ from moco_common.files import (
     replace_text,
 )
 from moco_common.hardware import cpu_count
+from moco_common.launch import launch
 from moco_common.run_lock import PRETRAINING, RunLock, check_kind_of_run
 from moco_common.stopping import Stopped, StopRequest
 from moco_common.text import counted
@@ -52,6 +53,28 @@ from pretrain.probe.online import build_online_knn
 from pretrain.profiling import Profiler
 from pretrain.solver.optimizers import build_optimizer
 from pretrain.solver.schedules import learning_rate, total_steps, warmup_steps
+
+
+def start(
+    cfg: CfgNode,
+    processes: int = 1,
+    *,
+    resume: bool = False,
+    quiet: bool = False,
+    profile: int = 0,
+) -> None:
+    """Run `train` on ``processes`` ranks, on the kind of device that ``MODEL.DEVICE`` names.
+
+    Raises:
+        UserError, Stopped: as `train`; the device is unknown or missing; too few GPUs.
+    """
+    kinds = {"auto": None, "cuda": True, "cpu": False}
+    if cfg.MODEL.DEVICE not in kinds:
+        raise UserError(f"MODEL.DEVICE is '{cfg.MODEL.DEVICE}': choose {', '.join(kinds)}.")
+    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
+        raise UserError("MODEL.DEVICE is cuda, but torch sees no GPU here: set it to cpu.")
+    on_gpu = kinds[cfg.MODEL.DEVICE]
+    launch(train, processes, cfg, resume, quiet, profile, on_gpu=on_gpu)
 
 
 def train(cfg: CfgNode, resume: bool = False, quiet: bool = False, profile: int = 0) -> None:

@@ -49,6 +49,8 @@ class TrainStep:
         self.method, self.optimizer, self.total_steps = method, optimizer, total_steps
         device = next(method.parameters()).device.type
         dtype = _autocast_dtype(precision, device)
+        if device == "cuda":  # all batches have one size: let cuDNN time its algorithms on it
+            torch.backends.cudnn.benchmark = True
         if compile:
             _require_compiler(device)
         for module in method.modules():
