@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from moco_det.api import train
 from moco_det.demo.scene_dataset import write_scenes
+from moco_det.engine.setup import Options
+from moco_det.engine.train_net import train_net
 
 Found = tuple[str, str, bool | None]
 NARROW: dict[str, Any] = {
@@ -56,30 +57,31 @@ def fine_tuning(device: torch.device, tiny: bool, seconds: float, folder: Path) 
         yield f"{protocol}: losses of {steps} steps", f"{far:.1e} from the CPU's", far < 0.05
     if not tiny:
         for protocol, kind in data.items():
-            path, settings = folder / protocol / "speed", {"SOLVER.MAX_ITER": 60, "LOG_PERIOD": 20}
-            train(
-                protocol,
-                output_dir=path,
-                train_data=specs[kind][0],
-                test_data=specs[kind][1],
-                settings=settings,
-                quiet=True,
-            )
+            path = folder / protocol / "speed"
+            _train(protocol, specs[kind], path, {"SOLVER.MAX_ITER": 60, "LOG_PERIOD": 20})
             last = _metrics(path)[-1]["time"]
             yield f"{protocol}, its own batch and image sizes", f"{1 / last:.2f} iterations/s", None
 
 
 def _losses(protocol: str, specs: list[str], folder: Path, device: str, steps: int) -> list[float]:
     settings = NARROW | {"MODEL.DEVICE": device, "SOLVER.MAX_ITER": steps, "LOG_PERIOD": 1}
-    train(
-        protocol,
-        output_dir=folder,
-        train_data=specs[0],
-        test_data=specs[1],
-        settings=settings,
-        quiet=True,
-    )
+    _train(protocol, specs, folder, settings)
     return [line["total_loss"] for line in _metrics(folder) if "total_loss" in line]
+
+
+def _train(protocol: str, specs: list[str], folder: Path, settings: dict[str, Any]) -> None:
+    overrides = [str(word) for pair in settings.items() for word in pair]
+    train_data, test_data = specs
+    train_net(
+        Options(
+            config=protocol,
+            train_data=(train_data,),
+            test_data=test_data,
+            output_dir=str(folder),
+            overrides=overrides,
+            quiet=True,
+        )
+    )
 
 
 def _metrics(folder: Path) -> list[dict[str, Any]]:

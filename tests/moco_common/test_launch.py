@@ -206,6 +206,31 @@ def test_ranks_on_cpus_use_gloo_where_there_are_gpus():
 
 
 @pytest.mark.usefixtures("_torchrun_of_one")
+def test_a_rank_takes_its_gpu_before_nccl_starts_and_gives_rank_0_hours(monkeypatch):
+    def start(backend, **options):
+        calls.append((backend, options["timeout"]))
+
+    calls = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: calls.append(index))
+    monkeypatch.setattr(torch.distributed, "init_process_group", start)
+    launch(lambda: calls.append("the run"), 1)
+    assert calls[0] == 0
+    assert calls[1][0] == "nccl"
+    assert calls[1][1] >= timedelta(hours=1)  # NCCL's own 10 minutes end a long evaluation
+    assert calls[2:] == ["the run"]
+
+
+@pytest.mark.usefixtures("_torchrun_of_one")
+def test_a_run_on_cpus_leaves_the_gpu_alone_without_ranks_too(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name)
+    found = []
+    for on_gpu in (False, None):
+        launch(lambda: found.append(comm.device().type), 1, on_gpu=on_gpu)
+    assert found == ["cpu", "cuda"]
+
+
+@pytest.mark.usefixtures("_torchrun_of_one")
 def test_a_port_in_use_is_one_sentence(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with socket.socket() as taken:

@@ -10,6 +10,7 @@ from torch import nn
 from moco_common.sync_batch_norm import SyncBatchNorm
 from moco_det.modeling.batch_norm import (
     norm_notes,
+    norms_apart,
     replace_sync_bn,
     update_statistics,
 )
@@ -21,6 +22,23 @@ NORMS = {
     "naiveSyncBN_N": lambda channels: NaiveSyncBatchNorm(channels, stats_mode="N"),
     "ours": SyncBatchNorm,
 }
+
+
+def test_norms_apart_wait_for_no_other_process_and_are_put_back():
+    """As the memory preflight needs it: a process that ran out of memory sends nothing."""
+    kinds = (NaiveSyncBatchNorm, nn.SyncBatchNorm, SyncBatchNorm)
+    model = nn.Sequential(*(kind(CHANNELS) for kind in kinds), nn.BatchNorm2d(CHANNELS))
+    before, weights = list(model), list(model.parameters())
+    x = torch.randn(2, CHANNELS, 4, 4)
+    with norms_apart(model):
+        assert [type(norm) for norm in model] == [nn.BatchNorm2d] * 4
+        assert all(a is b for a, b in zip(model.parameters(), weights, strict=True))
+        expected = nn.functional.batch_norm(x, None, None, training=True)
+        torch.testing.assert_close(model[0](x), expected)
+    assert all(a is b for a, b in zip(model, before, strict=True))
+    assert before[0].num_batches_tracked == 1  # the buffers are those of the norms
+
+
 # What each rank sees: N, H, W.
 SHARES = {
     "alike": [(2, 5, 4)] * 4,

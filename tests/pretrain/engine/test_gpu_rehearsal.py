@@ -1,5 +1,8 @@
 """The train step of every method on a GPU that is not there: no device is mixed, nothing waits."""
 
+from collections import Counter
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
@@ -31,6 +34,7 @@ def batch(recipes, step, on_device):
     return Batch(views, index, torch.zeros(len(views), SHARE, 5), pending=pending)
 
 
+@cache
 def walk(method, world, precision="float32", on_device=False, *overrides):
     """The steps between two log lines on rank 0 of ``world``; return the mode that watched them."""
     small = ["INPUT.CROP_SIZE", 32, "INPUT.SMALL_CROP_SIZE", 16, "INPUT.ON_DEVICE", on_device]
@@ -53,11 +57,44 @@ def walk(method, world, precision="float32", on_device=False, *overrides):
     return gpu
 
 
+def expected(method, world):
+    """Calls and bytes that a rank passes to the collectives of a step, as docs/scaling-out.md has
+    them: n images on each of W ranks, C numbers in an embedding, P prototypes."""
+    n, c, p, side = SHARE, 8, 12, 32
+    keys, images, vote = 4 * n * c, 3 * n * side**2, [("allreduce_", 8)]
+    shuffle = [("alltoall_base_", images), ("alltoall_base_", keys)]
+    gather = [("allgather_", keys)]
+    return Counter(
+        vote
+        + {
+            "moco": shuffle + gather,
+            "end-to-end": [*shuffle, *gather]
+            + [("alltoall_base_", world * keys), ("alltoall_base_", keys)],  # backward
+            "memory-bank": [*gather, ("allgather_", 8 * n), ("allreduce_", world * keys)]
+            + [("allgather_", 8 * world * n)]
+            + [("alltoall_base_", 8 * world**2 * n), ("alltoall_base_", world * keys)],
+            "simclr": [("allgather_", 2 * keys), ("alltoall_base_", 2 * world * keys)],
+            "byol": [],
+            "swav": [("allreduce_", 2 * 4 * p)] * 3 + [("allgather_", 2 * keys)],
+        }.get(method, [])
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_collectives_of_a_step_are_those_of_the_page_on_scaling(method):
+    found = Counter(
+        (name, size)
+        for name, sizes in walk(method, 8, "float32", False).collectives.items()
+        for size in sizes
+    )
+    assert {key: count / STEPS for key, count in found.items()} == expected(method, 8)
+
+
 @pytest.mark.parametrize("world", [1, 8])
 @pytest.mark.parametrize(
     ("precision", "on_device"), [("float32", False), ("bfloat16", True)], ids=["f32", "bf16"]
 )
 @pytest.mark.parametrize("method", METHODS)
 def test_no_step_mixes_devices_or_waits_for_the_gpu(method, precision, on_device, world):
-    bn = ("MODEL.SYNC_BN", precision == "bfloat16")
+    bn = ("MODEL.SYNC_BN", True) if precision == "bfloat16" else ()
     assert dict(walk(method, world, precision, on_device, *bn).waits) == {}

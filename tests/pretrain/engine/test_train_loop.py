@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from pretrain.checkpoint import format as checkpoint
+from pretrain.config.defaults import load_config
+from pretrain.engine import train_loop
 from tests.pretrain.runs import TINY, Run, assert_equal_checkpoints, run, write_photographs
 from tools.pretrain import main
 
@@ -223,6 +225,31 @@ def test_pretrain_never_imports_the_detection_side():
         "assert not [m for m in sys.modules if m.split('.')[0] in ('detectron2', 'moco_det')]"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "reason"),
+    [
+        ("gpu", 1, "is 'gpu': choose auto, cuda, cpu"),
+        ("cuda", 0, "sees no GPU here: set it to cpu"),
+    ],
+)
+def test_an_impossible_device_is_one_sentence(tmp_path, monkeypatch, capsys, device, gpus, reason):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    words = ["--config", "moco-v2", "--data", str(tmp_path), "--output-dir", str(tmp_path / "run")]
+    assert main([*words, "MODEL.DEVICE", device]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: MODEL.DEVICE is ")
+    assert reason in error
+
+
+@pytest.mark.parametrize(("device", "on_gpu"), [("auto", None), ("cuda", True), ("cpu", False)])
+def test_the_device_of_the_run_reaches_the_launcher(monkeypatch, device, on_gpu):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = {}
+    monkeypatch.setattr(train_loop, "launch", lambda *args, **kwargs: found.update(kwargs))
+    train_loop.start(load_config("moco-v2", ["MODEL.DEVICE", device]))
+    assert found == {"on_gpu": on_gpu}
 
 
 def test_more_processes_than_gpus_are_refused(tmp_path, monkeypatch, capsys):
