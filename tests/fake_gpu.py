@@ -21,6 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves, tree_map
 
+from moco_common import comm
+
 ROOT = Path(__file__).parents[1]
 GPU = torch.device("cuda", 0)
 # Operations whose result, or its size, the host must know.
@@ -218,4 +220,5 @@ def rehearsal(world=1):
         }.items():
             stack.enter_context(patch.object(torch.cuda, name, value))
         stack.enter_context(patch.object(torch.Tensor, "backward", backward))
+        stack.enter_context(patch.object(comm, "_leave_gpus", False))  # if a test asked for CPUs
         yield mode

@@ -11,9 +11,11 @@ import importlib
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -36,6 +38,7 @@ PARTS = {
     "data": ("pretrain.gpu_check.speed:data", 0.06),
     "learning": ("pretrain.gpu_check.correctness:learning", 0.1),
 }
+_READY = "ready\n"  # from a child that has imported its part
 _LINE = "result: "  # before the JSON of a result, on a child's standard output
 
 
@@ -112,21 +115,36 @@ def as_page(report: dict[str, Any]) -> str:
 
 def _part(target: str, tiny: bool, seconds: float) -> Iterator[Result]:
     """Run a part in a process of its own; yield its results as they come."""
+    cut_off = threading.Event()
+
+    def end(child: subprocess.Popen[str]) -> None:
+        cut_off.set()
+        os.killpg(child.pid, signal.SIGKILL)  # with the processes that it has started
+
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as errors:
-        command = [sys.executable, "-m", __name__, target, str(int(tiny)), str(seconds), folder]
         child = subprocess.Popen(
-            ["timeout", "--kill-after=5", str(seconds), *command],
+            [sys.executable, "-m", __name__, target, str(int(tiny)), str(seconds), folder],
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            start_new_session=True,
         )
-        assert child.stdout is not None
-        for line in child.stdout:
-            if line.startswith(_LINE):
-                yield Result(*json.loads(line.removeprefix(_LINE)))
-        code = child.wait()
-        if code in (124, 137):
+        limit = threading.Timer(seconds, end, [child])
+        try:
+            assert child.stdout is not None
+            for line in child.stdout:
+                if line == _READY:
+                    limit.start()  # the time for imports is that of the machine, not of the part
+                elif line.startswith(_LINE):
+                    yield Result(*json.loads(line.removeprefix(_LINE)))
+            code = child.wait()
+        finally:
+            limit.cancel()
+            if child.poll() is None:  # interrupted
+                end(child)
+                child.wait()
+        if cut_off.is_set():
             yield Result("cut off", f"by its limit of {seconds:.0f} s")
         elif code:
             errors.seek(0)
@@ -138,6 +156,7 @@ def _child(target: str, tiny: str, seconds: str, folder: str) -> None:
     module, _, function = target.partition(":")
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     part = getattr(importlib.import_module(module), function)
+    print(_READY, end="", flush=True)
     try:
         for result in part(device, bool(int(tiny)), float(seconds), Path(folder)):
             print(_LINE + json.dumps(result), flush=True)

@@ -107,7 +107,7 @@ def _idle(run: Callable[[], object], device: torch.device, steps: int = 3) -> fl
         for _ in range(steps):
             run()
         _wait(device)
-    busy = sum(event.self_device_time_total for event in traced.key_averages()) / 1e6
+    busy = sum(float(event.self_device_time_total) for event in traced.key_averages()) / 1e6
     return max(0.0, 1.0 - busy / wall)
 
 
@@ -121,7 +121,7 @@ def data(device: torch.device, tiny: bool, seconds: float, folder: Path) -> Iter
     found = decoding(cpu_count(), seconds=0.2 if tiny else 2.0)
     yield found.what, found.found, None
     if device.type == "cuda":
-        from torchvision.io import decode_jpeg
+        from torchvision.io import decode_jpeg  # type: ignore[import-untyped]
 
         encoded = [torch.frombuffer(bytearray(photograph()), dtype=torch.uint8)] * 64
         run = lambda: decode_jpeg(encoded, device=device)  # noqa: E731

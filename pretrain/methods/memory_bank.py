@@ -237,11 +237,11 @@ class ShardedBank(nn.Module):
 
     @property
     def shard(self) -> Tensor:
-        """The rows of this rank: (block, C)."""
+        """The rows of this rank, moved with parameters and buffers by ``to``: (block, C)."""
         return self._rows[:-1]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ShardedBank:
-        super()._apply(fn, recurse)  # as ``to`` does for parameters and buffers
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._rows = fn(self._rows)
         return self
 
