@@ -1,4 +1,4 @@
-"""Fine-tuning in the check of a GPU: are its losses those of the CPU, and how fast is it?"""
+"""Fine-tuning in the check of a GPU: its losses against the CPU's, and its speed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Does a GPU compute what a CPU computes, at every precision, after every restart?"""
+"""Comparison of a GPU with the CPU: every method, every precision, resuming, ranks, learning."""
 
 from __future__ import annotations
 
