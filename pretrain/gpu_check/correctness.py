@@ -54,9 +54,10 @@ def losses(
     device."""
     comm.leave_gpus(device.type == "cpu")
     cfg = get_defaults()
+    cfg.MODEL.BN_GROUPS, cfg.MOCO.QUEUE_SIZE = 2, 96  # in place of "auto"
     cfg.merge_from_list(
-        ["METHOD", method, "MODEL.DEPTH", 18, "MODEL.WIDTH", 0.125, "MODEL.BN_GROUPS", 2]
-        + ["MOCO.DIM", 16, "MOCO.QUEUE_SIZE", 96, "BANK.NEGATIVES", 32, "SIMCLR.DIM", 16]
+        ["METHOD", method, "MODEL.DEPTH", 18, "MODEL.WIDTH", 0.125]
+        + ["MOCO.DIM", 16, "BANK.NEGATIVES", 32, "SIMCLR.DIM", 16]
         + ["BYOL.HIDDEN", 32, "BYOL.DIM", 16, "SWAV.HIDDEN", 32, "SWAV.DIM", 16]
         + ["SWAV.PROTOTYPES", 24, "SWAV.QUEUE_SIZE", 32, "SOLVER.BATCH_SIZE", BATCH]
     )
