@@ -318,7 +318,9 @@ def _join_torchrun(backend: str) -> None:
     store over restarts, with the dead ranks' addresses in it, and reading those hangs (pytorch
     issue 135712)."""
     if os.environ["WORLD_SIZE"] == "1":  # nobody to meet, wherever the address leads
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(
+            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE
+        )
         return
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     with _meeting(address, int(os.environ["WORLD_SIZE"]) - 1):

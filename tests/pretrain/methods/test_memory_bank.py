@@ -45,7 +45,8 @@ def test_three_steps_of_nce_are_those_of_its_binary_decisions():
     z, n, m = None, tiny.IMAGES, 20
     for step in range(3):
         views, index = tiny.views("memory-bank", step), tiny.index(step)
-        negatives = method.draw(index, step).tolist()
+        candidates, chosen = method.draw(index, step)
+        negatives = candidates[chosen].tolist()
         outputs = method(views, step, index)
         q = F.normalize(encoder(views[0]), dim=1)
         if z is None:

@@ -80,7 +80,8 @@ def scores_of(name, method, views, index):
         q = first_embeddings(method, views)
         return q @ F.normalize(method.encoder_k(views[1]), dim=1).T, rows
     if name == "memory-bank":
-        q, negatives = first_embeddings(method, views), method.draw(index, 1)
+        q, (candidates, chosen) = first_embeddings(method, views), method.draw(index, 1)
+        negatives = candidates[chosen]
         positive = (q * method.bank.shard[index]).sum(1, keepdim=True)
         return torch.cat([positive, q @ method.bank.shard[negatives].T], 1), rows * 0
     if name == "simclr":
@@ -174,7 +175,8 @@ def test_a_method_says_how_many_views_and_images_it_needs_and_what_helps(name):
 def test_the_bank_draws_at_most_the_images_beside_the_batch(negatives, fits):
     if fits:
         method, _ = tiny.build("memory-bank", "BANK.NEGATIVES", negatives)
-        drawn = method.draw(torch.arange(tiny.BATCH), 0)
+        candidates, chosen = method.draw(torch.arange(tiny.BATCH), 0)
+        drawn = candidates[chosen]
         assert len(drawn.unique()) == negatives
         assert drawn.min() >= tiny.BATCH
     else:
