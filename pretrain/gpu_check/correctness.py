@@ -28,7 +28,7 @@ from pretrain.methods import METHODS, build_method
 from pretrain.solver.optimizers import build_optimizer
 
 Found = tuple[str, str, bool | None]
-BATCH, IMAGES = 16, 64
+BATCH, IMAGES, CLASSES = 16, 64, 4
 
 
 def equality(device: torch.device, tiny: bool, seconds: float, folder: Path) -> Iterator[Found]:
@@ -60,9 +60,12 @@ def losses(
         + ["MOCO.DIM", 16, "BANK.NEGATIVES", 32, "SIMCLR.DIM", 16]
         + ["BYOL.HIDDEN", 32, "BYOL.DIM", 16, "SWAV.HIDDEN", 32, "SWAV.DIM", 16]
         + ["SWAV.PROTOTYPES", 24, "SWAV.QUEUE_SIZE", 32, "SOLVER.BATCH_SIZE", BATCH]
+        + ["SUPERVISED.CLASSES", CLASSES]
     )
     torch.manual_seed(0)
-    built = build_method(cfg, num_images=IMAGES, total_steps=100).train().to(device, dtype)
+    labels = np.arange(IMAGES) % CLASSES
+    built = build_method(cfg, num_images=IMAGES, total_steps=100, labels=labels)
+    built.train().to(device, dtype)
     take = TrainStep(built, build_optimizer(cfg, built), total_steps=100, precision=precision)
     result = []
     for step in range(steps):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from fvcore.common.config import CfgNode
 from torch import Tensor
 
+from moco_common import comm
 from moco_common.errors import UserError
 from pretrain.data.source_base import SPLITS, Source
 from pretrain.methods.base import Method, Run
@@ -83,7 +84,7 @@ class Supervised(Method):
         """Classify the images; ``top1`` is the fraction of correct ones among these views."""
         assert self.labels is not None
         logits = self.encoder_q(views[0])  # NxC
-        labels = self.labels[index.to(logits.device, non_blocking=True)]  # N
+        labels = self.labels[comm.to_device(index, logits.device)]  # N
         return {
             "loss": F.cross_entropy(logits, labels),
             "top1": (logits.argmax(1) == labels).float().mean(),
