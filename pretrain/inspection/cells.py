@@ -1,4 +1,4 @@
-"""What methods made for detection find in two views of an image: cells that match, and slots."""
+"""Matching cells and slots that methods made for detection find in two views of an image."""
 
 from __future__ import annotations
 
