@@ -231,6 +231,8 @@ def _is_alike(value: Any, was: Any, text: bool) -> bool:
     default, or ``text``; yacs compares the types of whole values only."""
     if isinstance(value, float):
         return math.isfinite(value)
+    if value is None:
+        return was is None
     if not isinstance(value, (list, tuple)) or not isinstance(was, (list, tuple)):
         return True
     kinds = {str} if text and not was else set(map(_kind, was))

@@ -107,7 +107,10 @@ def _read(argv: list[str]) -> int:
     from moco_common.errors import run_tool
     from moco_common.reader.formats import read_checkpoint
 
-    return run_tool(lambda: read_checkpoint(argv[0]) and None)
+    def work() -> None:
+        read_checkpoint(argv[0])
+
+    return run_tool(work)
 
 
 def _tensor_uses(ground: Ground) -> list[Use]:

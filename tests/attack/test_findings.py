@@ -117,6 +117,7 @@ def test_used_up_memory_is_one_sentence(capsys):
     "line",
     [
         "PROTOCOL: {}",
+        "MODEL: {DEVICE: null}",
         "MODEL: {WEIGHTS: {a: 1}}",
         "DATASETS: {TRAIN: [{a: 1}]}",
         "DATASETS: {TEST: [7]}",
