@@ -15,7 +15,7 @@ OPTIONS = {
     "without weight and bias": {"affine": False},
     "without running statistics": {"track_running_stats": False},
 }
-ROWS = {"equal": (3, 3), "unequal": (5, 1), "all on one": (0, 4), "one row": (1, 0)}
+ROWS = {"equal": (3, 3), "unequal": (5, 1), "all on one": (0, 4), "one row": (1, 0), "none": (0, 0)}
 STEPS = 3
 
 
@@ -90,6 +90,14 @@ def test_a_single_row_on_all_ranks_has_its_own_value_as_mean(ranks):
             mean = 0.9 * mean + 0.1 * rows("one row", step)[0]
         torch.testing.assert_close(found["running_mean"], mean)
         torch.testing.assert_close(found["running_var"], torch.full((2,), 0.9**STEPS).double())
+
+
+def test_without_a_row_on_any_rank_nothing_is_learned(ranks):
+    for rank in ranks:
+        found = rank["none, plain"]
+        assert found["outputs"].shape == (STEPS, 0, 2)
+        assert found["running_mean"].tolist() == [0, 0]
+        assert found["running_var"].tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
