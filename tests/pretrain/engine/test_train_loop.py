@@ -154,7 +154,7 @@ def test_a_wrong_schedule_is_refused_before_the_warm_up(photographs, tmp_path):
         (13, ["SOLVER.MAX_ITER", 9, "SOLVER.EPOCHS", 1], "ends the run after 2 iterations"),
         (1, [], "warning: the data have 1 image, fewer than a batch of 8"),
         (7, [], "warning: the data have 7 images, fewer than a batch of 8"),
-        (13, [], "compares with the last 20 images, but the data have only 13"),
+        (13, [], "warning: MOCO.QUEUE_SIZE is 20, more than half of the 13 images"),
         (13, ["--resume"], "warning: there is no checkpoint to resume in"),
     ],
 )
