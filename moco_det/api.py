@@ -4,7 +4,6 @@ Mistakes in the input raise `moco_common.errors.UserError`. Settings are configu
 their values, such as ``{"SOLVER.MAX_ITER": 4000}``; a run is one directory, as on the command line.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from detectron2.structures import Instances
 from numpy.typing import NDArray
 
 from moco_common.errors import UserError
+from moco_common.files import read_json
 from moco_det.engine.setup import Options
 from moco_det.engine.train_net import train_net
 from moco_det.evaluation.results import results_folder
@@ -160,5 +160,12 @@ def _pairs(settings: Mapping[str, object] | None) -> list[str]:
 def _results(folder: Path) -> dict[str, Any]:
     """Read results.json; empty for a run without a test set."""
     file = folder / "results.json"
-    results: dict[str, Any] = json.loads(file.read_bytes()) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    try:
+        results = read_json(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {file} ({error}): evaluate the run again.") from None
+    if not isinstance(results, dict):
+        raise UserError(f"{file} does not hold results by task: evaluate the run again.")
     return results

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moco_common.errors import UserError
+from moco_common.files import read_json
 from moco_det.demo.scenes import CLASSES, SceneObject, draw_portrait, draw_scene
 
 Record = dict[str, Any]  # a scene, or an object of a COCO file
@@ -53,7 +54,7 @@ def write_scenes(
     parameters |= {"seed": seed, "classes": list(CLASSES), "generation": 2}
     stamp = root / "scenes.json"
     total = unlabelled + train + test
-    if stamp.exists() and json.loads(stamp.read_text()) == parameters:
+    if stamp.exists() and _recorded(stamp) == parameters:
         yield total, total
         return
     if root.exists() and any(root.iterdir()) and not stamp.exists():
@@ -82,6 +83,16 @@ def write_scenes(
         (root / "voc" / "ImageSets" / "Main" / f"{split}.txt").write_text(names)
         (root / "coco" / f"instances_{split}.json").write_text(json.dumps(_coco(scenes, size)))
     stamp.write_text(json.dumps(parameters))
+
+
+def _recorded(stamp: Path) -> Any:
+    """Return the parameters in a scenes.json."""
+    try:
+        return read_json(stamp)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot read {stamp} ({error}): remove the folder or choose another --output-dir."
+        ) from None
 
 
 def _write_scene(root: Path, size: int, seed: int, job: tuple[str, int]) -> Record:

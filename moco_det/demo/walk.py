@@ -22,6 +22,7 @@ from typing import TextIO
 import torch
 
 from moco_common.errors import UserError
+from moco_common.files import make_folder
 from moco_common.hardware import cpu_count
 from moco_det.demo.scene_dataset import write_scenes
 from moco_det.report.build import build_report
@@ -61,6 +62,7 @@ class Demo:
             UserError: a step failed; its own message has been printed.
         """
         start = time.monotonic()
+        make_folder(self.folder, "--output-dir")
         data, pretrained = self.folder / "scenes", self.folder / "pretrain-moco"
         weights = self.folder / "moco.pkl"
         detectors = {

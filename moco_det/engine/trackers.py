@@ -5,7 +5,6 @@ Where the tracker is, and whether it is reached at all, is for its own environme
 directory, so that a resumed run continues there.
 """
 
-import json
 import logging
 import math
 import re
@@ -19,7 +18,7 @@ from detectron2.utils.events import EventWriter, get_event_storage
 
 from moco_common.dependencies import require
 from moco_common.errors import UserError
-from moco_common.files import write_json_atomically
+from moco_common.files import read_json, write_json_atomically
 
 log = logging.getLogger(__name__)
 PROJECT = "moco-det"
@@ -92,7 +91,7 @@ def build_trackers(
         UserError: a tracker cannot be reached.
     """
     file = folder / IDS
-    ids: dict[str, str] = json.loads(file.read_bytes()) if start_iter and file.is_file() else {}
+    ids = _ids(file) if start_iter and file.is_file() else {}
     writers = []
     for name in names:
         tracker = TRACKERS[name](folder, config, ids.get(name))
@@ -101,6 +100,16 @@ def build_trackers(
     if names:
         write_json_atomically(file, ids)
     return writers
+
+
+def _ids(file: Path) -> dict[str, str]:
+    try:
+        ids = read_json(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {file} ({error}): remove it to start new records.") from None
+    if not isinstance(ids, dict) or not all(isinstance(value, str) for value in ids.values()):
+        raise UserError(f"{file} does not hold an id per tracker: remove it to start new records.")
+    return ids
 
 
 def _wandb(folder: Path, config: Mapping[str, Any], known: str | None) -> Tracker:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from moco_common.errors import UserError
-from moco_common.files import write_json_atomically
+from moco_common.files import read_json, write_json_atomically
 from moco_det.data.shares import Share
 from moco_det.evaluation.coco_evaluation import coco_content
 
@@ -56,8 +55,8 @@ def _check_own(file: Path) -> None:
     if not file.exists():
         return
     try:
-        own = json.loads(file.read_bytes())["info"]["contributor"] == CONTRIBUTOR
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        own = read_json(file)["info"]["contributor"] == CONTRIBUTOR
+    except (OSError, ValueError, TypeError, KeyError):
         own = False
     if not own:
         raise UserError(

@@ -91,6 +91,22 @@ def shared(state: dict[str, Any]) -> dict[str, Tensor]:
     return {name: x for name, x in tensors if not name.endswith(own)}
 
 
+def check_readable(config: str) -> dict[str, Any]:
+    """Return the values of a run's own configuration, as a resumed run will read them.
+
+    Raises:
+        UserError: it exceeds the limits of `parse_yaml`, so the run could never be resumed.
+    """
+    try:
+        values: dict[str, Any] = parse_yaml(config)
+    except yaml.YAMLError as error:
+        raise UserError(
+            f"the configuration is too large to be read again ({error}), so the run could not be "
+            f"resumed: shorten its longest list, for example with a folder or a .txt list as DATA."
+        ) from None
+    return values
+
+
 def check_commands(cfg: CfgNode, folder: Path) -> None:
     """Check that a resumed run executes no command but its own. All ranks must call this, before
     the data are opened.
@@ -245,7 +261,7 @@ def _newest(folder: Path) -> tuple[Path, dict[str, Any] | None, list[str]]:
 
 def _compare(cfg: CfgNode, old: dict[str, Any], path: Path) -> list[str]:
     """Return notes on changed keys; raise UserError if one of them must not change."""
-    now = leaves(parse_yaml(cfg.dump()))
+    now = leaves(check_readable(cfg.dump()))
     # A key that an older version did not have had the effect of today's default.
     before = {name: key.default for name, key in all_keys().items()} | leaves(old)
     other_methods = all_keys().keys() - keys_of(cfg.METHOD).keys()

@@ -41,6 +41,7 @@ from pretrain.engine.resume import (
     Restored,
     capture,
     check_commands,
+    check_readable,
     recorded_values,
     restore,
     shared,
@@ -105,6 +106,7 @@ def train(cfg: CfgNode, resume: bool = False, quiet: bool = False, profile: int 
     cfg = resolve(cfg, len(source), comm.world_size(), recorded)
     method_class(cfg.METHOD).complete(cfg, source)
     config = run_config(cfg).dump()
+    check_readable(config)
     total = total_steps(
         len(source),
         batch_size=cfg.SOLVER.BATCH_SIZE,

@@ -7,9 +7,21 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import NARROW, QUICK
+from tests.moco_det.inference.test_predictor import make_run
 from tests.pretrain.probe_data import tiny_backbone, write_classes
 from tests.pretrain.runs import TINY, write_photographs
-from tools import convert, inspect_run, pretrain, probe, report, train_net
+from tools import (
+    convert,
+    data,
+    demo,
+    export,
+    inspect_run,
+    predict,
+    pretrain,
+    probe,
+    report,
+    train_net,
+)
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +34,7 @@ def inputs(tmp_path_factory):
     torch.save(tiny_backbone().state_dict(), room / "backbone.pth")
     (room / "run").mkdir()
     (room / "run" / "results.json").write_text('{"protocol": "VOC", "dataset": "x", "bbox": {}}')
+    make_run(room / "detector", "VOC")
     (room / "own").mkdir()
     (room / "own" / "config.yaml").write_text("METHOD: moco\n")
     return room
@@ -32,6 +45,7 @@ def calls(inputs, voc_dir, output):
     photographs = ["--config", "moco-v2", "--data", inputs / "photographs", *TINY]
     small = ["--crop-size", "32", "--workers", "1", "-k", "1"]
     detect = ["--config", "VOC-random", "--train-data", f"voc:{voc_dir}:trainval", *NARROW, *QUICK]
+    boxes, detector = f"voc:{voc_dir}:trainval", inputs / "detector"
     probed = [inputs / "backbone.pth", "--train", inputs / "classes", *small, "--no-cache"]
     return {
         "convert": (convert.main, [inputs / "backbone.pth", "-o", output]),
@@ -41,19 +55,31 @@ def calls(inputs, voc_dir, output):
         "probe": (probe.main, [*probed, "-o", output]),
         "inspect": (inspect_run.main, [inputs / "own", "--no-images", "-o", output]),
         "report": (report.main, [inputs / "run", "-o", output]),
+        "predict": (predict.main, [inputs / "photographs", "--run", detector, "-o", output]),
+        "export": (export.main, ["--run", detector, "-o", output]),
+        "sheet": (data.main, [boxes, "--sheet", output]),
+        "to-coco": (data.main, [boxes, "--to-coco", output]),
+        "demo": (demo.main, ["-o", output]),
     }
 
 
-TOOLS = ("convert", "views", "pretrain", "train", "probe", "inspect", "report")
+TOOLS = (
+    *("convert", "views", "pretrain", "train", "probe", "inspect", "report", "predict", "export"),
+    *("sheet", "to-coco", "demo"),
+)
+ENDINGS = {"export": ".onnx", "sheet": ".jpg", "to-coco": ".json"}  # which these tools require
 
 
 @pytest.mark.parametrize("tool", TOOLS)
 @pytest.mark.parametrize("kind", ["null", "full", "pipe"])
 def test_no_device_or_pipe_is_replaced(inputs, voc_dir, tmp_path, capsys, tool, kind):
-    target = Path(f"/dev/{kind}")
+    device, target = Path(f"/dev/{kind}"), tmp_path / f"output{ENDINGS.get(tool, '')}"
     if kind == "pipe":
-        target = tmp_path / "pipe"
         os.mkfifo(target)
+    elif tool in ENDINGS:
+        target.symlink_to(device)
+    else:
+        target = device
     before = os.stat(target)
     function, words = calls(inputs, voc_dir, target)[tool]
     assert function([str(word) for word in words]) == 1
@@ -64,4 +90,4 @@ def test_no_device_or_pipe_is_replaced(inputs, voc_dir, tmp_path, capsys, tool, 
     )
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
-    assert str(target) in errors[0]
+    assert str(target) in errors[0] or str(target.resolve()) in errors[0]

@@ -22,6 +22,7 @@ from moco_common.files import parse_json, read_json, read_text
 from moco_common.launch import launch
 from moco_common.reader.errors import CheckpointError
 from moco_common.reader.formats import Discarded, read_checkpoint
+from moco_det import api
 from moco_det.checkpoint import backbone_weights
 from moco_det.checkpoint.backbone_weights import read_backbone
 from moco_det.checkpoint.detector_weights import load_detector
@@ -29,9 +30,12 @@ from moco_det.checkpoint.run_checkpointer import RunCheckpointer
 from moco_det.config.protocols import load_config
 from moco_det.data.datasets.coco import read_coco
 from moco_det.data.datasets.findings import DatasetReport
+from moco_det.demo.scene_dataset import write_scenes
 from moco_det.engine.explain import explain_key
 from moco_det.engine.resume import FREE, LOGGED
+from moco_det.engine.trackers import build_trackers
 from moco_det.inference.video import read_frames, video_facts
+from moco_det.survey.coco_file import _check_own
 from pretrain.config.defaults import get_defaults, set_key
 from pretrain.engine.progress import read_records
 from pretrain.probe.backbone import load_backbone
@@ -298,3 +302,28 @@ def test_changed_test_data_are_named_when_a_run_is_resumed(tmp_path, voc_dir, ca
     said = "".join(capsys.readouterr())
     assert "the test data changed since the run started: 1 images instead of 2" in said
     assert "the training data changed" not in said
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "x", "[1]", "9" * 10_000])
+def test_a_damaged_file_of_a_run_is_one_sentence(tmp_path, content):
+    for name, read in (
+        ("results.json", lambda: api._results(tmp_path)),
+        ("trackers.json", lambda: build_trackers([], tmp_path, {}, 1)),
+    ):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(UserError, match=f"^[^\n]*{name}[^\n]*[.]$"):
+            read()
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "x", "[1]", "9" * 10_000, '{"info": 1}'])
+def test_a_damaged_annotation_file_is_not_replaced(tmp_path, content):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(UserError, match="was not written by this tool and is not replaced"):
+        _check_own(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "x"])
+def test_a_damaged_record_of_the_demos_scenes_is_one_sentence(tmp_path, content):
+    (tmp_path / "scenes.json").write_text(content)
+    with pytest.raises(UserError, match="scenes.json.*choose another --output-dir"):
+        next(write_scenes(tmp_path))

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from moco_common.config import MAX_VALUES
 from moco_common.errors import UserError
 from pretrain.checkpoint import format as checkpoint
-from pretrain.engine.resume import Restored, capture, restore
+from pretrain.engine.resume import Restored, capture, check_readable, restore
 from pretrain.engine.train_step import TrainStep
 from pretrain.solver.optimizers import build_optimizer
 from tests.pretrain import tiny
@@ -36,6 +37,21 @@ def saved():
 
 
 ANYTHING = (None, "x", -1, 1.5, [], {}, [[]], {"torch": 1}, True, torch.zeros(2, 2), 2**70)
+
+
+def test_a_configuration_too_large_to_be_read_again_is_one_sentence(saved, tmp_path):
+    cfg, method, take_step, state = saved
+    checkpoint.save(state, tmp_path)
+    cfg = cfg.clone()
+    cfg.DATA = ["x"] * MAX_VALUES
+    with pytest.raises(UserError, match=r"^the configuration is too large .*as DATA\.$"):
+        restore(cfg, tmp_path, method, take_step, tiny.IMAGES, {})
+    with pytest.raises(UserError, match="more than .* values"):
+        check_readable(cfg.dump())
+    cfg.DATA = ["x"] * 1000
+    assert check_readable(cfg.dump())["DATA"] == cfg.DATA
+
+
 PARTS = ("config", "state_dict", "optimizer", "step", "images", "ranks", "data", "scaler")
 
 
