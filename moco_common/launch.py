@@ -38,6 +38,7 @@ MEETING = timedelta(minutes=10)  # time that ranks wait for each other at the st
 # gloo, are shorter than what rank 0 may take to evaluate or to save while the others wait. The
 # launcher notices a lost rank at once.
 COLLECTIVE = timedelta(hours=3)
+STDERR = 2  # file descriptor
 QUIET = 10.0  # seconds before a line says that they wait
 _LOST = (-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT)  # exit codes
 _STOPPED = "stopped: run the same command again, with --resume if there is a checkpoint"
@@ -283,11 +284,9 @@ def _meeting(address: str, others: int) -> Iterator[None]:
     """Print a line while ranks wait for each other within ``with``, and explain a time-out."""
     minutes = MEETING.total_seconds() / 60
     text = f"waiting for {counted(others, 'other rank')} at {address}, at most {minutes:g} minutes"
-    line = threading.Timer(QUIET, print, [text], {"file": sys.stderr, "flush": True})
-    line.daemon = True
-    line.start()
     try:
-        yield
+        with _native_messages_discarded() as stderr, _later(QUIET, stderr, text):
+            yield
     except (RuntimeError, TimeoutError, ValueError) as error:
         if "EADDRINUSE" in str(error):
             raise
@@ -296,8 +295,35 @@ def _meeting(address: str, others: int) -> Iterator[None]:
             f"The ranks did not meet at {address} ({reason}): check that all were started and that "
             f"this address can be reached, or unset RANK and WORLD_SIZE to run one process."
         ) from None
+
+
+@contextmanager
+def _later(seconds: float, descriptor: int, line: str) -> Iterator[None]:
+    """Write a line to a file descriptor if ``with`` takes longer than ``seconds``."""
+    timer = threading.Timer(seconds, os.write, [descriptor, f"{line}\n".encode()])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
     finally:
-        line.cancel()
+        timer.cancel()
+        timer.join()  # before the descriptor is closed
+
+
+@contextmanager
+def _native_messages_discarded() -> Iterator[int]:
+    """Discard what libraries write to standard error, and yield a descriptor that leads there.
+
+    A store of torch logs each failed attempt to connect with a stack trace in C++.
+    """
+    stderr = os.dup(STDERR)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), STDERR)
+        yield stderr
+    finally:
+        os.dup2(stderr, STDERR)
+        os.close(stderr)
 
 
 @contextmanager
