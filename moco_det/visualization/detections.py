@@ -77,7 +77,7 @@ def resize(
     masks = objects.masks
     if masks is not None:
         soft = [cv2.resize(mask.astype(np.float32), size) for mask in masks]
-        masks = np.stack(soft) > 0.5
+        masks = np.array(soft).reshape(-1, size[1], size[0]) > 0.5  # there may be none
     boxes = objects.boxes * np.array([size[0] / width, size[1] / height] * 2)
     return resized, replace(objects, boxes=boxes, masks=masks)
 

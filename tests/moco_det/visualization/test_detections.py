@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -170,6 +171,17 @@ def test_an_empty_mask_changes_nothing_and_a_full_one_reaches_the_edges():
     assert (picture[20:40, 20:40] == 128).all()
     picture = draw_objects(GREY, found, ["a"], with_names=False)
     assert (picture != 128).any(axis=2).all()
+
+
+@pytest.mark.parametrize("count", [0, 2])
+@pytest.mark.parametrize("shape", [(40, 2), (2, 40), (40, 1), (500, 2), (64, 96)])
+def test_masks_on_an_image_of_any_shape_are_drawn_and_none_at_all_too(shape, count, tmp_path):
+    """Detectron2's own drawing of masks asserts that an image is not two pixels wide."""
+    found = replace(objects([[0, 0, *shape[::-1]]] * count), masks=np.ones((count, *shape), bool))
+    path = save_picture(np.full((*shape, 3), 128, np.uint8), found, ["a"], tmp_path / "p.png")
+    picture = cv2.imread(str(path))
+    assert max(picture.shape[:2]) == max(*shape, 320)
+    assert (picture == 128).all() == (count == 0)
 
 
 def test_the_hole_of_a_mask_is_not_tinted():
