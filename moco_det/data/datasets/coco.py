@@ -17,6 +17,7 @@ from detectron2.structures import BoxMode
 
 from moco_common.errors import UserError
 from moco_common.files import read_json
+from moco_common.text import counted
 from moco_det.data.datasets.coco_keypoints import Skeleton, read_keypoints, read_skeleton
 from moco_det.data.datasets.coco_masks import Mask, MaskError, mask_area, mask_box, read_mask
 from moco_det.data.datasets.findings import DatasetReport, Finding
@@ -30,7 +31,14 @@ from moco_det.data.datasets.image_frame import (
     read_headers,
 )
 from moco_det.data.datasets.units import check_corners, refuse_normalised
-from moco_det.data.datasets.values import are_numbers, is_whole, read_flag, read_id, whole_number
+from moco_det.data.datasets.values import (
+    are_numbers,
+    is_whole,
+    numbers_of,
+    read_flag,
+    read_id,
+    whole_number,
+)
 
 Json = dict[str, Any]
 # The keys by which files of annotation tools are known, of the file or of the first of its entries.
@@ -77,7 +85,9 @@ def read_coco(
     file = json_file.name
     names, category_ids = _read_categories(content, json_file, report)
     images, aliases = _read_images(content["images"], json_file, image_folders, report)
-    listed = {read_id(entry.get("id")) for entry in content["images"] if isinstance(entry, dict)}
+    entries = [entry for entry in content["images"] if isinstance(entry, dict)]
+    listed = {read_id(entry.get("id")) for entry in entries}
+    _read_strings(content["annotations"], entries, listed, report)
     objects = _objects_by_image(
         content["annotations"],
         aliases=aliases,
@@ -279,6 +289,34 @@ def _fullest(folders: Sequence[Path], names: list[str], json_file: Path) -> Path
         return there[0]
     sample = names[:: max(1, len(names) // 50)]
     return max(there, key=lambda f: sum(os.path.isfile(os.path.join(f, n)) for n in sample))
+
+
+def _read_strings(
+    annotations: list[Any], images: list[Json], listed: set[str | None], report: DatasetReport
+) -> None:
+    """Replace, in place, boxes written as strings by numbers, and a file name under ``image_id`` by
+    the id of the only image with this name."""
+    ids: dict[str, list[Any]] = defaultdict(list)
+    for image in images:
+        name = next((image[key] for key in NAME_KEYS if isinstance(image.get(key), str)), "")
+        ids[name].append(image.get("id"))
+    boxes = names = 0
+    for entry in annotations:
+        if not isinstance(entry, dict):
+            continue
+        box, image_id = numbers_of(entry.get("bbox")), entry.get("image_id")
+        if box is not entry.get("bbox"):
+            entry["bbox"] = box
+            boxes += 1
+        same = ids.get(image_id, []) if isinstance(image_id, str) else []
+        if len(same) == 1 and read_id(image_id) not in listed:
+            (entry["image_id"],) = same
+            names += 1
+    if boxes:
+        report.notes.append(f"{counted(boxes, 'box', ',')} written as strings: read as numbers")
+    if names:
+        found = counted(names, "annotation", ",")
+        report.notes.append(f"image_id holds a file name in {found}: taken as that image's id")
 
 
 def _objects_by_image(

@@ -49,6 +49,14 @@ def read_number(text: str | None) -> float | None:
     return value if abs(value) < 1e9 else None
 
 
+def numbers_of(value: Any) -> Any:
+    """The numbers of a list of strings that all hold one; any other value unchanged."""
+    if not isinstance(value, list) or not value or not all(isinstance(v, str) for v in value):
+        return value
+    read = [read_number(entry) for entry in value]
+    return value if None in read else read
+
+
 def are_numbers(value: Any, count: int) -> bool:
     """True if ``value`` is a list of ``count`` finite numbers below 1e9."""
     if not isinstance(value, list) or len(value) != count:

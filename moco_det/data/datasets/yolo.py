@@ -7,6 +7,7 @@ coordinates are shares of the image's width and height (https://docs.ultralytics
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,10 @@ from moco_det.data.datasets.values import read_id, read_number
 
 SPLIT_KEYS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 NAME_FILES = ("classes.txt", "labels/classes.txt", "obj.names", "data/obj.names")
+# Lines as spreadsheets write them, where a comma can have one meaning only.
+COMMAS = "labels contain commas, as separators or decimal commas: read as such"
+DECIMAL_COMMA = re.compile(r"-?\d+(,\d+)?")
+SEPARATING_COMMAS = re.compile(r"[^\s,]+(\s*,\s*[^\s,]+)+")
 ENOUGH = 8  # lines whose keypoints without visibility can be told from outlines
 TOLERANCE = 0.01  # by which rounding may move a share out of 0 to 1
 
@@ -64,7 +69,7 @@ def read_yolo(
             f"{folder}: none of {counted(len(images), 'image', ',')} has a label file (looked for "
             f"{labels[0]}): a YOLO data set holds images/NAME.jpg and labels/NAME.txt"
         )
-    texts = [_read_lines(path) for path in labels]
+    texts = [_read_lines(path, report) for path in labels]
     values = [row for lines in texts if isinstance(lines, list) for _, row in lines if row]
     points = description.points or _points_of_poses(values)
     _refuse_pixels([row[1:5] if points else row[1:] for row in values], report.spec)
@@ -206,7 +211,7 @@ def _label_file(image: str) -> str:
     return next(filter(os.path.isfile, labels), labels[0])
 
 
-def _read_lines(path: str) -> list[tuple[int, list[float]]] | str | None:
+def _read_lines(path: str, report: DatasetReport) -> list[tuple[int, list[float]]] | str | None:
     """(line number, its numbers) of a label file, () where unreadable; None without a file."""
     if not os.path.isfile(path):
         return None
@@ -217,10 +222,28 @@ def _read_lines(path: str) -> list[tuple[int, list[float]]] | str | None:
     rows = []
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            row = [read_number(word) for word in line.split()]
+            words = _words(line)
+            if words != line.split() and COMMAS not in report.notes:
+                report.notes.append(COMMAS)
+            row = [read_number(word) for word in words]
             known = [value for value in row if value is not None]
             rows.append((number, known if len(known) == len(row) else []))
     return rows
+
+
+def _words(line: str) -> list[str]:
+    """The numbers of a line as strings, with decimal points.
+
+    ``0,0.5,0.5,0.2,0.2`` and ``0 0,5 0,5 0,2 0,2`` are read as ``0 0.5 0.5 0.2 0.2``.
+    """
+    words = line.split()
+    if "," not in line:
+        return words
+    if "," not in words[0] and all(map(DECIMAL_COMMA.fullmatch, words)):
+        return [word.replace(",", ".") for word in words]
+    if "." in line and SEPARATING_COMMAS.fullmatch(line.strip()):
+        return line.replace(",", " ").split()
+    return words
 
 
 def _refuse_pixels(rows: Sequence[list[float]], spec: str) -> None:

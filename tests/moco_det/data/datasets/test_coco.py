@@ -453,6 +453,33 @@ def test_findings_of_several_data_sets_go_into_one_file(file, tmp_path):
 BOX = {"bbox": [1, 1, 9, 9]}
 
 
+def test_boxes_written_as_strings_and_file_names_as_image_ids_are_read_and_noted(file):
+    box = {"bbox": ["1", "1.0", "9", "9e0"]}
+    file.add(1, box, {"bbox": ["1", "x", "9", "9"]}, {"bbox": []})
+    file.add(2, {**BOX, "image_id": "2.png"}, {**BOX, "image_id": "3.png"})
+    file.add(3, file_name="1.png", path="1.png")
+    records, report, _ = file.read()
+    found = {key: [item["bbox"] for item in r["annotations"]] for key, r in records.items()}
+    assert found == {1: [[1, 1, 10, 10]], 2: [[1, 1, 10, 10]]}
+    assert kinds(report) == {
+        ("box unreadable", "object skipped"): 2,
+        ("annotation of an image that is not listed", "object skipped"): 1,
+        ("image listed twice", "made one image"): 1,
+    }
+    assert report.notes == [
+        "1 box written as strings: read as numbers",
+        "image_id holds a file name in 1 annotation: taken as that image's id",
+    ]
+
+
+def test_a_file_name_of_two_images_is_no_image_id(file):
+    file.add(1, {**BOX, "image_id": "1.png"})
+    file.add(2, file_name="1.png")
+    records, report, _ = file.read()
+    assert records[1]["annotations"] == []
+    assert ("annotation of an image that is not listed", "object skipped") in kinds(report)
+
+
 def test_images_and_objects_that_are_listed_twice_are_taken_once(file):
     file.add(1, BOX, {"bbox": [5, 5, 20, 20]})
     file.add(11, BOX, {"bbox": [7, 7, 20, 20]}, file_name="./1.png", path="1.png")

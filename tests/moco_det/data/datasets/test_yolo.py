@@ -254,3 +254,32 @@ def test_folders_in_capitals_are_found(tmp_path):
     records, report, _ = read(f"yolo:{tmp_path}:all")
     assert len(records["Images/a"]["annotations"]) == 1
     assert report.findings == []
+
+
+COMMA_LINES = {
+    "decimal commas": "1 0,5 0,5 0,25 0,5",
+    "a whole number among them": "1\t0,5\t0,5\t0,25\t1",
+    "commas between": "1,0.5,0.5,0.25,0.5",
+    "commas and blanks between": "1, 0.5, 0.5, 0.25, 0.5",
+}
+
+
+@pytest.mark.parametrize("form", COMMA_LINES)
+def test_commas_are_read_where_they_have_one_meaning(tmp_path, form):
+    add(tmp_path, "a.png", "a.txt", COMMA_LINES[form])
+    (tmp_path / "data.yaml").write_text(NAMES)
+    records, report, _ = read(f"yolo:{tmp_path}:all", strict=True)
+    (item,) = records["a"]["annotations"]
+    whole = form.startswith("a whole")
+    assert item["bbox"] == [24, 0 if whole else 12, 40, 48 if whole else 36]
+    assert item["category_id"] == 1
+    assert ["labels contain commas" in note for note in report.notes] == [True]
+
+
+@pytest.mark.parametrize("line", ["0,0,5,0,5,0,25,0,5", "0 0,5 0.5 0.25 0.5", "0 0,5,0,5 0,25,0,5"])
+def test_commas_of_two_meanings_are_not_guessed(tmp_path, line):
+    add(tmp_path, "a.png", "a.txt", LINE, line)
+    (tmp_path / "data.yaml").write_text(NAMES)
+    records, report, _ = read(f"yolo:{tmp_path}:all")
+    assert [item["bbox"] for item in records["a"]["annotations"]] == [[24, 12, 40, 36]]
+    assert [finding.object for finding in report.findings] == ["line 2"]
