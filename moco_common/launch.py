@@ -349,7 +349,8 @@ def _join_torchrun(backend: str) -> None:
         )
         return
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    with _meeting(address, int(os.environ["WORLD_SIZE"]) - 1):
+    others = int(os.environ["WORLD_SIZE"]) - 1
+    with _meeting(address, others):
         store, rank, world_size = next(dist.rendezvous("env://", timeout=MEETING))
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0)
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
@@ -364,6 +365,20 @@ def _join_torchrun(backend: str) -> None:
     dist.init_process_group(
         backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE
     )
+    with _meeting(address, others):
+        _wait_for_all(store, rank, world_size)
+
+
+def _wait_for_all(store: dist.Store, rank: int, world_size: int) -> None:
+    """Wait until every rank has joined the group: a rank that fails at once would take its
+    connections, and rank 0 the store, from those that are still joining.
+
+    Rank 0, which may hold the store, also waits until the others need it no more.
+    """
+    for word in ("joined", "ready"):
+        store.set(f"{word} {rank}", "")  # needs no answer, unlike add()
+        if word == "joined" or rank == 0:
+            store.wait([f"{word} {i}" for i in range(world_size)], MEETING)
 
 
 def _free_port() -> int:

@@ -25,6 +25,8 @@ from moco_common.launch import (
 )
 from moco_common.stopping import Stopped, StopRequest
 from tests.moco_det.ranks import preload
+from tests.pretrain.forks import Fork
+from tests.pretrain.ranks import free_port, torchrun_environment
 
 ROOT = Path(__file__).parents[2]
 
@@ -312,6 +314,44 @@ def test_ranks_that_wait_for_each_other_say_so_and_give_up_in_one_sentence(monke
         launch(print, 1)
     shown = capfd.readouterr().err  # also what torch writes below Python
     assert shown == f"waiting for 1 other rank at 127.0.0.1:{port}, at most {2 / 60:g} minutes\n"
+
+
+def joining_slowly(environment, folder):
+    """A rank of torchrun; rank 1 joins the group late."""
+
+    def join_and_record(*args, **options):
+        join(*args, **options)
+        time.sleep(comm.rank())
+        (folder / environment["RANK"]).touch()
+
+    os.environ.update(environment)
+    join = torch.distributed.init_process_group
+    torch.distributed.init_process_group = join_and_record
+    launch(refusing, 1, folder, on_gpu=False)
+
+
+def refusing(folder):
+    (folder / f"seen by {comm.rank()}").write_text(str((folder / "1").exists()))
+    raise UserError("no")
+
+
+def test_no_rank_starts_and_fails_while_another_is_still_joining(tmp_path):
+    port = free_port()
+    ranks = [Fork(joining_slowly, torchrun_environment(i, 2, port), tmp_path) for i in range(2)]
+    assert all(rank.wait(60) for rank in ranks)
+    assert [(tmp_path / f"seen by {i}").read_text() for i in range(2)] == ["True", "True"]
+
+
+def test_rank_0_which_may_hold_the_store_leaves_last():
+    store = torch.distributed.HashStore()
+    host = threading.Thread(target=launching._wait_for_all, args=(store, 0, 2), daemon=True)
+    host.start()
+    for word in ("joined 1", "ready 1"):
+        host.join(0.2)
+        assert host.is_alive()
+        store.set(word, "")
+    host.join(10)
+    assert not host.is_alive()
 
 
 def test_ranks_end_with_a_launcher_that_is_killed_while_they_start(tmp_path):
