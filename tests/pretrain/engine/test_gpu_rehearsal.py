@@ -63,6 +63,7 @@ def expected(method, world):
     """Calls and bytes that a rank passes to the collectives of a step, as docs/scaling-out.md has
     them: n images on each of W ranks, C numbers in an embedding, P prototypes."""
     n, c, p, side = SHARE, 8, 12, 32
+    hidden, slots = 16, 6  # of slot-con
     keys, images, vote = 4 * n * c, 3 * n * side**2, [("allreduce_", 8)]
     shuffle = [("alltoall_base_", images), ("alltoall_base_", keys)]
     gather = [("allgather_", keys)]
@@ -78,12 +79,16 @@ def expected(method, world):
             "simclr": [("allgather_", 2 * keys), ("alltoall_base_", 2 * world * keys)],
             "dense-cl": [*shuffle, *gather, *gather, ("alltoall_base_", keys)]
             + [("alltoall_base_", 4 * n * 32)],  # a map of one cell and 32 channels
+            "slot-con": [("allreduce_", size) for size in 2 * (4, 4, 8, 8)]  # valid rows and images
+            + [("allreduce_", 4 * slots)]
+            + [("allgather_", 4 * hidden), ("alltoall_base_", world * 4 * hidden)] * 8
+            + [("allgather_", keys), ("allgather_", n)] * 2,  # of slots, one in a map of one cell
             "swav": [("allreduce_", 2 * 4 * p)] * 3 + [("allgather_", 2 * keys)],
         }.get(method, [])
     )
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "slot-con"])
+@pytest.mark.parametrize("method", METHODS)
 def test_the_collectives_of_a_step_are_those_of_the_page_on_scaling(method):
     found = Counter(
         (name, size)
