@@ -8,7 +8,7 @@ DEMO ?= runs/demo
 SEED ?= 0
 MUTANTS ?= 20
 
-.PHONY: setup demo test coverage lint mutation soak evidence gpu bench-pretrain bench-startup bench-eval docs clean
+.PHONY: setup demo test coverage lint mutation soak evidence gpu bench-pretrain bench-finetune bench-startup bench-eval docs clean
 
 setup: $(STAMP)
 
@@ -61,6 +61,10 @@ bench-pretrain: $(STAMP)
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/shuffle.py
 	$(BIN)/python benchmarks/loader.py
+
+# Our fine-tuning step against Detectron2's own loop: the same losses to the last bit, and the ratio of the times.
+bench-finetune: $(STAMP)
+	$(BIN)/python benchmarks/finetune.py
 
 # Start-up time of every tool: --help and a usage error, in units of `python -c pass`.
 bench-startup: $(STAMP)
