@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from tests.conftest import CLASSES, NARROW, QUICK
+from tests.moco_det.inference.test_predictor import make_run
 from tools.train_net import main
 
 ROOT = Path(__file__).parents[3]
@@ -132,6 +134,27 @@ def test_evaluation_on_other_data_keeps_the_runs_classes(voc_dir, voc_args, tmp_
     assert len(list(run.glob("*/results.json"))) == 1
     assert set(results["bbox"]["per_class"]) == {"bolt", "nut"}
     assert results["bbox"]["per_class"]["bolt"] is None  # no such object: not measured
+
+
+def test_masks_are_evaluated_on_images_two_pixels_wide(tmp_path):
+    run = tmp_path / "run"
+    make_run(run, "COCO-C4-1x", **{"INPUT.MAX_SIZE_TEST": 128})
+    names = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
+    content = {"images": [], "annotations": [], "categories": names}
+    for number, (width, height) in enumerate([(2, 40), (40, 2), (2, 2)], start=1):
+        Image.new("L", (width, height)).save(tmp_path / f"{number}.png")
+        image = {"id": number, "file_name": f"{number}.png", "width": width, "height": height}
+        outline = [0, 0, width, 0, width, height, 0, height]
+        content["images"].append(image)
+        content["annotations"].append(
+            {"id": number, "image_id": number, "category_id": 1, "iscrowd": 0,
+             "bbox": [0, 0, width, height], "area": width * height, "segmentation": [outline]}
+        )  # fmt: skip
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    test_data = ["--test-data", f"coco:{tmp_path}/a.json:{tmp_path}"]
+    assert main(["--eval-only", "--output-dir", str(run), *test_data]) == 0
+    (results,) = run.rglob("results.json")
+    assert 0 <= json.loads(results.read_text())["segm"]["AP"] <= 100
 
 
 def test_the_same_seed_gives_the_same_run_and_trials_differ(voc_args, tmp_path):

@@ -137,6 +137,20 @@ def test_masks_are_written_as_run_lengths_of_the_image_size(tmp_path, photo):
         assert mask_codec.decode(annotation["segmentation"]).shape == (64, 96)
 
 
+@pytest.mark.parametrize("threshold", ["0", "1"])  # everything and nothing is found
+def test_masks_are_predicted_on_images_two_pixels_wide(tmp_path, threshold):
+    make_run(tmp_path / "run", "COCO-C4-1x", **{"INPUT.MAX_SIZE_TEST": 128})
+    images, out = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    for name, shape in {"a": (40, 2, 3), "b": (2, 40, 3), "c": (2, 2, 3)}.items():
+        cv2.imwrite(str(images / f"{name}.png"), np.full(shape, 9, np.uint8))
+    given = [str(images), "-o", str(out), "--threshold", threshold]
+    assert main(["--run", str(tmp_path / "run"), *given]) is None
+    content = json.loads((out / "predictions.json").read_text())
+    assert (len(content["images"]), content["failed"]) == (3, [])
+    assert bool(content["annotations"]) == (threshold == "0")
+
+
 def test_unreadable_images_are_named_and_the_others_are_done(box_run, photo, capsys):
     folder, _, _ = box_run
     images = photo.parent / "images"
