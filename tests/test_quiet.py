@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 
 def road(folder):
     """Each tool's shortest use, in the order of the road."""
-    photos = write_photographs(folder / "photos")
+    photos = write_photographs(folder / "photos", 32)  # twice the queue
     moco, boxes = folder / "moco", folder / "boxes"
     weights, last = folder / "moco.pkl", moco / "checkpoint_last.pth"
     data = f"voc:{folder / 'voc'}:"
@@ -157,7 +157,7 @@ WORK = {  # what each tool calls once its arguments are checked, and arguments t
         "moco_det.inference.predictor.find_images",
         ["x.jpg", "--run", "run", "-o", "out"],
     ),
-    "pretrain": ("moco_common.launch.launch", ["--config", "moco-v2", "--data", "x"]),
+    "pretrain": ("pretrain.engine.train_loop.start", ["--config", "moco-v2", "--data", "x"]),
     "probe": ("pretrain.probe.run.probe", ["x.pth", "--train", "x"]),
     "report": ("moco_det.report.runs.read_runs", ["run", "-o", "out"]),
     "train_net": ("moco_det.engine.train_net.train_net", ["--config", "VOC"]),

@@ -48,7 +48,7 @@ def scores_of_weights(monkeypatch):
     def scores(cfg, model, name, predictions):
         total = sum(v.double().sum().item() for v in model.state_dict().values())
         value = total * 1e7 % 100
-        return {"bbox": {"AP": value, "AP50": value / 2, "per_class": {}}}
+        return {"bbox": {"AP": value, "AP50": value / 2, "per_class": {}}}, ""
 
     monkeypatch.setattr(trainer, "_scores", scores)
 
@@ -56,7 +56,7 @@ def scores_of_weights(monkeypatch):
 def script(monkeypatch, *values):
     """An AP of these values, evaluation by evaluation."""
     left = list(values)
-    monkeypatch.setattr(trainer, "_scores", lambda *_: {"bbox": {"AP": left.pop(0)}})
+    monkeypatch.setattr(trainer, "_scores", lambda *_: ({"bbox": {"AP": left.pop(0)}}, ""))
 
 
 @pytest.mark.parametrize("metric", ["bbox/AP", "bbox_ema/AP50"])

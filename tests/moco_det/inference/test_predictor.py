@@ -250,7 +250,8 @@ def test_drawings_are_not_predicted_on_and_may_be_drawn_again(box_run, tmp_path,
     assert main([*arguments, "b.jpg"]) is None
     said = []
     assert len(find_images(["."], said.append)) == 2
-    assert said == ["2 files left out, drawn by earlier predictions"]
+    outside = out == "../elsewhere"
+    assert said == ([] if outside else ["2 files left out, drawn by earlier predictions"])
     assert main([*arguments, "."]) is None  # also replaces what the run before the last drew
     content = json.loads(Path(out, "predictions.json").read_text())
     assert len(content["images"]) == 2

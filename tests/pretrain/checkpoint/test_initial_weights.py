@@ -13,7 +13,7 @@ from pretrain.checkpoint import format as checkpoint
 from pretrain.checkpoint.initial_weights import read_initial_weights, start_from
 from pretrain.engine.train_loop import train
 from pretrain.methods import METHODS
-from pretrain.modeling.resnet import PIXEL_MEAN, PIXEL_STD, ResNet, normalize
+from pretrain.modeling.resnet import PIXEL_MEAN, PIXEL_STD, Normalize, ResNet
 from tests.moco_det.conversion.test_layouts import BODY, LAYOUTS
 from tests.moco_det.convert_cases import backbone, linear, prefixed, reference_conversion, same
 from tests.moco_det.convert_cases import state_dict as narrow
@@ -83,7 +83,7 @@ def test_features_of_a_run_with_learning_rate_0_are_those_of_torchvisions_networ
         own = {key.removeprefix(name): x for key, x in state.items() if key.startswith(name)}
         ours.load_state_dict(backbone(own))
         with torch.no_grad():  # both by the statistics of the batch: those of the run have moved
-            expected, features = theirs(normalize(images)), ours.forward_features(images)
+            expected, features = theirs(Normalize()(images)), ours.forward_features(images)
         torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5)
 
 

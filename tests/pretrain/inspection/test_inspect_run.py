@@ -251,7 +251,7 @@ def test_where_there_is_no_run_one_sentence_says_so(runs, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"FLUX": {"CAPACITOR": 1}}, "another version"),
+        ({"FLUX": {"CAPACITOR": 1}}, "with the version that wrote it"),
         ({"METHOD": "moco-v9"}, "METHOD is 'moco-v9'"),
         ({"MOCO": {"DIM": 16}}, "does not fit its own configuration"),
     ],
