@@ -50,7 +50,7 @@ class TrainStep:
         device = next(method.parameters()).device.type
         dtype = _autocast_dtype(precision, device)
         if device == "cuda":  # all batches have one size: let cuDNN time its algorithms on it
-            torch.backends.cudnn.benchmark = True
+            torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
         if compile:
             _require_compiler(device)
         for module in method.modules():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -96,15 +97,15 @@ def precision_and_resume(
     """Train at every precision; kill a run, resume it, and compare it with one that was whole."""
     yield from _resume(device, tiny, folder)
     steps = 3 if tiny else 30
-    exact = losses("moco", device, torch.float32, steps)
+    exact = losses("moco", device, torch.float32, 1)[0]
     for precision in ("bfloat16", "float16"):
         found = losses("moco", device, torch.float32, steps, precision)
-        usual = losses("moco", torch.device("cpu"), torch.float32, steps, precision)
-        far, as_usual = (float((x - exact).abs().max()) for x in (found, usual))
-        # The first steps in float16 change nothing, while the scaler finds a scale that fits.
-        near = far <= 0.1 + 3 * as_usual or precision == "float16"
-        text = f"{far:.1e} from float32 (on the CPU: {as_usual:.1e})"
-        yield f"moco in {precision}", text, bool(found.isfinite().all()) and near
+        usual = losses("moco", torch.device("cpu"), torch.float32, 1, precision)
+        # Only the first loss is comparable: any rounding changes the following ones completely.
+        far, as_usual = (abs(float(x[0] - exact)) for x in (found, usual))
+        text = f"first loss {far:.1e} from float32 (on the CPU: {as_usual:.1e})"
+        near = far <= 0.01 + 3 * as_usual
+        yield f"moco in {precision}", text, near and bool(found.isfinite().all())
 
 
 def _resume(device: torch.device, tiny: bool, folder: Path) -> Iterator[Found]:
@@ -127,7 +128,7 @@ def _resume(device: torch.device, tiny: bool, folder: Path) -> Iterator[Found]:
         for name, x in a["state_dict"].items()
         if x.numel()
     )
-    # Kernels that add in another order every time (atomics) are fast; a CPU has none.
+    # Not 0: a few operations have no deterministic kernel on a GPU.
     yield "killed and resumed, against the whole run", f"{far:.1e}", far < 1e-2
 
 
@@ -153,9 +154,17 @@ def tiny_run(total: int) -> dict[str, object]:
 def _train(
     data: Path, out: Path, settings: dict[str, object], resume: bool = False
 ) -> subprocess.Popen[bytes]:
+    """Start a run with deterministic algorithms: without them, two runs differ after few steps."""
     words = {"data": str(data), "output_dir": str(out), "settings": settings, "resume": resume}
-    code = f"from pretrain.api import train; train('moco-v2', quiet=True, **{words!r})"
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
+    code = (
+        "import torch; torch.use_deterministic_algorithms(True, warn_only=True); "
+        f"from pretrain.api import train; train('moco-v2', quiet=True, **{words!r})"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"},
+    )
 
 
 def write_photographs(folder: Path, *, classes: int, each: int, side: int = 64) -> Path:

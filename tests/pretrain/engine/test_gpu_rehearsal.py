@@ -106,3 +106,13 @@ def test_the_collectives_of_a_step_are_those_of_the_page_on_scaling(method):
 def test_no_step_mixes_devices_or_waits_for_the_gpu(method, precision, on_device, world):
     bn = ("MODEL.SYNC_BN", True) if precision == "bfloat16" else ()
     assert dict(walk(method, world, precision, on_device, *bn).waits) == {}
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_cudnn_times_its_algorithms_unless_deterministic_ones_are_wanted(
+    monkeypatch, deterministic
+):
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", deterministic)  # the opposite
+    walk.__wrapped__("moco", 1)
+    assert torch.backends.cudnn.benchmark is not deterministic

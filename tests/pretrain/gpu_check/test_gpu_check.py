@@ -41,6 +41,25 @@ def test_the_comparison_sees_a_device_that_computes_otherwise(tmp_path, monkeypa
     assert [passed for *_, passed in results] == [False] * 3
 
 
+@pytest.mark.parametrize(
+    ("precision", "wrong"),
+    [("bfloat16", 1.1), ("float16", 1.1), ("float16", float("nan"))],
+)
+def test_the_comparison_sees_a_precision_that_computes_otherwise(
+    tmp_path, monkeypatch, precision, wrong
+):
+    def off(method, device, dtype, steps, used="float32"):
+        result = real(method, CPU, dtype, steps, used)
+        return result * wrong if device is broken and used == precision else result
+
+    real, broken = correctness.losses, torch.device("cpu")
+    monkeypatch.setattr(correctness, "losses", off)
+    monkeypatch.setattr(correctness, "_resume", lambda *_: ())
+    results = correctness.precision_and_resume(broken, True, 60, tmp_path)
+    expected = {f"moco in {name}": name != precision for name in ("bfloat16", "float16")}
+    assert {what: passed for what, _, passed in results} == expected
+
+
 def test_the_step_and_the_norms_are_timed_on_a_cpu_too(tmp_path):
     arguments = {"device": CPU, "tiny": True, "seconds": 1, "folder": tmp_path}
     found = {what: text for what, text, _ in [*speed.step(**arguments), *speed.data(**arguments)]}
