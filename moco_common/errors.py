@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import atexit
 import io
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
+from typing import Any
 
 MISTAKE, INTERRUPTED = 1, 130  # exit statuses; 130 is the shell's 128 + SIGINT
 MEMORY = (
     "error: the memory is used up: close other programs, use fewer processes or smaller inputs, "
     "or a machine with more memory."
 )
+ENDING = 10.0  # seconds after a stop in which further signals are ignored
+_DEFAULTS: dict[int, Any] = {
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGTERM: signal.SIG_DFL,
+    signal.SIGUSR1: signal.SIG_DFL,
+}
+_last_stop = [0.0]
 BUG = "This looks like a bug in moco-det: please report it with the traceback above."
 
 
@@ -56,14 +68,15 @@ def run_tool(
 
     Args:
         work: returns an exit status, or None for 0.
-        interrupted: the line after Ctrl-C.
+        interrupted: the line after Ctrl-C, or after a scheduler's signal outside a training loop.
         also: further exceptions to treat as the user's mistakes, such as OSError for named files.
     """
     mistakes: tuple[type[Exception], ...] = (UserError, *also)
     if isinstance(sys.stdout, io.TextIOWrapper):  # names in data may hold what cannot be printed
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return work() or 0
+        with _signals_raised(interrupted):
+            return work() or 0
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return INTERRUPTED
@@ -86,6 +99,64 @@ def run_tool(
         if sys.version_info >= (3, 11):
             error.add_note(BUG)
         raise
+
+
+@contextmanager
+def _signals_raised(message: str) -> Iterator[None]:
+    """Within ``with``, let SIGTERM and SIGUSR1 raise `Stopped`, as Ctrl-C raises KeyboardInterrupt.
+
+    An error after a signal is its consequence, such as an import that was broken off. Further
+    signals do not disturb the end of the process. Ranks of torchrun keep the default: they wait for
+    each other outside Python, where no handler runs.
+    """
+    owner = os.getpid()
+    received: list[int] = []
+    replaced: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != owner:  # a forked process ends as it would without this handler
+            signal.signal(number, _DEFAULTS[number])
+            signal.raise_signal(number)
+            return
+        received.append(number)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise Stopped(number, message)
+
+    if threading.current_thread() is threading.main_thread() and "WORLD_SIZE" not in os.environ:
+        for number, default in _DEFAULTS.items():
+            if signal.getsignal(number) in (default, _ignore_for_a_while):
+                replaced.append(number)
+                signal.signal(number, stop)
+    stopped = True
+    try:
+        yield
+        stopped = False
+    except Exception:
+        if received:
+            raise Stopped(received[0], message) from None
+        stopped = False
+        raise
+    finally:
+        if stopped:
+            _last_stop[0] = time.monotonic()
+        for number in replaced:
+            signal.signal(number, _ignore_for_a_while if received else _DEFAULTS[number])
+
+
+def _ignore_for_a_while(number: int, frame: FrameType | None) -> None:
+    """Ignore a signal after a stop; obey it if the process lives on, such as a notebook."""
+    if time.monotonic() - _last_stop[0] > ENDING:
+        signal.signal(number, _DEFAULTS[number])
+        signal.raise_signal(number)
+
+
+@atexit.register
+def _ignore_for_good() -> None:
+    """Ignore signals once the interpreter is dismantled after a stop, when no handler runs."""
+    if _last_stop[0]:
+        for number in _DEFAULTS:
+            signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -327,3 +328,52 @@ def test_a_damaged_record_of_the_demos_scenes_is_one_sentence(tmp_path, content)
     (tmp_path / "scenes.json").write_text(content)
     with pytest.raises(UserError, match="scenes.json.*choose another --output-dir"):
         next(write_scenes(tmp_path))
+
+
+SETTING_UP = """
+import sys, time
+sys.path[0] = {root!r}
+import {module} as work
+from tools import {tool}
+
+def waits(*_):
+    print("setting up", flush=True)
+    time.sleep(60)
+
+work.{step} = waits
+sys.exit({tool}.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("tool", "module", "step", "words"),
+    [
+        ("pretrain", "pretrain.engine.train_loop", "open_source", "--config moco-v2 --data ."),
+        ("train_net", "moco_det.engine.train_net", "prepare", "--config VOC-random"),
+    ],
+)
+def test_a_run_that_is_setting_up_obeys_a_signal_in_one_line(
+    tmp_path, number, tool, module, step, words
+):
+    root = str(Path(__file__).parents[2])
+    (tmp_path / "run.py").write_text(
+        SETTING_UP.format(root=root, tool=tool, module=module, step=step)
+    )
+    run = subprocess.Popen(
+        [sys.executable, tmp_path / "run.py", *words.split(), "--output-dir", tmp_path / "run"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert run.stdout.readline() == "setting up\n"
+        run.send_signal(number)
+        time.sleep(0.02)
+        run.send_signal(number)
+        _, errors = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert run.returncode == 128 + number, errors
+    assert errors.startswith("stopped: ")
+    assert errors.count("\n") == 1

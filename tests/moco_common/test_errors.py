@@ -5,12 +5,14 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from pathlib import Path
 
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
+from moco_common import errors
 from moco_common.errors import BUG, Stopped, UserError, lost_worker_explained, run_tool
 
 ROOT = Path(__file__).parents[2]
@@ -44,6 +46,80 @@ def test_a_bug_keeps_its_traceback_and_asks_to_be_reported_below_it():
     lines = "".join(traceback.format_exception(error.value)).splitlines()
     assert "raise error" in "".join(lines)
     assert lines[-1] == BUG
+
+
+TOOL = """
+import atexit, multiprocessing, os, sys, time
+from moco_common.errors import run_tool
+
+def sleep():
+    time.sleep(60)
+
+def work():
+    if "forks" in sys.argv:
+        child = multiprocessing.get_context("fork").Process(target=sleep)
+        child.start()
+        time.sleep(0.3)
+        child.terminate()
+        child.join(20)
+        print(child.exitcode, flush=True)
+    print("working", flush=True)
+    try:
+        sleep()
+    except BaseException:
+        if "breaks" in sys.argv:
+            raise ImportError("an import was broken off")
+        raise
+
+if "slow" in sys.argv:
+    atexit.register(time.sleep, 2)
+sys.exit(run_tool(work, "stopped: start again"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "number", "count", "status"),
+    [
+        ("plain", signal.SIGTERM, 1, 143),
+        ("plain", signal.SIGUSR1, 1, 138),
+        ("plain", signal.SIGINT, 1, 130),
+        ("breaks", signal.SIGINT, 1, 130),
+        ("breaks", signal.SIGTERM, 1, 143),
+        ("slow", signal.SIGINT, 2, 130),
+        ("slow", signal.SIGTERM, 2, 143),
+        ("forks", signal.SIGTERM, 1, 143),
+    ],
+)
+def test_signals_end_a_tool_in_one_line(kind, number, count, status):
+    tool = subprocess.Popen(
+        [sys.executable, "-c", TOOL, kind],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    try:
+        if kind == "forks":
+            assert tool.stdout.readline() == "-15\n"
+        assert tool.stdout.readline() == "working\n"
+        for _ in range(count):
+            tool.send_signal(number)
+            time.sleep(0.5)
+        _, errors = tool.communicate(timeout=30)
+    finally:
+        tool.kill()
+    assert (tool.returncode, errors) == (status, "stopped: start again\n")
+
+
+def test_a_program_that_lives_on_after_a_stop_obeys_later_signals(monkeypatch):
+    assert run_tool(lambda: signal.raise_signal(signal.SIGINT)) == 130
+    signal.raise_signal(signal.SIGINT)  # ignored
+    monkeypatch.setattr(errors, "ENDING", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert run_tool(lambda: 0) == 0
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 class Deadly(Dataset):
