@@ -24,8 +24,8 @@ class _Kind(NamedTuple):
     """The evaluation of data sets of one ``evaluator_type``."""
 
     evaluator: Callable[..., DatasetEvaluator]
-    tasks: tuple[str, ...]  # that its metrics know
-    options: tuple[str, ...] = ()  # of `build_evaluator` that it takes
+    tasks: tuple[str, ...]  # that its metrics support
+    options: tuple[str, ...] = ()  # arguments of `build_evaluator` that it accepts
 
 
 _VOC = _Kind(VOCEvaluator, ("bbox",), ("output_dir", "metric"))
@@ -59,11 +59,11 @@ def build_evaluator(
             :func:`moco_det.data.register.register`.
         tasks: some of "bbox", "segm", "keypoints" and "sem_seg"; by default those that
             the predictions and the data both hold.
-        output_dir: for the predictions, ``coco_instances_results.json``, and the evaluator's
-            other files.
+        output_dir: directory for the predictions (``coco_instances_results.json``) and the
+            evaluator's other files.
         distributed: whether the predictions of all ranks are gathered; all must then call it.
         metric: VOC only: "11-point" or "all-point"; by default 11-point for VOC 2007.
-        sigmas: of the object keypoint similarity, one a keypoint; by default COCO's.
+        sigmas: for the object keypoint similarity, one per keypoint; by default COCO's.
 
     Returns:
         An evaluator whose ``evaluate()`` gives, on the main process, ``{"bbox": {"AP", "AP50",
@@ -112,6 +112,6 @@ def _kind(dataset_name: str) -> _Kind:
     if kind not in _KINDS:
         raise UserError(
             f"there is no evaluator for {dataset_name}, whose evaluator_type is {kind!r}: "
-            f"there are {', '.join(_KINDS)}"
+            f"the known types are {', '.join(_KINDS)}"
         )
     return _KINDS[kind]

@@ -2,7 +2,7 @@
 
 Cordts et al. 2016, "The Cityscapes Dataset for Semantic Urban Scene Understanding", section 4.2,
 as its published script computes it. That script needs files for every mask, one machine, and an
-older numpy than the current one; here each image becomes a few counts.
+older NumPy than the current one; here each image is reduced to a few counts.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class CityscapesInstanceEvaluator(DatasetEvaluator):
     """Mask AP of one of Detectron2's Cityscapes data sets.
 
     Args:
-        dataset_name: its metadata name ``gt_dir`` and ``thing_classes``.
-        output_dir: where the predictions go.
+        dataset_name: a data set whose metadata hold ``gt_dir`` and ``thing_classes``.
+        output_dir: directory for the predictions.
         distributed: whether the counts of all ranks are gathered; all must then call it.
     """
 
@@ -78,13 +78,13 @@ class CityscapesInstanceEvaluator(DatasetEvaluator):
 
     def reset(self) -> None:
         """Clear the counts."""
-        # Of each image its id, its overlaps by class, and its predictions in COCO's format.
+        # For each image: its id, its overlaps by class, and its predictions in COCO's format.
         self.found: list[tuple[str, list[Overlaps], list[dict[str, Any]]]] = []
 
     def process(
         self, inputs: Sequence[Mapping[str, Any]], outputs: Sequence[Mapping[str, Any]]
     ) -> None:
-        """Count the pixels that ``instances`` of some images share with the annotated ones."""
+        """Count the pixels that predicted ``instances`` share with annotated ones."""
         labels = [LABELS[name] for name in self.metadata.thing_classes]
         for example, output in zip(inputs, outputs, strict=True):
             instances = output["instances"].to("cpu")
@@ -96,8 +96,8 @@ class CityscapesInstanceEvaluator(DatasetEvaluator):
             self.found.append((example["image_id"], overlaps, results))
 
     def evaluate(self) -> dict[str, dict[str, float]]:
-        """``{"segm": {"AP", "AP50", "AP-<class>", ...}}`` in percent, on the first rank; ``{}``
-        elsewhere. NaN for a class without instances.
+        """Return ``{"segm": {"AP", "AP50", "AP-<class>", ...}}`` in percent on the first rank, and
+        ``{}`` elsewhere. AP is NaN for a class without instances.
 
         Raises:
             UserError: an image was not evaluated, or is not of the data set.
@@ -126,7 +126,7 @@ class CityscapesInstanceEvaluator(DatasetEvaluator):
         }
 
     def _annotation(self, image: str) -> Path:
-        """gt_dir/CITY/NAME_gtFine_instanceIds.png of .../CITY/NAME_leftImg8bit.png."""
+        """Return gt_dir/CITY/NAME_gtFine_instanceIds.png for .../CITY/NAME_leftImg8bit.png."""
         path = Path(image)
         name = path.name.replace("leftImg8bit", "gtFine_instanceIds")
         annotation = Path(self.metadata.gt_dir, path.parent.name, name)
@@ -175,11 +175,12 @@ def count_overlaps(
 
 
 def average_precision(images: Sequence[Overlaps], threshold: float) -> float:
-    """AP of one class over some images, in [0, 1]; NaN where nothing is to be found.
+    """AP of one class over some images, in [0, 1]; NaN where there is no object to find.
 
-    A prediction that overlaps an instance by more than ``threshold`` (IoU) finds it, the one of
-    the highest score counts and others are wrong. One that overlaps none is wrong too, unless more
-    than ``threshold`` of its pixels lie on void, group or tiny regions.
+    A prediction whose IoU with an instance exceeds ``threshold`` matches it. Of several matches,
+    the one with the highest score is right and the others are wrong. A prediction that matches no
+    instance is wrong, unless more than ``threshold`` of its pixels lie on void, group or tiny
+    regions.
     """
     right: list[float] = []
     wrong: list[float] = []

@@ -43,10 +43,10 @@ class _Share(NamedTuple):
 class InstanceEvaluator(DatasetEvaluator):
     """COCO AP of boxes, masks and keypoints: the statistics of pycocotools, in seconds.
 
-    Data sets with a ``json_file`` (Detectron2's own) are evaluated on that file, own ones on what
+    Data sets with a ``json_file`` (Detectron2's own) are evaluated on that file, your own on what
     their reader kept. Writes the predictions in COCO's result format. The results have the names
-    of Detectron2's ``COCOEvaluator``. Unlike there, no detection at all is an AP of 0, and AP by
-    class is correct for any order of the category ids.
+    that Detectron2's ``COCOEvaluator`` uses. Unlike with that class, AP is 0 if nothing is
+    detected, and AP by class is correct for any order of the category ids.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class InstanceEvaluator(DatasetEvaluator):
         Args:
             tasks: some of "bbox", "segm", "keypoints"; by default what the predictions and the
                 data both hold.
-            sigmas: of the keypoints (``TEST.KEYPOINT_OKS_SIGMAS``); by default COCO's for COCO's
+            sigmas: one per keypoint (``TEST.KEYPOINT_OKS_SIGMAS``); by default COCO's for COCO's
                 17 names, and their mean for others.
             max_detections, library: as in :func:`moco_det.evaluation.coco_metrics.coco_metrics`.
 
@@ -105,7 +105,7 @@ class InstanceEvaluator(DatasetEvaluator):
             self._share.tasks.update(t for t in TASKS if instances.has(PREDICTED[t]))
 
     def evaluate(self, img_ids: Sequence[Any] | None = None) -> dict[str, dict[str, float]]:
-        """The metrics over all images, or over ``img_ids``; ``{}`` off the main process.
+        """Return the metrics over all images, or over ``img_ids``; ``{}`` off the main process.
 
         Returns:
             task -> AP, AP50, AP75, AP by size, and ``AP-<class>``, in percent; NaN where the
@@ -157,7 +157,7 @@ class InstanceEvaluator(DatasetEvaluator):
         return scores
 
     def _absent(self, class_ids: Sequence[int]) -> list[int]:
-        """The indices of the classes that the ground truth has nothing to find of."""
+        """Return the indices of the classes without an object to find in the ground truth."""
         assert self._truth is not None
         present = {a["category_id"] for a in self._truth["annotations"] if not a.get("iscrowd")}
         return [index for index, key in enumerate(class_ids) if key not in present]
@@ -176,9 +176,9 @@ def coco_content(
 ) -> dict[str, Any]:
     """Detectron2's dataset dicts as the content of a COCO file.
 
-    Unlike Detectron2's ``convert_to_coco_dict`` it keeps boxes unrounded, and the area that the
-    data state, which decides between small, medium and large. VOC's difficult objects become
-    crowds, which are neither to be found nor wrong.
+    Unlike Detectron2's ``convert_to_coco_dict`` it keeps boxes unrounded, and the area given in
+    the data, which decides between small, medium and large. VOC's difficult objects become
+    crowds, which count neither as missed when not found nor as wrong when found.
 
     Args:
         classes: category id -> name, in the order of the dicts' class indices.

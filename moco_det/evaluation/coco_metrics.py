@@ -1,4 +1,4 @@
-"""COCO's metrics (boxes, masks, keypoints) by hotcoco, or by pycocotools where that is not there.
+"""COCO's metrics (boxes, masks, keypoints) by hotcoco, or by pycocotools without it.
 
 Both fill the same arrays of precision and recall, equal to the last bit; the statistics are taken
 from them here, so that one definition serves both. Lin et al., "Microsoft COCO: Common Objects in
@@ -32,9 +32,9 @@ class CocoMetrics:
     Attributes:
         precision: (T, R, K, A, M) float64: IoU (for keypoints OKS) thresholds 0.50, 0.55, ...
             0.95; recalls 0, 0.01, ... 1; categories by ascending id; areas (all, small, medium,
-            large; for keypoints all, medium, large); most detections an image.
+            large; for keypoints all, medium, large); limits of detections per image.
         recall: (T, K, A, M) float64.
-        library: which one computed them.
+        library: the one that computed them.
     """
 
     task: str
@@ -80,22 +80,22 @@ def coco_metrics(
     """Evaluate detections against a COCO ground truth, neither of which is changed.
 
     Args:
-        truth: the content of a COCO annotation file; its ids, of any size, sort.
+        truth: the content of a COCO annotation file, with ids of any size that can be sorted.
         results: COCO's list of results: ``image_id``, ``category_id``, ``score`` and, by task,
             ``bbox`` (x, y, width, height), ``segmentation`` (RLE) and ``keypoints``; may be empty.
         tasks: some of "bbox", "segm" and "keypoints".
         image_ids: the images to evaluate; by default all.
         sigmas: the keypoints' standard deviations relative to the object's size; by default those
             of COCO's 17.
-        max_detections: how many detections of a category count in an image, at least 10 (for
-            keypoints it is 20).
+        max_detections: number of detections that count per category and image, at least 10
+            (always 20 for keypoints).
         library: "hotcoco" or "pycocotools"; by default hotcoco where it is installed.
 
     Raises:
         UserError: hotcoco is asked for and not installed, or a result is of an unknown image.
     """
     if not set(tasks) <= set(TASKS):
-        raise ValueError(f"there are the tasks {TASKS}, not {tasks}")
+        raise ValueError(f"tasks must be among {TASKS}, got {tasks}")
     name, dataset_class, evaluation_class = _library(library)
     found: dict[str, CocoMetrics] = {}
     # pycocotools reports its steps; and there are many dicts here, none of them garbage.
@@ -123,7 +123,7 @@ def coco_metrics(
 
 
 def _library(name: str | None) -> tuple[str, Any, Any]:
-    """Its name, its class of data sets and its class of evaluations: both have one interface."""
+    """Return a library's name and its classes COCO and COCOeval, whose interface is the same."""
     if name is None:
         name = "hotcoco" if importlib.util.find_spec("hotcoco") else "pycocotools"
     if name == "pycocotools":
@@ -132,7 +132,7 @@ def _library(name: str | None) -> tuple[str, Any, Any]:
 
         return name, COCO, COCOeval
     if name != "hotcoco":
-        raise ValueError(f"there are hotcoco and pycocotools, not {name}")
+        raise ValueError(f"library must be hotcoco or pycocotools, got {name}")
     try:
         import hotcoco
     except ModuleNotFoundError:
@@ -150,7 +150,7 @@ def _dataset(dataset_class: Any, content: Json) -> Any:
 
 
 class Numbers:
-    """Numbers from 1 in place of the ids of images and categories, in the order of the ids: it
+    """Numbers from 1 in place of the ids of images and categories, in the order of the ids, which
     decides among equal scores.
 
     hotcoco takes whole numbers for images, both libraries carry all ids of detections as float64,
@@ -164,7 +164,7 @@ class Numbers:
         )
 
     def truth(self, truth: Json) -> Json:
-        """The ground truth with numbers; annotations of no image or no category do not count."""
+        """Return the ground truth with numbers; unknown images and categories are left out."""
         kept = [
             item
             for item in truth["annotations"]
@@ -180,16 +180,16 @@ class Numbers:
         }
 
     def of(self, item: Json) -> dict[str, int]:
-        """Image and category of an annotation or a detection; 0 for an unknown category."""
+        """Return image and category of an annotation or detection; 0 for an unknown category."""
         category = self.categories.get(item["category_id"], 0)
         return {"image_id": self.images[item["image_id"]], "category_id": category}
 
 
 def _for_task(results: Sequence[Json], task: str, numbers: Numbers) -> Any:
-    """The part of the results that one task needs, as both libraries take it.
+    """Return the part of the results that one task needs, in the form that both libraries take.
 
-    A box's area would decide between small, medium and large: masks therefore go without. With
-    keypoints it does decide, as in Detectron2.
+    A box's area would decide between small, medium and large: masks are therefore passed
+    without boxes. For keypoints the box does decide, as in Detectron2.
     """
     try:
         if task == "bbox":  # N x 7: image, x, y, width, height, score, category
@@ -216,11 +216,11 @@ def _for_task(results: Sequence[Json], task: str, numbers: Numbers) -> Any:
 
 
 def mean_of_defined(values: np.ndarray) -> float:
-    """The mean of what is defined, -1 if nothing is."""
+    """Return the mean of the defined values (not -1), or -1 if there is none."""
     defined = values[values > -1]
     return float(np.mean(defined)) if defined.size else -1.0
 
 
 def percent(value: float) -> float:
-    """NaN for -1, which stands for nothing to find."""
+    """Convert a share to percent, and -1 (nothing to find) to NaN."""
     return float(value) * 100 if value >= 0 else float("nan")

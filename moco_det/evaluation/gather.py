@@ -11,7 +11,7 @@ from detectron2.utils import comm
 from moco_common.errors import UserError
 
 logger = logging.getLogger(__name__)
-Share = TypeVar("Share")  # what an evaluator keeps on one rank
+Share = TypeVar("Share")  # the data that an evaluator keeps on one rank
 NAMED = 20  # classes in a warning
 PREDICTIONS_FILE = "coco_instances_results.json"  # Detectron2's name for COCO's result format
 
@@ -30,7 +30,7 @@ def shares_of_ranks(share: Share, distributed: bool) -> list[Share] | None:
 
 
 def report_absent(dataset_name: str, classes: Sequence[str], absent: Sequence[int]) -> None:
-    """Warn of the classes of a test set, by index, that have no object to be found."""
+    """Warn about the classes of a test set, by index, that have no object to find."""
     if absent:
         shown = ", ".join(classes[index] for index in absent[:NAMED])
         more = f" and {len(absent) - NAMED} other classes" if len(absent) > NAMED else ""

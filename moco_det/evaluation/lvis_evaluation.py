@@ -1,8 +1,8 @@
-"""LVIS's metrics: box and mask AP over 1,000 and more classes, each judged on its own images.
+"""LVIS's metrics: box and mask AP over more than 1,000 classes, each judged on its own images.
 
 Gupta et al. 2019, "LVIS: A Dataset for Large Vocabulary Instance Segmentation", section 2: an image
 counts for a class only where its absence was verified or all its objects were annotated. Computed
-by hotcoco, equal to the lvis package to the last bit; that one fails on numpy 1.24 and later.
+by hotcoco, equal to the lvis package to the last bit, which fails on NumPy 1.24 and later.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from moco_det.evaluation.coco_evaluation import read_ground_truth
 from moco_det.evaluation.coco_metrics import Numbers, mean_of_defined, percent
 from moco_det.evaluation.gather import PREDICTIONS_FILE, images_once, shares_of_ranks
 
-MAX_DETECTIONS = 300  # an image, over all classes
+MAX_DETECTIONS = 300  # per image, over all classes
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf")
 
 
@@ -34,9 +34,9 @@ class LVISEvaluator(DatasetEvaluator):
     """Box and mask AP as LVIS defines them.
 
     Args:
-        dataset_name: registered by Detectron2 as LVIS; its metadata name the JSON file.
+        dataset_name: one of Detectron2's LVIS data sets; its metadata hold ``json_file``.
         tasks: some of "bbox" and "segm"; by default both.
-        output_dir: where the predictions go.
+        output_dir: directory for the predictions.
         distributed: whether the predictions of all ranks are gathered; all must then call it.
 
     Raises:
@@ -62,7 +62,7 @@ class LVISEvaluator(DatasetEvaluator):
 
     def reset(self) -> None:
         """Clear the predictions."""
-        # Of each image its id and what was found in it.
+        # For each image: its id and its detections.
         self.found: list[tuple[Any, list[dict[str, Any]]]] = []
 
     def process(
@@ -75,9 +75,9 @@ class LVISEvaluator(DatasetEvaluator):
             self.found.append((example["image_id"], results))
 
     def evaluate(self) -> dict[str, dict[str, float]]:
-        """``{"bbox": {"AP", ..., "APr", "APc", "APf", "AP-<class>"}, ...}`` in percent, on the
-        first rank; ``{}`` elsewhere. APr, APc and APf are of rare, common and frequent classes;
-        NaN where there is nothing to find.
+        """Return ``{"bbox": {"AP", ..., "APr", "APc", "APf", "AP-<class>"}, ...}`` in percent on
+        the first rank, and ``{}`` elsewhere. APr, APc and APf are for rare, common and frequent
+        classes; NaN where there is nothing to find.
 
         Raises:
             UserError: an image was not evaluated, or is not of the data set.
@@ -108,7 +108,7 @@ class LVISEvaluator(DatasetEvaluator):
 
 
 def _numbered(content: dict[str, Any], numbers: Numbers) -> dict[str, Any]:
-    """The ground truth with numbers for ids, also in the classes that were judged in an image."""
+    """Return the ground truth with numbers for ids, also in each image's lists of categories."""
     truth = dict(numbers.truth(content))
     for image in truth["images"]:
         for key in ("neg_category_ids", "not_exhaustive_category_ids"):

@@ -50,9 +50,9 @@ def as_printed(values: np.ndarray, digits: int) -> np.ndarray:
     """``float(f"{value:.{digits}f}")`` of each value, float64.
 
     The product of a float of 24 bits or fewer and 10 ** digits is exact in float64, so ``rint``
-    meets the same ties as the decimal conversion, and solves them in the same way (to even).
+    meets the same ties as the decimal conversion and rounds them in the same way (to even).
     """
-    if values.dtype == np.float64:  # the product may round onto a tie: convert for real
+    if values.dtype == np.float64:  # the product may round onto a tie: convert through text
         flat = [float(f"{value:.{digits}f}") for value in values.ravel().tolist()]
         return np.asarray(flat, dtype=np.float64).reshape(values.shape)
     scale = 10.0**digits
@@ -189,7 +189,7 @@ def _eleven_point(recall: np.ndarray, precision: np.ndarray) -> float:
     best = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)
     total = 0.0
     for at in np.searchsorted(recall, np.arange(0.0, 1.1, 0.1), side="left"):
-        total = total + best[at] / 11.0  # a sum of shares, as upstream: not the share of a sum
+        total = total + best[at] / 11.0  # divided before adding, as upstream
     return total
 
 

@@ -66,7 +66,7 @@ class VOCEvaluator(DatasetEvaluator):
         self._as_upstream = year is not None
         self.metric = metric or ("11-point" if year == 2007 else "all-point")
         if self.metric not in METRICS:
-            raise UserError(f"'{metric}' is no VOC metric: use one of {', '.join(METRICS)}")
+            raise UserError(f"'{metric}' is not a VOC metric: use one of {', '.join(METRICS)}")
         self._name = dataset_name
         self._classes: list[str] = list(metadata.thing_classes)
         self._output_dir = None if output_dir is None else Path(output_dir)
@@ -156,7 +156,7 @@ class VOCEvaluator(DatasetEvaluator):
         scores: np.ndarray,
         labels: np.ndarray,
     ) -> None:
-        """COCO's result format; ``category_id`` is the index of the class."""
+        """Write COCO's result format; ``category_id`` is the index of the class."""
         assert self._output_dir is not None
         sized = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
         rows = zip(image.tolist(), labels.tolist(), sized.tolist(), scores.tolist(), strict=True)

@@ -1,7 +1,7 @@
 """Mean intersection over union of semantic segmentation.
 
-Long et al. 2015, "Fully Convolutional Networks for Semantic Segmentation", section 5; as VOC's and
-Cityscapes' own scripts have it, a class that is predicted but nowhere annotated counts as 0.
+Long et al. 2015, "Fully Convolutional Networks for Semantic Segmentation", section 5; as in
+VOC's and Cityscapes' own scripts, a class that is predicted but never annotated counts as 0.
 Detectron2's evaluator breaks on numpy 2 and keeps every prediction in memory.
 """
 
@@ -21,7 +21,7 @@ class SemanticEvaluator(DatasetEvaluator):
     """mIoU of a registered data set of images and label files.
 
     Args:
-        dataset_name: its metadata hold ``stuff_classes`` and ``ignore_label``.
+        dataset_name: a data set whose metadata hold ``stuff_classes`` and ``ignore_label``.
         distributed: whether the counts of all ranks are added up; all must then call it.
     """
 
@@ -39,7 +39,7 @@ class SemanticEvaluator(DatasetEvaluator):
 
     def reset(self) -> None:
         """Clear the counts."""
-        # Of each image its file and its confusion matrix, sparse: flat indices and counts.
+        # For each image: its file and its sparse confusion matrix, as flat indices and counts.
         self.counted: list[tuple[str, np.ndarray, np.ndarray]] = []
 
     def process(
@@ -67,9 +67,9 @@ class SemanticEvaluator(DatasetEvaluator):
             self.counted.append((example["file_name"], filled, counts.flat[filled]))
 
     def evaluate(self) -> dict[str, dict[str, float]]:
-        """``{"sem_seg": {"mIoU", "fwIoU", "mACC", "pACC", "IoU-<class>", ...}}`` in percent, on
-        the first rank; ``{}`` elsewhere. NaN for a class that is neither annotated nor predicted.
-        Every image counts once, also one that two ranks have seen.
+        """Return ``{"sem_seg": {"mIoU", "fwIoU", "mACC", "pACC", "IoU-<class>", ...}}`` in percent
+        on the first rank, and ``{}`` elsewhere. IoU is NaN for a class that is neither annotated
+        nor predicted. An image that two ranks have seen counts once.
 
         Raises:
             UserError: an image was not evaluated, or is not of the data set.
@@ -97,7 +97,7 @@ def confusion(
         name: the file of the labels, for errors.
 
     Raises:
-        UserError: the two sizes differ, or a label is no class.
+        UserError: the two sizes differ, or a label is not a class.
     """
     if labels.shape != predicted.shape:
         raise UserError(

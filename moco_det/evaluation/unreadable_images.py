@@ -1,6 +1,6 @@
-"""Test images that cannot be read: the evaluation continues, and they count as found nothing in.
+"""Test images that cannot be read: the evaluation continues, and they count as having no detection.
 
-A trained model is worth more than its last image. What is left out is reported.
+One broken file must not cost the results of a finished training. It is reported.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from moco_common.errors import UserError
 from moco_common.text import counted
 from moco_det.data.samplers import Mapper, map_or_explain
 
-REASON = "unreadable"  # key of an input without an image: why it has none
+REASON = "unreadable"  # key under which an input without an image holds the cause
 NAMED = 5  # images in the sentence
 
 
 def map_or_leave_out(mapper: Mapper, record: dict[str, Any]) -> dict[str, Any]:
-    """Return what a mapper makes of a record, or the record with the `REASON` for having no
-    image."""
+    """Return what a mapper makes of a record, or the record with the `REASON` that its image
+    cannot be read."""
     found = map_or_explain(mapper, record)
     if not isinstance(found, UserError):
         return found
@@ -44,7 +44,7 @@ class LeavingOutUnreadable(nn.Module):
         self.model = model
         self.training = model.training  # what Detectron2's inference restores
         self.semantic = semantic
-        self.reasons: dict[str, str] = {}  # of the images left out so far, by file
+        self.reasons: dict[str, str] = {}  # by file, for the images left out so far
 
     def forward(self, inputs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Return one output for each input."""
@@ -66,10 +66,10 @@ class LeavingOutUnreadable(nn.Module):
 
 
 def left_out(reasons: Mapping[str, str], total: int) -> str:
-    """A sentence on the images that an evaluation left out; "" if there are none.
+    """Return a sentence on the images that an evaluation left out; "" if there are none.
 
     Args:
-        reasons: of each image, by file.
+        reasons: one per image, by file.
         total: number of test images.
 
     Raises:
