@@ -33,7 +33,7 @@ __all__ = ["check_processes", "launch", "planned_ranks", "restarted", "under_tor
 START_METHOD = "spawn"  # a forked process could not use a GPU that this one has used
 GRACE = 20.0  # seconds that the other ranks have to end once one is lost
 ORPHAN_GRACE = 300.0  # seconds that a rank has to save and end once its launcher is lost
-MEETING = timedelta(minutes=10)  # time that ranks wait for each other at the start
+MEETING = timedelta(minutes=10)  # for an attempt of the ranks to meet at the start
 # Time that a rank waits for the others in a collective. The defaults, 10 minutes of NCCL and 30 of
 # gloo, are shorter than what rank 0 may take to evaluate or to save while the others wait. The
 # launcher notices a lost rank at once.
@@ -282,8 +282,9 @@ def _end_with_launcher() -> None:
 @contextmanager
 def _meeting(address: str, others: int) -> Iterator[None]:
     """Print a line while ranks wait for each other within ``with``, and explain a time-out."""
-    minutes = MEETING.total_seconds() / 60
-    text = f"waiting for {counted(others, 'other rank')} at {address}, at most {minutes:g} minutes"
+    # A store of torch whose attempt to connect has just timed out makes one more.
+    minutes = 2 * MEETING.total_seconds() / 60
+    text = f"waiting for {counted(others, 'other rank')} at {address}, up to {minutes:g} minutes"
     try:
         with _native_messages_discarded() as stderr, _later(QUIET, stderr, text):
             yield

@@ -313,7 +313,7 @@ def test_ranks_that_wait_for_each_other_say_so_and_give_up_in_one_sentence(monke
     with pytest.raises(UserError, match=f"did not meet at 127.0.0.1:{port}"):
         launch(print, 1)
     shown = capfd.readouterr().err  # also what torch writes below Python
-    assert shown == f"waiting for 1 other rank at 127.0.0.1:{port}, at most {2 / 60:g} minutes\n"
+    assert shown == f"waiting for 1 other rank at 127.0.0.1:{port}, up to {4 / 60:g} minutes\n"
 
 
 def joining_slowly(environment, folder):
