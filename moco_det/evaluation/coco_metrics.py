@@ -164,7 +164,10 @@ class Numbers:
         )
 
     def truth(self, truth: Json) -> Json:
-        """Return the ground truth with numbers; unknown images and categories are left out."""
+        """Return the ground truth with numbers.
+
+        Annotations of an image or a category that is not listed are left out.
+        """
         kept = [
             item
             for item in truth["annotations"]
