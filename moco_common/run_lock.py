@@ -40,7 +40,8 @@ class RunLock:
         beat: seconds between two touches.
 
     Raises:
-        UserError: on entering; another run is using the directory, or it is not writable.
+        UserError: on entering, another run is using the directory, or it is not writable; on
+            leaving by an error about a missing file, the directory was removed.
     """
 
     def __init__(self, folder: Path, *, held: bool = True, beat: float = 5.0) -> None:
@@ -79,11 +80,17 @@ class RunLock:
         threading.Thread(target=self._touch, name="lock", daemon=True).start()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self.held:
-            self._done.set()
-            self._file.truncate(0)  # an empty file has no holder
-            self._file.close()
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if not self.held:
+            return
+        self._done.set()
+        self._file.truncate(0)  # an empty file has no holder
+        self._file.close()
+        if isinstance(error, FileNotFoundError) and not self.path.exists():
+            raise UserError(
+                f"{self.path.parent} was removed while the run was writing to it: restore it and "
+                f"pass --resume, or start again."
+            ) from None
 
     def _holder(self) -> dict[str, Any] | None:
         self._file.seek(0)

@@ -1,6 +1,7 @@
 """Who may write a run directory: its holder while it lives, on whatever host."""
 
 import os
+import shutil
 import threading
 
 import pytest
@@ -58,3 +59,21 @@ def test_what_other_versions_left_in_the_folder_confuses_nobody(tmp_path, left):
 def test_a_lock_that_is_not_held_leaves_nothing(tmp_path):
     with RunLock(tmp_path / "run", held=False):
         assert not (tmp_path / "run").exists()
+
+
+def append(file):
+    with file.open("a"):
+        pass
+
+
+def lose(folder):
+    with RunLock(folder):
+        shutil.rmtree(folder)
+        append(folder / "metrics.json")
+
+
+def test_a_directory_removed_under_a_run_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match="run was removed while"):
+        lose(tmp_path / "run")
+    with pytest.raises(FileNotFoundError), RunLock(tmp_path / "run"):
+        append(tmp_path / "elsewhere" / "metrics.json")
