@@ -317,7 +317,11 @@ def _native_messages_discarded() -> Iterator[int]:
 
     A store of torch logs each failed attempt to connect with a stack trace in C++.
     """
-    stderr = os.dup(STDERR)
+    try:
+        stderr = os.dup(STDERR)
+    except OSError:  # closed: nothing is written there anyway
+        yield STDERR
+        return
     try:
         with open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), STDERR)
