@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 INITIALISATIONS = ("moco", "supervised", "random")
 _Files = dict[Path, tuple[dict[str, Any], dict[str, Any]]]  # their own values, and merged ones
 _LONGEST_CHAIN = 20
+_MOST_BASES = 100  # in one list
 GROUP_NORM = "GN"  # suffix of a protocol's name, and Detectron2's name for the norm
 # Keys for how and where a run is executed, which do not affect what it measures.
 HOUSEKEEPING = frozenset(
@@ -229,6 +230,8 @@ def _read_yaml(
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise UserError(f"{path}: _BASE_ must be a file, a protocol, or a list of these.")
+    if len(bases) > _MOST_BASES:
+        raise UserError(f"{path}: _BASE_ lists {len(bases)}, but at most {_MOST_BASES} are read.")
     for base in bases:
         beside = path.parent / Path(base).expanduser()
         is_file = beside.suffix in (".yaml", ".yml")

@@ -9,6 +9,7 @@ from detectron2.modeling import build_model
 from detectron2.utils import comm
 from torch import nn
 
+from moco_common.backbone.resnet import BLOCKS_PER_STAGE
 from moco_common.errors import UserError
 from moco_common.text import counted
 
@@ -86,8 +87,13 @@ def build_detector(cfg: CfgNode) -> nn.Module:
     """Build the protocol's model on ``MODEL.DEVICE``, with random weights.
 
     Raises:
-        UserError: the protocol uses group norm, and a number of channels is not divisible by 32.
+        UserError: there is no ResNet of this depth, or the protocol uses group norm and a number of
+            channels is not divisible by 32.
     """
+    depth = cfg.MODEL.RESNETS.DEPTH
+    if depth not in BLOCKS_PER_STAGE:
+        depths = ", ".join(map(str, BLOCKS_PER_STAGE))
+        raise UserError(f"MODEL.RESNETS.DEPTH is {depth}: choose one of {depths}.")
     fitted, note = fit_norms(cfg, comm.get_world_size())
     if note:
         log.info("norms      %s", note)

@@ -36,6 +36,7 @@ from moco_det.engine.explain import explain_key
 from moco_det.engine.resume import FREE, LOGGED
 from moco_det.engine.trackers import build_trackers
 from moco_det.inference.video import read_frames, video_facts
+from moco_det.modeling.detector import build_detector
 from moco_det.survey.coco_file import _check_own
 from pretrain.config.defaults import get_defaults, set_key
 from pretrain.engine.progress import read_records
@@ -377,3 +378,16 @@ def test_a_run_that_is_setting_up_obeys_a_signal_in_one_line(
     assert run.returncode == 128 + number, errors
     assert errors.startswith("stopped: ")
     assert errors.count("\n") == 1
+
+
+def test_a_long_list_of_bases_is_one_sentence(tmp_path):
+    (tmp_path / "a.yaml").write_text("_BASE_: [" + "VOC, " * 20_000 + "VOC]\n")
+    with pytest.raises(UserError, match="_BASE_ lists 20001, but at most 100"):
+        load_config(str(tmp_path / "a.yaml"))
+
+
+@pytest.mark.parametrize("depth", [-1, 0, 51])
+def test_a_depth_that_no_resnet_has_is_one_sentence(depth):
+    cfg = load_config("VOC", ["MODEL.RESNETS.DEPTH", str(depth), "MODEL.DEVICE", "cpu"])
+    with pytest.raises(UserError, match=f"DEPTH is {depth}: choose one of 18, 34, 50, 101, 152"):
+        build_detector(cfg)
