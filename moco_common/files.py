@@ -206,9 +206,17 @@ def new_beside(path: str | Path, suffix: str = "") -> Path:
     path = _behind_links(path)
     check_output(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(
-        dir=path.parent, prefix=f".{path.name}.", suffix=_UNFINISHED + suffix
-    )
+    try:
+        handle, name = tempfile.mkstemp(
+            dir=path.parent, prefix=f".{path.name}.", suffix=_UNFINISHED + suffix
+        )
+    except FileNotFoundError:  # a folder of the kernel, to which a link led
+        if not path.parent.is_dir():
+            raise
+        raise UserError(
+            f"{path} cannot be written, because {path.parent} takes no new files: choose another "
+            f"output."
+        ) from None
     os.close(handle)
     return Path(name)
 

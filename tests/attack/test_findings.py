@@ -19,7 +19,7 @@ from PIL import Image
 from moco_common import images
 from moco_common.config import LimitError, parse_yaml
 from moco_common.errors import MEMORY, UserError, run_tool
-from moco_common.files import parse_json, read_json, read_text
+from moco_common.files import parse_json, read_json, read_text, replace_text
 from moco_common.launch import launch
 from moco_common.reader.errors import CheckpointError
 from moco_common.reader.formats import Discarded, read_checkpoint
@@ -391,3 +391,9 @@ def test_a_depth_that_no_resnet_has_is_one_sentence(depth):
     cfg = load_config("VOC", ["MODEL.RESNETS.DEPTH", str(depth), "MODEL.DEVICE", "cpu"])
     with pytest.raises(UserError, match=f"DEPTH is {depth}: choose one of 18, 34, 50, 101, 152"):
         build_detector(cfg)
+
+
+def test_a_link_into_proc_is_not_written_and_is_one_sentence(tmp_path):
+    (tmp_path / "results.json").symlink_to("/proc/self/mem")
+    with pytest.raises(UserError, match=r"^/proc/\d+/mem cannot be written.*[.]$"):
+        replace_text(tmp_path / "results.json", "{}")
