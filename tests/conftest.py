@@ -10,8 +10,11 @@ import cv2
 import numpy as np
 import pytest
 
-# Processes that tests start inherit it: under nohup, SIGHUP would be ignored by all of them.
+# Processes that tests start inherit what is ignored: SIGHUP under nohup, SIGINT in the background of
+# a shell script.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config: pytest.Config) -> None:
