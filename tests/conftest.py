@@ -10,8 +10,8 @@ import cv2
 import numpy as np
 import pytest
 
-# Processes that tests start inherit what is ignored: SIGHUP under nohup, SIGINT in the background of
-# a shell script.
+# Processes that tests start inherit what is ignored: SIGHUP under nohup, SIGINT in the background
+# of a shell script.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
