@@ -6,7 +6,9 @@ Detectron2's own functions.
 
 import json
 import math
+import multiprocessing
 import shutil
+from multiprocessing.pool import ThreadPool
 
 import pytest
 import torch
@@ -56,6 +58,12 @@ TASKS = {
     "VOC-semseg": {"sem_seg": "mIoU"},
     "Cityscapes-semseg": {"sem_seg": "mIoU"},
 }
+
+
+@pytest.fixture(autouse=True)
+def no_forks_of_threads(monkeypatch):
+    """Detectron2 reads Cityscapes in a pool of forks, which may hang once a process has threads."""
+    monkeypatch.setattr(multiprocessing, "Pool", ThreadPool)
 
 
 @pytest.fixture(scope="module")
